@@ -1,0 +1,1 @@
+"""Kernels for leangen: own CPU and CUDA kernels. Holds none yet."""

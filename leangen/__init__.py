@@ -1,0 +1,1 @@
+"""leangen: low-precision inference of generative models that accounts for its energy."""

@@ -1,0 +1,92 @@
+"""Writing files so that a crash, a full disk or Ctrl-C leaves the old state or the new one."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from leangen.errors import StorageError
+
+
+def _explain(error: OSError, path: Path) -> StorageError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        free = shutil.disk_usage(path.parent).free
+        return StorageError(
+            f"disk full while writing {path} ({free / 1e6:.0f} MB free): "
+            "free some space (`leangen gc`, `leangen rm`) and try again"
+        )
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return StorageError(f"cannot write {path}: {error.strerror}; choose a writable place")
+    return StorageError(f"cannot write {path}: {error.strerror or error}")
+
+
+def fsync_tree(folder: Path) -> None:
+    """Flush every file under `folder`, and the folders, to the disk."""
+    for path in [folder, *folder.rglob("*")]:
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+@contextmanager
+def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
+    """A fresh sibling folder to write into, renamed to `target` when the block succeeds.
+
+    On any exception, KeyboardInterrupt included, the temporary folder is removed and `target` is
+    as it was. Raises StorageError when `target` exists and `replace` is false, and for a full or
+    read-only disk.
+    """
+    if target.exists() and not replace and (not target.is_dir() or any(target.iterdir())):
+        raise StorageError(f"{target} exists already: choose another place or pass --force")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.tmp-", dir=target.parent))
+    except OSError as error:
+        raise _explain(error, target) from error
+    try:
+        os.chmod(staging, 0o755)
+        yield staging
+        fsync_tree(staging)
+        if target.exists():
+            # rename(2) replaces only empty folders, so the old one steps aside first.
+            aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
+            os.rename(target, aside / "old")
+            os.rename(staging, target)
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            os.rename(staging, target)
+    except OSError as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise _explain(error, target) from error
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write `data` to `path` through a sibling temporary file and a rename."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd, name = tempfile.mkstemp(prefix=f".{path.name}.tmp-", dir=path.parent)
+    except OSError as error:
+        raise _explain(error, path) from error
+    try:
+        with os.fdopen(fd, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except OSError as error:
+        Path(name).unlink(missing_ok=True)
+        raise _explain(error, path) from error
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,329 @@
+"""What passes between the parts: readings, energies, steps, outputs and the receipt.
+
+Frozen dataclasses of the standard library only, so that a ledger can be read on a machine that has
+no ONNX Runtime. Energies are integer microjoules inside, so that shares add up exactly; joules
+appear at the edge (`gross_j`, the JSON form).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+RECEIPT_SCHEMA = "leangen.receipt/1"
+
+Source = Literal["measured", "integrated", "estimated", "unavailable"]
+"""How an energy was got: a counter, power samples summed, a model, or not at all."""
+
+COVERAGE_FACTOR = 2.0
+"""k of every stated uncertainty u: value ± u holds the truth in about 95% of windows."""
+
+
+def joules(energy_uj: int | None) -> float | None:
+    """Microjoules as joules; None stays None.
+
+    >>> joules(4_100_000), joules(None)
+    (4.1, None)
+    """
+    return None if energy_uj is None else energy_uj / 1e6
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """One look at a cumulative counter."""
+
+    count: int
+    """The sensor's native integer."""
+    unit: str
+    """What one count is: `uJ` (RAPL, estimate) or `mJ` (NVML)."""
+    t_ns: int
+    """Monotonic clock, at the moment of the read."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeterWindow:
+    """What one sensor says of one interval."""
+
+    sensor: str
+    """For example `rapl:package-0`, `nvml:0`, `estimate:cpu-time`."""
+    source: Source
+    energy_uj: int | None
+    """None when a fault left no figure; then `faults` says which."""
+    u_random_j: float | None = None
+    """Random part of the uncertainty at k=2: edges, jitter, sampling. Adds in quadrature."""
+    u_systematic_j: float | None = None
+    """Systematic part at k=2: the sensor's class, the model's. Adds linearly."""
+    tick_s: float | None = None
+    """How often the counter moves; an interval shorter than this cannot be resolved."""
+    coverage: float | None = None
+    """Share of the interval that the sensor really looked at."""
+    faults: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The receipt's entry in `energy.meters`."""
+        return {
+            "sensor": self.sensor,
+            "source": self.source,
+            "joules": joules(self.energy_uj),
+            "u_random_j": self.u_random_j,
+            "u_systematic_j": self.u_systematic_j,
+            "tick_s": self.tick_s,
+            "coverage": self.coverage,
+            "faults": list(self.faults),
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepEnergy:
+    """The energy of all steps of one kind within a generation."""
+
+    kind: str
+    energy_uj: int
+    u_j: float
+    method: Literal["measured", "shared"]
+    """`shared`: below the tick, so a share by duration of the measured total."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The receipt's entry in `energy.steps`."""
+        return {
+            "kind": self.kind,
+            "joules": joules(self.energy_uj),
+            "u_j": self.u_j,
+            "method": self.method,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Energy:
+    """What a generation cost, and how well that is known (k = 2 throughout)."""
+
+    source: Source
+    scope: tuple[str, ...]
+    """The disjoint domains that the total covers."""
+    reason: str | None
+    """Why the figure is what it is: why unavailable, why only estimated."""
+    gross_uj: int | None
+    """Everything the scope used during the window."""
+    u_random_j: float | None = None
+    u_systematic_j: float | None = None
+    u_j: float | None = None
+    idle_uj: int | None = None
+    """What the scope would have used in the same time with the model loaded and idle."""
+    idle_u_j: float | None = None
+    marginal_uj: int | None = None
+    """gross - idle; negative when the baseline was busier, and shown so."""
+    marginal_u_j: float | None = None
+    per_unit_j: float | None = None
+    """Gross joules per unit of work."""
+    per_unit_u_j: float | None = None
+    meters: tuple[MeterWindow, ...] = ()
+    steps: tuple[StepEnergy, ...] = ()
+
+    @property
+    def gross_j(self) -> float | None:
+        """Gross energy in joules."""
+        return joules(self.gross_uj)
+
+    @property
+    def idle_j(self) -> float | None:
+        """Idle energy of the same duration in joules."""
+        return joules(self.idle_uj)
+
+    @property
+    def marginal_j(self) -> float | None:
+        """Gross minus idle, in joules."""
+        return joules(self.marginal_uj)
+
+    @property
+    def tick_s(self) -> float | None:
+        """The slowest tick among the meters of the total: the resolution of the figure."""
+        return max((m.tick_s for m in self.meters if m.tick_s is not None), default=None)
+
+    def to_json(self) -> dict[str, Any]:
+        """The receipt's `energy`."""
+        return {
+            "source": self.source,
+            "scope": list(self.scope),
+            "reason": self.reason,
+            "k": COVERAGE_FACTOR,
+            "gross_j": self.gross_j,
+            "u_random_j": self.u_random_j,
+            "u_systematic_j": self.u_systematic_j,
+            "u_j": self.u_j,
+            "idle_j": self.idle_j,
+            "idle_u_j": self.idle_u_j,
+            "marginal_j": self.marginal_j,
+            "marginal_u_j": self.marginal_u_j,
+            "per_unit_j": self.per_unit_j,
+            "per_unit_u_j": self.per_unit_u_j,
+            "tick_s": self.tick_s,
+            "meters": [m.to_json() for m in self.meters],
+            "steps": [s.to_json() for s in self.steps],
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Latency:
+    """Durations of one generation in seconds."""
+
+    total_s: float
+    ttft_s: float | None
+    """From the request to the end of the first step that finished a unit of work."""
+    step_p50_s: float | None
+    """Median over the steps after the first unit (all steps when there is only one kind)."""
+    step_p95_s: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        """The receipt's `latency`."""
+        return {
+            "total_s": self.total_s,
+            "ttft_s": self.ttft_s,
+            "step_p50_s": self.step_p50_s,
+            "step_p95_s": self.step_p95_s,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Units:
+    """How much work a generation did, in the family's own unit."""
+
+    kind: str
+    count: float
+    prompt: float = 0
+    """Units of input: prompt tokens, phonemes."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The receipt's `units`."""
+        return {"kind": self.kind, "count": self.count, "prompt": self.prompt}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Carbon:
+    """Operational emissions of one generation."""
+
+    g: float | None
+    """gCO2e; None when the energy is unavailable."""
+    intensity_g_per_kwh: float
+    region: str
+    year: int
+    source: str
+
+    def to_json(self) -> dict[str, Any]:
+        """The receipt's `carbon`."""
+        return {
+            "g": self.g,
+            "intensity_g_per_kwh": self.intensity_g_per_kwh,
+            "region": self.region,
+            "year": self.year,
+            "source": self.source,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Runtime:
+    """What ran the graphs, and why that."""
+
+    provider: str
+    threads: int
+    kernels: str
+    reasons: Mapping[str, str] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The receipt's `runtime`."""
+        return {
+            "provider": self.provider,
+            "threads": self.threads,
+            "kernels": self.kernels,
+            "reasons": dict(self.reasons),
+            "versions": dict(self.versions),
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Host:
+    """The machine, as far as a ledger needs to tell machines and boots apart."""
+
+    id: str
+    boot_id: str
+    device: str
+
+    def to_json(self) -> dict[str, Any]:
+        """The receipt's `host`."""
+        return {"id": self.id, "boot_id": self.boot_id, "device": self.device}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Receipt:
+    """What one generation cost. `to_json` is the documented, versioned form."""
+
+    id: str
+    started_at: str
+    duration_ns: int
+    host: Host
+    model: str
+    scheme: str
+    bundle: str
+    family: str
+    request: Mapping[str, Any]
+    units: Units
+    energy: Energy
+    latency: Latency
+    carbon: Carbon
+    peak_rss_bytes: int
+    runtime: Runtime
+    tag: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The receipt as plain JSON types, schema `leangen.receipt/1`."""
+        return {
+            "schema": RECEIPT_SCHEMA,
+            "id": self.id,
+            "started_at": self.started_at,
+            "duration_ns": self.duration_ns,
+            "tag": self.tag,
+            "host": self.host.to_json(),
+            "model": self.model,
+            "scheme": self.scheme,
+            "bundle": self.bundle,
+            "family": self.family,
+            "request": dict(self.request),
+            "units": self.units.to_json(),
+            "energy": self.energy.to_json(),
+            "latency": self.latency.to_json(),
+            "carbon": self.carbon.to_json(),
+            "memory": {"peak_rss_bytes": self.peak_rss_bytes},
+            "runtime": self.runtime.to_json(),
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One unit of progress, yielded by a family the moment it is done."""
+
+    kind: str
+    """`prefill`, `decode`, `encode`, `denoise`, `flow`, ..."""
+    units: float
+    """Units of work that this step finished (tokens, pixels, seconds of audio); may be 0."""
+    text: str = ""
+    """Text that became printable with this step (language)."""
+    token: int | None = None
+    """The token that this step produced (language)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Output:
+    """What a family hands back when it is done; which fields are set depends on the family."""
+
+    prompt_units: float = 0
+    text: str | None = None
+    tokens: Sequence[int] | None = None
+    array: Any = None
+    """NumPy array: audio `[samples]`, images `[n, height, width, channels]`, rows `[n, d]`."""
+    media: Literal["text", "audio", "image", "table"] = "text"
+    sample_rate_hz: int | None = None
+    stop_reason: str | None = None
+    """Language: `eos`, `stop`, `length`."""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """What only one family has, such as the phoneme durations of speech."""
