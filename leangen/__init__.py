@@ -1,1 +1,39 @@
-"""leangen: low-precision inference of generative models that accounts for its energy."""
+"""leangen: low-precision inference of generative models that accounts for its energy.
+
+import leangen as lg
+m = lg.load("smollm2-135m:int4")
+r = m.generate("The capital of France is", max_new_tokens=8)
+print(r.text, r.receipt.energy.gross_j)
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from leangen.api import load as load
+    from leangen.engine import Engine as Engine
+    from leangen.engine import Result as Result
+    from leangen.errors import LeangenError as LeangenError
+    from leangen.records import Receipt as Receipt
+    from leangen.records import Step as Step
+
+__version__ = "0.1.0"
+__all__ = ["Engine", "LeangenError", "Receipt", "Result", "Step", "load"]
+
+_HOMES = {
+    "load": "leangen.api",
+    "Engine": "leangen.engine",
+    "Result": "leangen.engine",
+    "LeangenError": "leangen.errors",
+    "Receipt": "leangen.records",
+    "Step": "leangen.records",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # On use, so that reading a ledger or listing the catalog never loads ONNX Runtime.
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'leangen' has no attribute {name!r}")

@@ -1,0 +1,50 @@
+"""`leangen.load`: from a name to a model that generates."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from leangen.engine import BASELINE_S, Engine
+from leangen.ledger import Ledger
+from leangen.session import Activations, Session
+from leangen.console import say
+from leangen.store import Store
+
+
+def load(
+    ref: str | Path,
+    *,
+    threads: int | None = None,
+    activations: Activations = "int8",
+    home: Path | None = None,
+    ledger: bool = True,
+    region: str | None = None,
+    tag: str | None = None,
+    baseline_s: float = BASELINE_S,
+) -> Engine:
+    """Load a model by `NAME`, `NAME:SCHEME` or a bundle's path; fetched and quantized on first use.
+
+    threads: intra-op threads; None chooses by affinity, cgroup and SMT, and says why.
+    activations: "fp32" computes low-bit layers without rounding activations (slower).
+    home: the store; None is `$LEANGEN_HOME` or the platform's cache folder.
+    ledger: keep the receipt of every generation in the store's ledger.
+    region: whose grid the carbon figure assumes; None is `$LEANGEN_REGION` or the world's mean.
+    baseline_s: how long idle power is measured, once, where a counter can tell.
+
+    Raises a LeangenError that says what was given, what was expected and what to do.
+
+        import leangen as lg
+        m = lg.load("smollm2-135m:int4")
+        r = m.generate("The capital of France is", max_new_tokens=8)
+        print(r.text, r.receipt.energy.gross_j, r.receipt.energy.u_j)
+    """
+    store = Store(home)
+    bundle = store.resolve(str(ref), notify=say)
+    session = Session(bundle, threads=threads, activations=activations)
+    return Engine(
+        session,
+        ledger=Ledger(store.ledger_path) if ledger else None,
+        region=region,
+        tag=tag,
+        baseline_s=baseline_s,
+    )

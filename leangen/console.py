@@ -1,0 +1,97 @@
+"""What the command line shows while it works: notes, progress bars, tables, JSON.
+
+Results go to standard output, everything else to standard error, so that a pipe gets only results.
+rich is imported when something is drawn: a generation that only prints text never loads it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+Progress = Callable[[int, int, str], None]
+"""Called with (done, total, what is being done); total 0 when it is not known."""
+
+
+def say(text: str) -> None:
+    """A note for the person, on standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on standard output."""
+    print(json.dumps(value, ensure_ascii=False, allow_nan=False))
+
+
+@contextmanager
+def progress_bar() -> Iterator[Progress]:
+    """A progress callback that draws a bar on a terminal, and nothing when there is none."""
+    if not sys.stderr.isatty():
+        yield lambda done, total, what: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=None)
+
+        def update(done: int, total: int, what: str) -> None:
+            bar.update(task, completed=done, total=total or None, description=what)
+
+        yield update
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "") -> None:
+    """A table on standard output; figures are right-aligned, nothing is cut off in a pipe."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    drawn = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left")
+    for index, column in enumerate(columns):
+        numeric = any(row[index][:1].isdigit() or row[index][:1] in "+-±" for row in rows)
+        drawn.add_column(
+            column, justify="right" if numeric else "left", overflow="fold", no_wrap=False
+        )
+    for row in rows:
+        drawn.add_row(*row)
+    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False)
+    console.print(drawn)
+
+
+def human_bytes(size_bytes: float) -> str:
+    """Bytes in the largest decimal unit that keeps the figure above 1.
+
+    >>> human_bytes(98_362_432), human_bytes(512)
+    ('98.4 MB', '512 B')
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if size_bytes < 1000 or unit == "GB":
+            return f"{size_bytes:.0f} B" if unit == "B" else f"{size_bytes:.1f} {unit}"
+        size_bytes /= 1000
+    raise AssertionError("unreachable")
+
+
+def with_u(value: float | None, u: float | None, unit: str) -> str:
+    """A value with its uncertainty, at the digits that the uncertainty supports.
+
+    >>> with_u(4.1234, 0.21, "J"), with_u(0.0631, 0.038, "J"), with_u(None, None, "J")
+    ('4.12 ± 0.21 J', '0.063 ± 0.038 J', 'not measured')
+    """
+    if value is None:
+        return "not measured"
+    if not u:
+        return f"{value:.3g} {unit}"
+    from math import floor, log10
+
+    digits = max(0, 1 - floor(log10(u)))
+    return f"{value:.{digits}f} ± {u:.{digits}f} {unit}"

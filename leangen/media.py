@@ -1,0 +1,83 @@
+"""Writing outputs: text, audio, images, tables."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from leangen import audio
+from leangen.errors import RequestError
+from leangen.files import write_atomic
+from leangen.records import Output
+
+SUFFIXES = {
+    "text": (".txt",),
+    "audio": (".wav", ".npy"),
+    "image": (".png", ".npy"),
+    "table": (".csv", ".npy"),
+}
+
+
+def save(output: Output, path: Path) -> Path:
+    """Write an output in the form that the suffix names, atomically; returns the path.
+
+    Raises RequestError for a suffix that the output cannot take.
+    """
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES[output.media]:
+        raise RequestError(
+            f"cannot save {output.media} as {path.name!r}: "
+            f"use a name that ends in {' or '.join(SUFFIXES[output.media])}"
+        )
+    if suffix == ".wav":
+        audio.write_wav(path, np.asarray(output.array), int(output.sample_rate_hz or 0))
+    else:
+        write_atomic(path, encode(output, suffix))
+    return path
+
+
+def encode(output: Output, suffix: str) -> bytes:
+    """The bytes of an output as .txt, .png, .csv or .npy."""
+    if suffix == ".txt":
+        return (output.text or "").encode()
+    array = np.asarray(output.array)
+    buffer = io.BytesIO()
+    if suffix == ".npy":
+        np.save(buffer, array)
+    elif suffix == ".csv":
+        rows = array if array.ndim == 2 else array[:, None]
+        header = ",".join(output.extra.get("columns", ()))
+        np.savetxt(buffer, rows, delimiter=",", header=header, comments="", fmt="%.9g")
+    else:
+        from PIL import Image
+
+        Image.fromarray(grid(to_bytes(array, output.extra.get("range")))).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def to_bytes(
+    images: np.ndarray[Any, Any], limits: tuple[float, float] | None
+) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Float images [n, h, w, c] as uint8; `limits` maps to 0..255, None takes their own range."""
+    low, high = limits if limits is not None else (float(images.min()), float(images.max()))
+    scaled = (images - low) / max(high - low, np.finfo(np.float32).tiny)
+    return np.asarray(np.round(np.clip(scaled, 0, 1) * 255), dtype=np.uint8)
+
+
+def grid(images: np.ndarray[Any, np.dtype[np.uint8]]) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Images [n, h, w, c] side by side in a near-square grid [H, W] or [H, W, c].
+
+    >>> grid(np.zeros((5, 2, 3, 1), np.uint8)).shape
+    (4, 9)
+    """
+    n, height, width, channels = images.shape
+    columns = int(np.ceil(np.sqrt(n)))
+    rows = -(-n // columns)
+    padded = np.zeros((rows * columns, height, width, channels), np.uint8)
+    padded[:n] = images
+    tiled = padded.reshape(rows, columns, height, width, channels).swapaxes(1, 2)
+    whole = tiled.reshape(rows * height, columns * width, channels)
+    return whole[..., 0] if channels == 1 else whole
