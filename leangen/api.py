@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from leangen.console import say
 from leangen.engine import BASELINE_S, Engine
 from leangen.ledger import Ledger
 from leangen.session import Activations, Session
-from leangen.console import say
 from leangen.store import Store
 
 

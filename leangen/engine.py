@@ -155,6 +155,11 @@ class Engine:
                 f"it takes {', '.join(fields)}"
             )
         if prompt is not None:
+            if self.family.PROMPT is None:
+                raise RequestError(
+                    f"{self.bundle.name} ({self.bundle.family}) takes no prompt: "
+                    f"its options are {', '.join(fields)}"
+                )
             options[self.family.PROMPT] = prompt
         return kind(**options)
 

@@ -3,11 +3,11 @@
 A family is one module with
 
     UNIT: str                         its unit of work: `token`, `pixel`, `audio-second`, `sample`
+    PROMPT: str | None                the field of Request that a positional prompt fills
     Request                           a frozen dataclass that validates itself (RequestError)
     run(session, request)             a generator: yields a Step as each is done, returns an Output
 
-`Request` takes the prompt as its first field where the family has one, and keeps only plain JSON
-types or NumPy arrays; `describe()` gives what the receipt keeps of it (never the prompt's text). The
+`Request.describe()` gives the options that the receipt keeps, never the prompt's text. The
 engine times every family the same way.
 """
 
@@ -34,9 +34,10 @@ class Family(Protocol):
     """The attributes of a family's module."""
 
     UNIT: str
+    PROMPT: str | None
 
     @property
-    def Request(self) -> type[Any]:  # noqa: N802
+    def Request(self) -> type[Any]:
         """The family's request class."""
         ...
 

@@ -1,0 +1,149 @@
+"""`leangen bench`: repeated generations of several models in random order.
+
+Every model is warmed up until its times are steady, then each round runs all of them once in a
+new random order, so that a drifting clock or a warming machine touches them alike.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from leangen import api, environment
+from leangen.console import print_json, progress_bar, say, table, with_u
+from leangen.engine import Engine
+from leangen.errors import RequestError
+from leangen.records import COVERAGE_FACTOR, Receipt
+
+WARM_UP_LIMIT = 8
+STEADY_SPREAD = 0.05
+
+
+def warm_up(engine: Engine, prompt: Any, options: dict[str, Any]) -> tuple[int, bool]:
+    """Generate until three generations in a row lie within 5%: (how many it took, steady?)."""
+    totals: list[float] = []
+    while len(totals) < WARM_UP_LIMIT:
+        totals.append(engine.generate(prompt, **options).receipt.latency.total_s)
+        last = totals[-3:]
+        if len(last) == 3 and (max(last) - min(last)) < STEADY_SPREAD * np.median(last):
+            return len(totals), True
+    return len(totals), False
+
+
+def summarise(receipts: Sequence[Receipt]) -> dict[str, Any]:
+    """Medians with p5 and p95 over repeated generations, and joules per unit with its interval.
+
+    The interval (k = 2) is two standard errors of the repeats in quadrature with the receipts' own
+    random part, plus the systematic part, which repeating does not shrink.
+    """
+    first = receipts[0]
+    units = np.array([r.units.count for r in receipts])
+    totals = np.array([r.latency.total_s for r in receipts])
+    firsts = [r.latency.ttft_s for r in receipts if r.latency.ttft_s is not None]
+    row: dict[str, Any] = {
+        "model": first.model,
+        "scheme": first.scheme,
+        "unit": first.units.kind,
+        "repeats": len(receipts),
+        "units_median": float(np.median(units)),
+        "total_s": _spread(totals),
+        "units_per_s": _spread(units / totals),
+        "ttft_s": _spread(firsts),
+        "step_s": _spread([r.latency.step_p50_s for r in receipts if r.latency.step_p50_s]),
+        "peak_rss_bytes": max(r.peak_rss_bytes for r in receipts),
+        "energy_source": first.energy.source,
+        "energy_reason": first.energy.reason,
+    }
+    joules = [r.energy.gross_j for r in receipts]
+    known = [j for j in joules if j is not None]
+    if len(known) < len(receipts) or not units.all():
+        return row | {"gross_j": None, "j_per_unit": None, "j_per_unit_u": None}
+    per_unit = np.array(known) / units
+    n = len(per_unit)
+    repeats_u = COVERAGE_FACTOR * per_unit.std(ddof=1) / math.sqrt(n) if n > 1 else 0.0
+    own_u = np.mean([(r.energy.u_random_j or 0.0) / r.units.count for r in receipts]) / math.sqrt(n)
+    systematic = np.mean([(r.energy.u_systematic_j or 0.0) / r.units.count for r in receipts])
+    return row | {
+        "gross_j": _spread(known),
+        "j_per_unit": float(per_unit.mean()),
+        "j_per_unit_u": float(math.hypot(repeats_u, own_u) + systematic),
+    }
+
+
+def _spread(values: Any) -> dict[str, float] | None:
+    if len(values) == 0:
+        return None
+    p5, p50, p95 = np.percentile(values, [5, 50, 95])
+    return {"p5": float(p5), "median": float(p50), "p95": float(p95)}
+
+
+def run(
+    models: Sequence[str],
+    *,
+    prompt: Any,
+    options: dict[str, Any],
+    repeats: int,
+    threads: int | None,
+    activations: Any,
+    region: str | None,
+    as_json: bool,
+) -> int:
+    """Measure the models and print one table or one JSON document; 0 when all were measured."""
+    if repeats < 1:
+        raise RequestError(f"repeats is {repeats}, expected 1 or more")
+    before = environment.conditions()
+    engines = [
+        api.load(model, threads=threads, activations=activations, region=region, tag="bench")
+        for model in models
+    ]
+    prompts = [engine.family.EXAMPLE if prompt is None else prompt for engine in engines]
+    warm = []
+    receipts: list[list[Receipt]] = [[] for _ in engines]
+    with progress_bar() as progress:
+        for index, engine in enumerate(engines):
+            progress(index, len(engines), f"warming up {models[index]}")
+            warm.append(warm_up(engine, prompts[index], options))
+        order = random.Random(0)
+        for done in range(repeats):
+            for index in order.sample(range(len(engines)), len(engines)):
+                progress(done, repeats, f"round {done + 1} of {repeats}: {models[index]}")
+                result = engines[index].generate(prompts[index], **options)
+                receipts[index].append(result.receipt)
+    rows = [
+        summarise(group) | {"warm_ups": count, "steady": steady}
+        for group, (count, steady) in zip(receipts, warm, strict=True)
+    ]
+    after = environment.conditions()
+    notes = environment.warnings(before)
+    notes += [f"{r['model']}:{r['scheme']} was not steady" for r in rows if not r["steady"]]
+    if (after["throttled"] or 0) > (before["throttled"] or 0):
+        notes.append("the CPU throttled during the run")
+    if as_json:
+        print_json({"rows": rows, "before": before, "after": after, "notes": notes})
+        return 0
+    table(COLUMNS, [cells(row) for row in rows])
+    for note in sorted({f"energy {r['energy_source']}: {r['energy_reason']}" for r in rows}):
+        say(note)
+    for note in notes:
+        say(f"note: {note}")
+    return 0
+
+
+COLUMNS = ("model", "units/s (p5-p95)", "first unit", "total", "joules per unit", "peak memory")
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """One row of the table that `run` prints."""
+    rate, first, total = row["units_per_s"], row["ttft_s"], row["total_s"]
+    return [
+        f"{row['model']}:{row['scheme']}",
+        f"{rate['median']:.4g} {row['unit']}s ({rate['p5']:.4g}-{rate['p95']:.4g})",
+        f"{first['median'] * 1000:.0f} ms" if first else "",
+        f"{total['median'] * 1000:.0f} ms ({total['p5'] * 1000:.0f}-{total['p95'] * 1000:.0f})",
+        with_u(row["j_per_unit"], row["j_per_unit_u"], "J") + f" ({row['energy_source']})",
+        f"{row['peak_rss_bytes'] / 1e6:.0f} MB",
+    ]

@@ -1,0 +1,69 @@
+"""`leangen chat`: a conversation in the terminal, each turn with its joules."""
+
+from __future__ import annotations
+
+import argparse
+
+from leangen import api
+from leangen.cli import summary
+from leangen.console import say, with_u
+from leangen.errors import RequestError
+
+
+def run(args: argparse.Namespace) -> int:
+    """Read a message, stream the answer, show what it cost; until `/quit` or end of input."""
+    engine = api.load(
+        args.model,
+        threads=args.threads,
+        region=args.region,
+        activations=args.activations,
+        tag="chat",
+    )
+    if engine.bundle.family != "language":
+        raise RequestError(
+            f"{args.model} is a {engine.bundle.family} model, chat needs a language model: "
+            "use `leangen generate`"
+        )
+    history = [{"role": "system", "content": args.system}] if args.system else []
+    say("/quit ends, /reset forgets the conversation; Ctrl-C stops an answer")
+    spent_j, spent_u_j = 0.0, 0.0
+    while True:
+        try:
+            message = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            break
+        if message == "/quit":
+            break
+        if message == "/reset":
+            del history[1 if args.system else 0 :]
+            continue
+        if not message:
+            continue
+        turn = [*history, {"role": "user", "content": message}]
+        stream = engine.stream(
+            messages=turn,
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+            top_p=args.top_p,
+            seed=args.seed + len(history),
+        )
+        answer = ""
+        try:
+            for step in stream:
+                answer += step.text
+                print(step.text, end="", flush=True)
+        except KeyboardInterrupt:
+            stream.close()
+        except RequestError as error:
+            say(f"{error}; /reset starts again")
+            continue
+        print()
+        history = [*turn, {"role": "assistant", "content": answer}]
+        if stream.receipt is not None:
+            say(summary(stream.receipt))
+            energy = stream.receipt.energy
+            spent_j += energy.gross_j or 0.0
+            spent_u_j += energy.u_j or 0.0  # the systematic part is common: it adds linearly
+    if spent_j:
+        say(f"this conversation: {with_u(spent_j, spent_u_j, 'J')}")
+    return 0

