@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from leangen.console import say
+from leangen.console import Progress, say
 from leangen.engine import BASELINE_S, Engine
 from leangen.ledger import Ledger
 from leangen.session import Activations, Session
@@ -21,6 +21,7 @@ def load(
     region: str | None = None,
     tag: str | None = None,
     baseline_s: float = BASELINE_S,
+    progress: Progress | None = None,
 ) -> Engine:
     """Load a model by `NAME`, `NAME:SCHEME` or a bundle's path; fetched and quantized on first use.
 
@@ -30,6 +31,7 @@ def load(
     ledger: keep the receipt of every generation in the store's ledger.
     region: whose grid the carbon figure assumes; None is `$LEANGEN_REGION` or the world's mean.
     baseline_s: how long idle power is measured, once, where a counter can tell.
+    progress: called with (done, total, what) while something is fetched or quantized.
 
     Raises a LeangenError that says what was given, what was expected and what to do.
 
@@ -39,7 +41,7 @@ def load(
         print(r.text, r.receipt.energy.gross_j, r.receipt.energy.u_j)
     """
     store = Store(home)
-    bundle = store.resolve(str(ref), notify=say)
+    bundle = store.resolve(str(ref), notify=say, progress=progress)
     session = Session(bundle, threads=threads, activations=activations)
     return Engine(
         session,

@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
         )
     history = [{"role": "system", "content": args.system}] if args.system else []
     say("/quit ends, /reset forgets the conversation; Ctrl-C stops an answer")
-    spent_j, spent_u_j = 0.0, 0.0
+    turns: list[tuple[float | None, float | None]] = []
     while True:
         try:
             message = input("> ").strip()
@@ -61,9 +61,11 @@ def run(args: argparse.Namespace) -> int:
         history = [*turn, {"role": "assistant", "content": answer}]
         if stream.receipt is not None:
             say(summary(stream.receipt))
-            energy = stream.receipt.energy
-            spent_j += energy.gross_j or 0.0
-            spent_u_j += energy.u_j or 0.0  # the systematic part is common: it adds linearly
-    if spent_j:
-        say(f"this conversation: {with_u(spent_j, spent_u_j, 'J')}")
+            turns.append((stream.receipt.energy.gross_j, stream.receipt.energy.u_j))
+    known = [(j, u or 0.0) for j, u in turns if j is not None]
+    if known:
+        # The systematic part is common to all turns, so the u of the sum adds linearly.
+        total = with_u(sum(j for j, _ in known), sum(u for _, u in known), "J")
+        missing = len(turns) - len(known)
+        say(f"this conversation: {total}" + (f", {missing} turns not measured" * bool(missing)))
     return 0

@@ -133,7 +133,7 @@ _FAMILIES: dict[str, tuple[Callable[..., Any], Callable[..., list[Measure]]]] = 
 
 
 def observe(session: Session, reference: Any = None) -> Any:
-    """What a model does on its family's fixed inputs; `reference` is the reference's observation."""
+    """What a model does on fixed inputs; `reference` is the observation of its reference."""
     return _FAMILIES[session.bundle.family][0](session, reference)
 
 

@@ -1,0 +1,209 @@
+"""`leangen demo`: three published models of three families at three precisions.
+
+Each generation goes through the same engine as `leangen generate`; the page and the table show
+what came out, what it cost, and how far it is from fp32.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from leangen import api, benchmark, environment, quality, report
+from leangen.catalog import CATALOG
+from leangen.cli import summary
+from leangen.console import print_json, progress_bar, say, table, with_u
+from leangen.engine import Engine, Result
+from leangen.files import write_atomic
+
+SCHEMES = ("fp32", "int8", "int4")
+REPEATS = 3
+RUNS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "smollm2-135m": (
+        None,
+        {
+            "messages": [{"role": "user", "content": "Why does a warm room need less light?"}],
+            "max_new_tokens": 48,
+            "ignore_eos": True,
+        },
+    ),
+    "piper-joe": (None, {}),
+    "terrain": (None, {"seed": 7}),
+}
+SUFFIXES = {"text": ".txt", "audio": ".wav", "image": ".png"}
+COLUMNS = (
+    *("model", "size", "bits/weight", "speed", "first unit", "joules per unit"),
+    "quality against fp32",
+)
+
+
+def run(out: Path, *, threads: int | None, as_json: bool) -> int:
+    """Generate everything into folder `out` and print one table; 0 when all was done."""
+    out.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for name, (prompt, options) in RUNS.items():
+        reference: Any = None
+        for scheme in SCHEMES:
+            row, observation = _one(name, scheme, prompt, options, threads, reference, out)
+            reference = observation if reference is None else reference
+            rows.append(row)
+    state = environment.conditions()
+    document = {"rows": rows, "environment": state, "notes": environment.warnings(state)}
+    write_atomic(out / "demo.json", json.dumps(document, indent=1).encode())
+    _write_page(out, rows, document["notes"])
+    if as_json:
+        print_json(document)
+    else:
+        table(COLUMNS, [_cells(row) for row in rows])
+    for reason in sorted({row["energy_reason"] for row in rows if row["energy_reason"]}):
+        say(reason)
+    say(f"wrote {out / 'report.html'} and {len(rows)} outputs beside it")
+    return 0
+
+
+def _one(
+    name: str,
+    scheme: str,
+    prompt: Any,
+    options: dict[str, Any],
+    threads: int | None,
+    reference: Any,
+    out: Path,
+) -> tuple[dict[str, Any], Any]:
+    """Run one model at one scheme: the row of the table, and what quality is judged by."""
+    say(f"\n{name}:{scheme}")
+    with progress_bar() as progress:
+        engine = api.load(f"{name}:{scheme}", threads=threads, tag="demo", progress=progress)
+    prompt = engine.family.EXAMPLE if prompt is None and not options.get("messages") else prompt
+    result = _show(engine, prompt, options)
+    results = [result] + [engine.generate(prompt, **options) for _ in range(REPEATS)]
+    saved = out / f"{name}-{scheme}{SUFFIXES[result.output.media]}"
+    result.save(saved)
+    observation = quality.observe(engine.session, reference)
+    measures = (
+        [] if reference is None else quality.measure(engine.bundle.family, reference, observation)
+    )
+    bundle = engine.bundle
+    row = benchmark.summarise([r.receipt for r in results[1:]]) | {
+        "asked_scheme": scheme,
+        "size_bytes": bundle.size_bytes,
+        "bits_per_weight": bundle.quantization.get("bits_per_weight", 32.0),
+        "file": saved.name,
+        "text": result.text,
+        "receipt": result.receipt.to_json(),
+        "cost": summary(result.receipt).splitlines()[0],
+        "quality": [measure.to_json() for measure in measures],
+    }
+    return row, observation
+
+
+def _show(engine: Engine, prompt: Any, options: dict[str, Any]) -> Result:
+    """Generate once, streaming the text as it comes, and say what it cost."""
+    stream = engine.stream(prompt, **options)
+    wrote = False
+    for step in stream:
+        wrote |= bool(step.text)
+        print(step.text, end="", file=sys.stderr, flush=True)
+    if wrote:
+        say("")
+    say(summary(stream.result.receipt).splitlines()[0])
+    return stream.result
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    rate, first = row["units_per_s"]["median"], row["ttft_s"]
+    asked = "" if row["asked_scheme"] == row["scheme"] else f" (as {row['asked_scheme']})"
+    return [
+        f"{row['model']}:{row['scheme']}{asked}",
+        f"{row['size_bytes'] / 1e6:.1f} MB",
+        f"{row['bits_per_weight']:.2f}",
+        f"{rate:.4g} {row['unit']}s/s",
+        f"{first['median'] * 1000:.0f} ms" if first else "",
+        f"{with_u(row['j_per_unit'], row['j_per_unit_u'], 'J')} {row['energy_source']}",
+        ", ".join(
+            f"{m['name']} {with_u(m['value'], m['u'], m['unit']).strip()}" for m in row["quality"]
+        )
+        or "reference",
+    ]
+
+
+def _write_page(out: Path, rows: Sequence[dict[str, Any]], notes: Sequence[str]) -> None:
+    models = []
+    for name in RUNS:
+        group = [row for row in rows if row["model"] == name]
+        entry = CATALOG[name]
+        models.append(
+            {
+                "name": name,
+                "about": f"{entry.summary} ({entry.package} {entry.version}, {entry.licence})",
+                "plots": _plots(group),
+                "outputs": [_output(out, row) for row in group],
+            }
+        )
+    report.write_page(
+        out / "report.html",
+        title="leangen demo",
+        lead="Three published models of three families at three precisions on ONNX Runtime, "
+        "every generation with its joules.",
+        notes=[*notes, *sorted({row["energy_reason"] for row in rows if row["energy_reason"]})],
+        columns=COLUMNS,
+        table=[_cells(row) for row in rows],
+        models=models,
+    )
+
+
+def _plots(group: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    def spread(row: dict[str, Any], key: str, scale: float) -> tuple[str, float, float, str]:
+        figure = row[key]
+        half = max(figure["p95"] - figure["median"], figure["median"] - figure["p5"])
+        return row["scheme"], figure["median"] * scale, half * scale, "measured"
+
+    unit = group[0]["unit"]
+    plots = [
+        report.plot(
+            "Energy",
+            f"joules per {unit}",
+            [
+                (
+                    row["scheme"],
+                    row["j_per_unit"],
+                    row["j_per_unit_u"],
+                    "measured" if row["energy_source"] == "measured" else "estimated",
+                )
+                for row in group
+            ],
+        ),
+        report.plot("Time of one generation", "ms", [spread(r, "total_s", 1e3) for r in group]),
+        report.plot(
+            "Size on disk",
+            "MB",
+            [(r["scheme"], r["size_bytes"] / 1e6, None, "measured") for r in group],
+        ),
+    ]
+    for index, measure in enumerate(group[-1]["quality"]):
+        figures = [row["quality"][index] for row in group if row["quality"]]
+        plots.append(
+            report.plot(
+                f"{measure['name']} against fp32",
+                measure["unit"],
+                [
+                    (row["scheme"], figure["value"], figure["u"], "measured")
+                    for row, figure in zip(group[1:], figures, strict=True)
+                ],
+            )
+        )
+    return plots
+
+
+def _output(out: Path, row: dict[str, Any]) -> dict[str, Any]:
+    path = out / row["file"]
+    return {
+        "scheme": row["scheme"],
+        "text": row["text"],
+        "audio": report.data_uri(path, "audio/wav") if path.suffix == ".wav" else None,
+        "image": report.data_uri(path, "image/png") if path.suffix == ".png" else None,
+        "cost": row["cost"],
+    }
