@@ -1,0 +1,227 @@
+"""Compiles the kernels ahead of time: Numba -> LLVM -> objects -> one shared library with C.
+
+    python -m leangen_kernels.build FOLDER [--machine aarch64] [--cc COMPILER]
+
+Each variant is compiled in a process of its own, as Numba bakes its host's instruction set into
+the code: there NUMBA_CPU_NAME and NUMBA_CPU_FEATURES name the variant instead. Objects are cached
+by what they are made from. The result needs neither Python nor Numba.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from leangen_kernels import variants
+
+LIBRARY = "libleangen_kernels.so"
+SOURCES = ("variants", "simd", "unroll", "layout", "linear", "rows", "build")
+_TYPES = {"i": "int64_t", "d": "double"}
+_TRIPLES = {"x86_64": "x86_64-unknown-linux-gnu", "aarch64": "aarch64-unknown-linux-gnu"}
+
+
+class BuildError(Exception):
+    """The library cannot be built here; the message says why."""
+
+
+def build(
+    folder: Path,
+    native: Path,
+    cache: Path,
+    *,
+    machine: str | None = None,
+    compiler: str | None = None,
+) -> Path:
+    """Write the shared library of an architecture into `folder`, or raise BuildError.
+
+    `native` holds the C sources, `cache` keeps objects between builds. Another `machine` than this
+    one needs its cross compiler.
+    """
+    machine = machine or platform.machine()
+    wanted = variants.of(machine)
+    if not wanted or sys.platform != "linux":
+        raise BuildError(f"there are no kernels for {sys.platform} on {machine}")
+    cache.mkdir(parents=True, exist_ok=True)
+    objects = _objects(wanted, cache)
+    table = cache / f"table-{machine}-{_digest()}.inc"
+    table.write_text(_table(wanted))
+    folder.mkdir(parents=True, exist_ok=True)
+    library = folder / LIBRARY
+    unfinished = library.with_suffix(".new")
+    compiler = compiler or os.environ.get("CC", "cc")
+    command = [
+        *compiler.split(), "-std=c11", "-O2", "-Wall", "-Wextra", "-fvisibility=hidden",
+        "-shared", "-fPIC", "-pthread", f'-DTABLE="{table}"', "-I", str(native),
+        *map(str, sorted(native.glob("*.c"))), *map(str, objects),
+        "-Wl,-z,noexecstack,-z,nodelete", "-Wl,--no-undefined", "-s", "-lm", "-o", str(unfinished),
+    ]  # fmt: skip
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except FileNotFoundError as error:
+        raise BuildError(f"no C compiler: {command[0]} is not on the PATH") from error
+    if done.returncode:
+        raise BuildError(f"{command[0]} failed:\n{done.stderr.strip()}")
+    unfinished.replace(library)
+    return library
+
+
+def _objects(wanted: list[variants.Variant], cache: Path) -> list[Path]:
+    paths = [cache / f"{v.machine}-{v.name}-{_digest()}.o" for v in wanted]
+    missing = [(v, path) for v, path in zip(wanted, paths, strict=True) if not path.exists()]
+    running = []
+    for variant, path in missing:
+        environment = {
+            **os.environ,
+            variants.BUILD_VARIABLE: f"{variant.machine}/{variant.name}",
+            "NUMBA_CPU_NAME": "generic",
+            "NUMBA_CPU_FEATURES": "",
+            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path]),
+        }
+        if variant.machine == platform.machine():
+            environment["NUMBA_CPU_NAME"] = variant.cpu
+            environment["NUMBA_CPU_FEATURES"] = variant.features
+        command = [sys.executable, "-m", "leangen_kernels.build", "--object", str(path)]
+        running.append((variant, subprocess.Popen(
+            command, env=environment, stderr=subprocess.PIPE, text=True
+        )))  # fmt: skip
+    failures = []
+    for variant, process in running:
+        _, stderr = process.communicate()
+        if process.returncode:
+            last = stderr.strip().splitlines()[-1:] or [f"exit status {process.returncode}"]
+            failures.append(f"Numba did not compile the {variant.name} kernels: {last[0]}")
+    if failures:
+        raise BuildError("; ".join(failures))
+    return paths
+
+
+def _digest() -> str:
+    """A hash of everything that the objects depend on."""
+    import llvmlite
+    import numba
+
+    parts = [numba.__version__.encode(), llvmlite.__version__.encode()]
+    parts += [(Path(__file__).parent / f"{name}.py").read_bytes() for name in SOURCES]
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+
+
+def kernels() -> dict[str, tuple[Any, str]]:
+    """Name of every kernel -> its function and the C types of its arguments."""
+    from leangen_kernels import linear, rows
+
+    return {**rows.kernels(), **linear.kernels()}
+
+
+def _table(wanted: list[variants.Variant]) -> str:
+    """C: declares the kernels of every variant, and a table of them by name."""
+    lines, rows = [], []
+    for variant in wanted:
+        for name, (_, types) in kernels().items():
+            arguments = ", ".join(_TYPES[letter] for letter in types)
+            symbol = f"leangen_{variant.name}_{name}"
+            lines.append(f"int {symbol}(void *, void **, {arguments});")
+            rows.append(f'  {{"{variant.name}", "{name}", (void (*)(void)){symbol}}},')
+    return "\n".join([*lines, "static const struct entry entries[] = {", *rows, "};", ""])
+
+
+def compile_object(path: Path) -> None:
+    """Compile this process's variant to one object file."""
+    import llvmlite.binding as llvm
+
+    from leangen_kernels import simd
+
+    variant = variants.current()
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+    llvm.add_symbol(simd.NEON_DOT, 1)  # never called: Numba's host cannot run it
+    triple = _TRIPLES[variant.machine]
+    machine = llvm.Target.from_triple(triple).create_target_machine(
+        cpu=variant.cpu, features=variant.features, opt=3, reloc="pic", codemodel="default"
+    )
+    whole = llvm.parse_assembly(f'target triple = "{triple}"')
+    whole.data_layout = str(machine.target_data)
+    for name, (function, types) in kernels().items():
+        whole.link_in(_module(function, types, f"leangen_{variant.name}_{name}", whole))
+    whole.verify()
+    undefined = [
+        function.name
+        for function in whole.functions
+        if function.is_declaration and not function.name.startswith("llvm.")
+    ]
+    if undefined:
+        raise BuildError(f"the kernels need {', '.join(sorted(undefined))}")
+    unfinished = path.with_suffix(f".{os.getpid()}")
+    unfinished.write_bytes(machine.emit_object(whole))
+    unfinished.replace(path)
+
+
+def _module(function: Any, types: str, symbol: str, like: Any) -> Any:
+    """The LLVM module of one kernel, with nothing in it but the exported function."""
+    import llvmlite.binding as llvm
+    import numba
+
+    from leangen_kernels import simd
+
+    numba_types = tuple({"i": numba.int64, "d": numba.float64}[letter] for letter in types)
+    dispatcher = numba.njit(error_model="numpy", no_cpython_wrapper=True)(function)
+    dispatcher.compile(numba_types)
+    compiled = dispatcher.overloads[numba_types]
+    text = dispatcher.inspect_llvm(numba_types)
+    text = text.replace(f"@{simd.NEON_DOT}(", "@llvm.aarch64.neon.sdot.v4i32.v16i8(")
+    lines = [line for line in text.splitlines() if not line.startswith("target ")]
+    module = llvm.parse_assembly("\n".join(lines))
+    module.triple, module.data_layout = like.triple, like.data_layout
+    kept = module.get_function(compiled.fndesc.llvm_func_name)
+    for value in [*module.functions, *module.global_variables]:
+        if not value.is_declaration and value.name != kept.name:
+            value.linkage = "internal"
+    kept.name = symbol
+    kept.linkage = "external"
+    kept.visibility = "hidden"
+    return _without_unused(module)
+
+
+def _without_unused(module: Any) -> Any:
+    import llvmlite.binding as llvm
+
+    passes = llvm.create_new_module_pass_manager()
+    passes.add_global_dead_code_eliminate_pass()
+    passes.add_strip_dead_prototype_pass()
+    options = llvm.create_pipeline_tuning_options()
+    triple = llvm.Target.from_triple(module.triple).create_target_machine()
+    passes.run(module, llvm.create_pass_builder(triple, options))
+    return module
+
+
+def main() -> int:
+    """Build for this machine or another; prints the library's path."""
+    parser = argparse.ArgumentParser(prog="leangen_kernels.build")
+    parser.add_argument("folder", type=Path, nargs="?", default=Path(__file__).parent)
+    parser.add_argument("--machine", choices=_TRIPLES)
+    parser.add_argument("--cc", help="C compiler, else $CC or cc")
+    parser.add_argument("--native", type=Path, default=Path(__file__).parents[1] / "native")
+    parser.add_argument("--cache", type=Path, default=Path("build/kernels"))
+    parser.add_argument("--object", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    try:
+        if options.object:
+            compile_object(options.object)
+        else:
+            print(build(
+                options.folder, options.native, options.cache.resolve(),
+                machine=options.machine, compiler=options.cc,
+            ))  # fmt: skip
+    except BuildError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,181 @@
+"""The one owner of the packed layouts: weights in memory, and activation rows made for them.
+
+**Weights** [n, k] stand in groups of 16 rows, each group in blocks of 32 weights along k, one block
+after the other, so that a group is one sequential stream. A block holds
+
+- the codes, four consecutive weights of each of the 16 rows (64 bytes), then the next four:
+  at 8 bits, 8 such chunks; at 4 bits, 4 chunks whose low nibbles are weights 8j..8j+3 and whose
+  high nibbles are 8j+4..8j+7;
+- the scales of the 16 rows, fp16 or fp32;
+- with a minimum, the minima of the 16 rows in the same type.
+
+A weight is `scale * code + minimum`, or `scale * (code - center)` with center 8 or 128. Rows and
+columns are padded to whole groups and blocks with weights that are zero.
+
+**Activation rows** are padded to whole blocks with zeros: with int8 activations 32 signed bytes a
+block, then for each block its scale (fp32) and what its sum amounts to: with a minimum the sum
+times the scale (fp32), else `-center` times the integer sum (int32). With fp32 activations the
+floats, then per block their sum times 1 or `-center`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+ROWS = 16
+BLOCK = 32
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How one weight matrix is packed."""
+
+    name: str
+    bits: int
+    minimum: bool
+    wide: bool
+    """Scales and minima in fp32, else fp16."""
+
+    @property
+    def kernel(self) -> str:
+        """What the kernels for it are called; they tell wide scales apart as they run."""
+        return f"q{self.bits}_min" if self.minimum else f"q{self.bits}"
+
+    @property
+    def center(self) -> int:
+        """The code that stands for zero; 0 with a minimum."""
+        return 0 if self.minimum else 1 << (self.bits - 1)
+
+    @property
+    def code_bytes(self) -> int:
+        """Bytes of codes in a block of 16 rows."""
+        return ROWS * BLOCK * self.bits // 8
+
+    @property
+    def scale_bytes(self) -> int:
+        """Bytes of the 16 scales of a block."""
+        return ROWS * (4 if self.wide else 2)
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a block of 16 rows."""
+        return self.code_bytes + self.scale_bytes * (2 if self.minimum else 1)
+
+    def packed_bytes(self, n: int, k: int) -> int:
+        """Bytes of a packed matrix [n, k]."""
+        return -(-n // ROWS) * -(-k // BLOCK) * self.block_bytes
+
+
+FORMS = {
+    form.name: form
+    for form in (
+        Form("q4", 4, False, False),
+        Form("q4_wide", 4, False, True),
+        Form("q4_min", 4, True, False),
+        Form("q4_min_wide", 4, True, True),
+        Form("q8", 8, False, False),
+        Form("q8_wide", 8, False, True),
+    )
+}
+
+
+def form_for(bits: int, scales: Array, minima: Array | None = None) -> Form:
+    """The smallest form that holds these scales and minima without loss.
+
+    Raises ValueError when there is none: 8 bits with minima, or neither 4 nor 8 bits.
+    """
+    held = [scales] if minima is None else [scales, minima]
+    wide = not all(_fits_half(values) for values in held)
+    for form in FORMS.values():
+        if (form.bits, form.minimum, form.wide) == (bits, minima is not None, wide):
+            return form
+    given = f"{bits} bits {'with' if minima is not None else 'without'} minima"
+    raise ValueError(f"no layout holds {given}: expected 4 bits, or 8 bits without minima")
+
+
+def _fits_half(values: Array) -> bool:
+    with np.errstate(over="ignore"):
+        return bool(np.array_equal(values.astype(np.float16).astype(np.float32), values))
+
+
+def pack(form: Form, codes: Array, scales: Array, minima: Array | None = None) -> Array:
+    """Codes uint8 [n, k], scales (and minima) fp32 [n, groups] as packed bytes, uint8 1-D.
+
+    A group of columns has 16, 32 or any multiple of 32 weights: `ceil(k / groups)` rounded up to
+    one of these; the scale of a larger group is repeated in each of its blocks. Raises ValueError
+    on shapes that do not fit together.
+    """
+    n, k = codes.shape
+    if (minima is not None) != form.minimum:
+        raise ValueError(f"form {form.name} {'needs' if form.minimum else 'takes no'} minima")
+    blocks = -(-k // BLOCK)
+    padded = np.full((-(-n // ROWS) * ROWS, blocks * BLOCK), form.center, np.uint8)
+    padded[:n, :k] = codes
+    parts = [_interleave(form, padded)]
+    for values in [scales] if minima is None else [scales, minima]:
+        parts.append(_per_block(form, values, n, k))
+    return np.ascontiguousarray(np.concatenate(parts, axis=-1)).reshape(-1)
+
+
+def _interleave(form: Form, codes: Array) -> Array:
+    """[groups, blocks, code_bytes]"""
+    groups, blocks = codes.shape[0] // ROWS, codes.shape[1] // BLOCK
+    chunks = codes.reshape(groups, ROWS, blocks, BLOCK // 4, 4).transpose(0, 2, 3, 1, 4)
+    if form.bits == 4:
+        chunks = chunks[:, :, 0::2] | (chunks[:, :, 1::2] << 4)
+    return chunks.reshape(groups, blocks, form.code_bytes)
+
+
+def _per_block(form: Form, values: Array, n: int, k: int) -> Array:
+    """[groups, blocks, scale_bytes]"""
+    blocks, given = -(-k // BLOCK), values.shape[1]
+    repeat = -(-blocks // given)
+    if values.shape[0] != n or -(-blocks // repeat) != given:
+        raise ValueError(
+            f"scales of shape {values.shape} do not fit {n} rows of {k} weights in blocks of"
+            f" {BLOCK}: expected [{n}, groups of a multiple of {BLOCK} columns]"
+        )
+    padded = np.zeros((-(-n // ROWS) * ROWS, blocks), np.float32 if form.wide else np.float16)
+    padded[:n] = np.repeat(values, repeat, axis=1)[:, :blocks]
+    by_group = padded.reshape(-1, ROWS, blocks).transpose(0, 2, 1)
+    return np.ascontiguousarray(by_group).view(np.uint8).reshape(-1, blocks, form.scale_bytes)
+
+
+def unpack(form: Form, packed: Array, n: int, k: int) -> tuple[Array, Array, Array | None]:
+    """What `pack` was given: codes uint8 [n, k], scales and minima fp32 [n, ceil(k / 32)]."""
+    blocks = -(-k // BLOCK)
+    body = packed.reshape(-1, blocks, form.block_bytes)
+    chunks = body[:, :, : form.code_bytes]
+    if form.bits == 4:
+        pairs = chunks.reshape(-1, blocks, BLOCK // 8, 1, ROWS * 4)
+        chunks = np.concatenate([pairs & 15, pairs >> 4], axis=3)
+    codes = chunks.reshape(-1, blocks, BLOCK // 4, ROWS, 4).transpose(0, 3, 1, 2, 4)
+    codes = codes.reshape(-1, blocks * BLOCK)[:n, :k]
+    numbers = body[:, :, form.code_bytes :].copy().view(np.float32 if form.wide else np.float16)
+    numbers = numbers.reshape(-1, blocks, 2 if form.minimum else 1, ROWS).transpose(2, 0, 3, 1)
+    rows = numbers.reshape(numbers.shape[0], -1, blocks)[:, :n].astype(np.float32)
+    return codes, rows[0], rows[1] if form.minimum else None
+
+
+def interleave_gate_up(gate: Array, up: Array) -> Array:
+    """Rows of two matrices [n, ...] by turns of 16, as the gated form of `Linear` expects them.
+
+    Both are padded to whole groups by the caller: n must be a multiple of 16.
+    """
+    if gate.shape != up.shape or gate.shape[0] % ROWS:
+        raise ValueError(
+            f"gate {gate.shape} and up {up.shape} must have one shape with rows a multiple of 16"
+        )
+    both = np.stack([gate.reshape(-1, ROWS, *gate.shape[1:]), up.reshape(-1, ROWS, *up.shape[1:])])
+    return np.ascontiguousarray(both.swapaxes(0, 1)).reshape(-1, *gate.shape[1:])
+
+
+def row_bytes(k: int, *, floats: bool) -> int:
+    """Bytes from one activation row to the next; a multiple of 64."""
+    blocks = -(-k // BLOCK)
+    per_block = 4 * BLOCK + 4 if floats else BLOCK + 8
+    return -(-blocks * per_block // 64) * 64

@@ -1,0 +1,90 @@
+"""Plain NumPy twins of the kernels: same names, same meaning, float64 sums, no packing.
+
+They say what a kernel computes; a kernel may differ by the rounding of its fp32 sums alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from leangen_kernels.layout import BLOCK, Array, Form, unpack
+
+TINY = np.float32(1e-30)
+
+
+def quantize(x: Array) -> tuple[Array, Array]:
+    """Rows of floats as int8 codes [m, k] and scales [m, ceil(k / 32)], fp32, x = codes * scale.
+
+    The scale is a block's largest magnitude over 127; codes round to nearest, ties to even. Blocks
+    whose largest magnitude is below 1e-30 are zero.
+    """
+    blocks = _in_blocks(x)
+    largest = np.abs(blocks).max(-1)
+    kept = largest >= TINY
+    scales = np.where(kept, largest / np.float32(127), np.float32(0)).astype(np.float32)
+    inverse = np.divide(np.float32(127), largest, out=np.zeros_like(largest), where=kept)
+    codes = np.rint(blocks * inverse[..., None]).astype(np.int8)
+    return codes.reshape(x.shape[0], -1)[:, : x.shape[1]], scales
+
+
+def _in_blocks(x: Array) -> Array:
+    m, k = x.shape
+    padded = np.zeros((m, -(-k // BLOCK) * BLOCK), np.float32)
+    padded[:, :k] = x
+    return padded.reshape(m, -1, BLOCK)
+
+
+def dequantize(codes: Array, scales: Array) -> Array:
+    """The float64 rows that int8 codes and scales stand for."""
+    return codes * np.repeat(scales, BLOCK, 1)[:, : codes.shape[1]].astype(np.float64)
+
+
+def weight(form: Form, packed: Array, n: int, k: int) -> Array:
+    """The float64 matrix [n, k] that packed weights stand for."""
+    codes, scales, minima = unpack(form, packed, n, k)
+    scale = np.repeat(scales, BLOCK, 1)[:, :k].astype(np.float64)
+    if minima is None:
+        return (codes.astype(np.float64) - form.center) * scale
+    return codes * scale + np.repeat(minima, BLOCK, 1)[:, :k]
+
+
+def rms_norm(x: Array, gain: Array, epsilon: float) -> Array:
+    """gain * x / sqrt(mean(x**2) + epsilon), rows of float64."""
+    x = x.astype(np.float64)
+    return gain * x / np.sqrt((x**2).mean(-1, keepdims=True) + epsilon)
+
+
+def silu_multiply(gate_up: Array) -> Array:
+    """gate / (1 + exp(-gate)) * up, columns of gate and up by turns of 16."""
+    pairs = gate_up.astype(np.float64).reshape(gate_up.shape[0], -1, 2, 16)
+    gate, up = pairs[:, :, 0], pairs[:, :, 1]
+    # exp(-gate) overflows below about -709, where the quotient is zero anyway.
+    return (gate / (1 + np.exp(np.minimum(-gate, 700))) * up).reshape(gate_up.shape[0], -1)
+
+
+def linear(
+    form: Form,
+    packed: Array,
+    n: int,
+    x: Array,
+    *,
+    activations: str = "int8",
+    gain: Array | None = None,
+    epsilon: float = 1e-5,
+    bias: Array | None = None,
+    residual: Array | None = None,
+    gated: bool = False,
+) -> Array:
+    """The operator `Linear`: float64 [m, n], or [m, n / 2] when gated."""
+    w: Any = weight(form, packed, n, x.shape[1])
+    if gain is not None:
+        x = rms_norm(x, gain, epsilon).astype(np.float32)
+    rows = dequantize(*quantize(x)) if activations == "int8" else x.astype(np.float64)
+    y = rows @ w.T
+    if gated:
+        y = silu_multiply(y)
+    if bias is not None:
+        y = y + bias
+    return y if residual is None else y + residual

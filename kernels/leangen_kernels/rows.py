@@ -1,0 +1,145 @@
+"""What is done to one row of activations before and after a linear layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from leangen_kernels.layout import BLOCK, ROWS
+from leangen_kernels.simd import (
+    larger,
+    larger_magnitude,
+    largest_magnitude,
+    load_first_floats,
+    load_floats,
+    multiply_add,
+    power_of_two,
+    round_to_ints,
+    splat,
+    square_root,
+    store_first_floats,
+    store_float,
+    store_floats,
+    store_int,
+    store_ints_as_bytes,
+    sum_floats,
+    sum_ints,
+    to_floats,
+)
+from leangen_kernels.unroll import static, unrolled
+
+TINY = 1e-30
+"""A block whose largest magnitude is below this counts as zero: its inverse would overflow."""
+
+
+def quantize(x: int, row: int, k: int, center: int) -> None:
+    """An activation row of int8 blocks from k floats: codes are x / scale, ties to even."""
+    blocks = (k + BLOCK - 1) // BLOCK
+    for block in range(blocks):
+        at = x + 4 * BLOCK * block
+        left = k - BLOCK * block
+        if left >= BLOCK:
+            first, second = load_floats(at, 0), load_floats(at, 4 * ROWS)
+        else:
+            first = load_first_floats(at, left)
+            second = load_first_floats(at + 4 * ROWS, left - ROWS)
+        largest = largest_magnitude(larger_magnitude(first, second))
+        scale, inverse = largest / 127.0, 127.0 / largest
+        if largest < TINY:
+            scale, inverse = 0.0, 0.0
+        codes = round_to_ints(first * splat(inverse))
+        store_ints_as_bytes(row + BLOCK * block, codes)
+        more = round_to_ints(second * splat(inverse))
+        store_ints_as_bytes(row + BLOCK * block + ROWS, more)
+        total = sum_ints(codes + more)
+        pair = row + BLOCK * blocks + 8 * block
+        store_float(pair, scale)
+        if center == 0:
+            store_float(pair + 4, scale * total)
+        else:
+            store_int(pair + 4, -center * total)
+
+
+def keep(x: int, row: int, k: int, center: int) -> None:
+    """An activation row of floats."""
+    blocks = (k + BLOCK - 1) // BLOCK
+    factor = -center if center else 1
+    for block in range(blocks):
+        at = x + 4 * BLOCK * block
+        left = k - BLOCK * block
+        if left >= BLOCK:
+            first, second = load_floats(at, 0), load_floats(at, 4 * ROWS)
+        else:
+            first = load_first_floats(at, left)
+            second = load_first_floats(at + 4 * ROWS, left - ROWS)
+        store_floats(row + 4 * BLOCK * block, first)
+        store_floats(row + 4 * BLOCK * block + 4 * ROWS, second)
+        store_float(row + 4 * BLOCK * blocks + 4 * block, factor * sum_floats(first + second))
+
+
+def rms_norm(x: int, gain: int, y: int, k: int, epsilon: float) -> None:
+    """y = gain * x / sqrt(mean(x**2) + epsilon) (Zhang and Sennrich 2019)."""
+    total, more = splat(0.0), splat(0.0)
+    whole = k // BLOCK * BLOCK
+    for i in range(0, whole, BLOCK):
+        first, second = load_floats(x + 4 * i, 0), load_floats(x + 4 * i, 4 * ROWS)
+        total = multiply_add(first, first, total)
+        more = multiply_add(second, second, more)
+    for i in range(whole, k, ROWS):
+        first = load_first_floats(x + 4 * i, k - i)
+        total = multiply_add(first, first, total)
+    factor = splat(1.0 / square_root(sum_floats(total + more) / k + epsilon))
+    for i in range(0, k, ROWS):
+        if k - i >= ROWS:
+            value = load_floats(x + 4 * i, 0) * factor * load_floats(gain + 4 * i, 0)
+            store_floats(y + 4 * i, value)
+        else:
+            value = load_first_floats(x + 4 * i, k - i) * factor
+            value = value * load_first_floats(gain + 4 * i, k - i)
+            store_first_floats(y + 4 * i, value, k - i)
+
+
+def add(x: int, y: int, n: int) -> None:
+    """y += x"""
+    for i in range(0, n, ROWS):
+        if n - i >= ROWS:
+            store_floats(y + 4 * i, load_floats(y + 4 * i, 0) + load_floats(x + 4 * i, 0))
+        else:
+            value = load_first_floats(y + 4 * i, n - i) + load_first_floats(x + 4 * i, n - i)
+            store_first_floats(y + 4 * i, value, n - i)
+
+
+# exp(r) for |r| <= ln(2) / 2: Taylor's terms up to r**7 / 7!, below 2**-24 relative.
+TERMS = (1 / 5040, 1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0, 1.0)
+_LOG2_E = 1.4426950408889634
+_LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440e-4
+
+
+def silu_multiply(gate_up: int, y: int, n: int) -> None:
+    """y = gate / (1 + exp(-gate)) * up, gate and up by turns of 16 (see `interleave_gate_up`)."""
+    for i in range(0, n, ROWS):
+        gate, up = load_floats(gate_up + 8 * i, 0), load_floats(gate_up + 8 * i, 4 * ROWS)
+        # Within +-87, where 2**power stays a normal number.
+        x = splat(0.0) - larger(splat(0.0) - larger(splat(0.0) - gate, splat(-87.0)), splat(-87.0))
+        power = round_to_ints(x * splat(_LOG2_E))
+        rest = multiply_add(to_floats(power), splat(-_LN2_HIGH), x)
+        rest = multiply_add(to_floats(power), splat(-_LN2_LOW), rest)
+        exponential = splat(TERMS[0])
+        for term in static(1, 8):
+            exponential = multiply_add(exponential, rest, splat(TERMS[term]))
+        value = gate / (splat(1.0) + exponential * power_of_two(power)) * up
+        if n - i >= ROWS:
+            store_floats(y + 4 * i, value)
+        else:
+            store_first_floats(y + 4 * i, value, n - i)
+
+
+def kernels() -> dict[str, tuple[Callable[..., Any], str]]:
+    """Name of each kernel -> its function and the C types of its arguments."""
+    return {
+        "quantize": (quantize, "iiii"),
+        "keep": (keep, "iiii"),
+        "rms_norm": (rms_norm, "iiiid"),
+        "add": (add, "iii"),
+        "silu_multiply": (unrolled(silu_multiply, TERMS=TERMS), "iii"),
+    }

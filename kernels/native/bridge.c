@@ -1,0 +1,158 @@
+/* An ONNX Runtime custom-op library: registers the operators of the domain "leangen". */
+#include <pthread.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "kernels.h"
+#include "op.h"
+
+any_fn *ort_api;
+
+Status fail(const char *format, ...) {
+  char message[512];
+  va_list arguments;
+  va_start(arguments, format);
+  vsnprintf(message, sizeof message, format, arguments);
+  va_end(arguments);
+  return ORT(CreateStatus)(ORT_INVALID_ARGUMENT, message);
+}
+
+Status get_input(void *context, size_t index, Tensor *tensor) {
+  size_t inputs = 0;
+  void *value = NULL, *info;
+  memset(tensor, 0, sizeof *tensor);
+  TRY(ORT(KernelContext_GetInputCount)(context, &inputs));
+  if (index >= inputs) return NULL;
+  TRY(ORT(KernelContext_GetInput)(context, index, &value));
+  if (!value) return NULL;
+  TRY(ORT(GetTensorTypeAndShape)(value, &info));
+  Status status = ORT(GetDimensionsCount)(info, &tensor->rank);
+  if (!status && tensor->rank > MAX_RANK)
+    status = fail("input %zu has rank %zu, expected at most %d", index, tensor->rank, MAX_RANK);
+  if (!status) status = ORT(GetDimensions)(info, tensor->dims, tensor->rank);
+  ORT(ReleaseTensorTypeAndShapeInfo)(info);
+  TRY(status);
+  tensor->count = 1;
+  for (size_t i = 0; i < tensor->rank; i++) tensor->count *= tensor->dims[i];
+  return ORT(GetTensorMutableData)(value, &tensor->data);
+}
+
+Status get_output(void *context, size_t index, const int64_t *dims, size_t rank, void **data) {
+  void *value;
+  TRY(ORT(KernelContext_GetOutput)(context, index, dims, rank, &value));
+  return ORT(GetTensorMutableData)(value, data);
+}
+
+static int absent(Status status) {
+  if (status) ORT(ReleaseStatus)(status);
+  return status != NULL;
+}
+
+int64_t attribute_int(const void *info, const char *name, int64_t otherwise) {
+  int64_t value;
+  return absent(ORT(KernelInfoGetAttribute_int64)(info, name, &value)) ? otherwise : value;
+}
+
+float attribute_float(const void *info, const char *name, float otherwise) {
+  float value;
+  return absent(ORT(KernelInfoGetAttribute_float)(info, name, &value)) ? otherwise : value;
+}
+
+void attribute_string(const void *info, const char *name, char *out, size_t size) {
+  if (absent(ORT(KernelInfoGetAttribute_string)(info, name, out, &size))) out[0] = 0;
+}
+
+Status infer_attribute_int(void *context, const char *name, int64_t otherwise, int64_t *value) {
+  const void *attribute = NULL;
+  size_t read;
+  *value = otherwise;
+  if (absent(ORT(ShapeInferContext_GetAttribute)(context, name, &attribute)) || !attribute)
+    return NULL;
+  return ORT(ReadOpAttr)(attribute, OP_ATTR_INT, value, sizeof *value, &read);
+}
+
+Status infer_like_first(void *context, size_t output, int64_t last) {
+  void *given, *made;
+  size_t rank;
+  int64_t dims[MAX_RANK];
+  const char *names[MAX_RANK] = {0};
+  TRY(ORT(ShapeInferContext_GetInputTypeShape)(context, (size_t)0, &given));
+  TRY(ORT(GetDimensionsCount)(given, &rank));
+  if (rank == 0 || rank > MAX_RANK) return NULL; /* unknown here, checked when it runs */
+  TRY(ORT(GetDimensions)(given, dims, rank));
+  TRY(ORT(GetSymbolicDimensions)(given, names, rank));
+  dims[rank - 1] = last;
+  names[rank - 1] = "";
+  for (size_t i = 0; i < rank; i++)
+    if (!names[i]) names[i] = "";
+  TRY(ORT(CreateTensorTypeAndShapeInfo)(&made));
+  Status status = ORT(SetTensorElementType)(made, TENSOR_FLOAT);
+  if (!status) status = ORT(SetDimensions)(made, dims, rank);
+  if (!status) status = ORT(SetSymbolicDimensions)(made, names, rank);
+  if (!status) status = ORT(ShapeInferContext_SetOutputTypeShape)(context, output, made);
+  ORT(ReleaseTensorTypeAndShapeInfo)(made);
+  return status;
+}
+
+/* Freed when its thread ends: the library must stay loaded (linked with -z nodelete). */
+struct memory {
+  char *data;
+  size_t bytes;
+};
+static pthread_key_t memory_key;
+
+static void free_memory(void *given) {
+  struct memory *memory = given;
+  free(memory->data);
+  free(memory);
+}
+
+static void make_memory_key(void) { pthread_key_create(&memory_key, free_memory); }
+
+char *scratch(size_t bytes) {
+  static pthread_once_t once = PTHREAD_ONCE_INIT;
+  pthread_once(&once, make_memory_key);
+  struct memory *memory = pthread_getspecific(memory_key);
+  if (!memory) {
+    memory = calloc(1, sizeof *memory);
+    if (!memory || pthread_setspecific(memory_key, memory)) {
+      free(memory);
+      return NULL;
+    }
+  }
+  if (memory->bytes < bytes) {
+    free(memory->data);
+    memory->bytes = (bytes + 4095) & ~(size_t)4095;
+    memory->data = aligned_alloc(64, memory->bytes);
+    if (!memory->data) memory->bytes = 0;
+  }
+  return memory->data;
+}
+
+const char *op_provider(const CustomOp *op) { return (void)op, NULL; /* any CPU */ }
+int op_none(const CustomOp *op, size_t index) { return (void)op, (void)index, 0; }
+int op_one(const CustomOp *op) { return (void)op, 1; }
+int op_newest(const CustomOp *op) { return (void)op, 0x7fffffff; }
+size_t op_no_map(int **from, int **to) { return *from = *to = NULL, 0; }
+void op_release_map(int *from, int *to) { (void)from, (void)to; }
+/* Never called: ORT takes the second versions where there are any. */
+void *op_create_v1(const CustomOp *op, const void *api, const void *info) {
+  return (void)op, (void)api, (void)info, NULL;
+}
+void op_compute_v1(void *kernel, void *context) { (void)kernel, (void)context; }
+
+static const CustomOp *const operators[] = {&linear_op};
+
+/* Each session frees the domain it was given, so make one for each. */
+EXPORT Status RegisterCustomOps(void *options, const void *base) {
+  const char *reason;
+  void *domain;
+  ort_api = ((any_fn * (*)(uint32_t)) * (void *const *)base)(ORT_ABI_VERSION);
+  if (!leangen_kernels_variant(&reason)) return fail("leangen kernels: %s", reason);
+  TRY(ORT(CreateCustomOpDomain)("leangen", &domain));
+  for (size_t i = 0; i < sizeof operators / sizeof *operators; i++)
+    TRY(ORT(CustomOpDomain_Add)(domain, operators[i]));
+  return ORT(AddCustomOpDomain)(options, domain);
+}

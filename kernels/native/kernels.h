@@ -1,0 +1,32 @@
+/* The compiled kernels, by variant and name, and the choice of variant. */
+#ifndef LEANGEN_KERNELS_H
+#define LEANGEN_KERNELS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define EXPORT __attribute__((visibility("default")))
+
+/* Numba's calling convention: where to return to, where an exception goes, then the arguments.
+ * The kernels return nothing and raise nothing, but write a zero through both. */
+#define CALL_KERNEL(function, ...) \
+  do { \
+    void *nothing_ = NULL, *exception_ = NULL; \
+    (function)(&nothing_, &exception_, __VA_ARGS__); \
+  } while (0)
+
+typedef int (*linear_fn)(void *, void **, int64_t x, int64_t x_stride, int64_t w, int64_t blocks,
+                         int64_t y, int64_t y_stride, int64_t tokens, int64_t n, int64_t first,
+                         int64_t last, int64_t wide);
+typedef int (*row_fn)(void *, void **, int64_t x, int64_t row, int64_t k, int64_t center);
+typedef int (*rms_norm_fn)(void *, void **, int64_t x, int64_t gain, int64_t y, int64_t k,
+                           double epsilon);
+typedef int (*elementwise_fn)(void *, void **, int64_t x, int64_t y, int64_t n);
+
+/* Name of the variant in use, and why; NULL with the reason when there is none. Decided once. */
+EXPORT const char *leangen_kernels_variant(const char **reason);
+
+/* A kernel of any variant, NULL when unknown or when this CPU cannot run it. */
+EXPORT void *leangen_kernels_find(const char *variant, const char *name);
+
+#endif

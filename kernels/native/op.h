@@ -1,0 +1,63 @@
+/* What the operators share: access to ORT, shapes, error statuses, scratch memory. */
+#ifndef LEANGEN_OP_H
+#define LEANGEN_OP_H
+
+#include "ort_abi.h"
+
+enum { MAX_RANK = 8 };
+
+typedef void *(*any_fn)();
+extern any_fn *ort_api; /* OrtApi of this process */
+#define ORT(slot) (ort_api[slot])
+#define TRY(expression) \
+  do { \
+    Status status_ = (Status)(expression); \
+    if (status_) return status_; \
+  } while (0)
+
+/* An error status with a message made as by printf. */
+Status fail(const char *format, ...) __attribute__((format(printf, 1, 2)));
+
+typedef struct {
+  void *data; /* NULL: an optional input that is absent */
+  size_t rank;
+  int64_t dims[MAX_RANK];
+  int64_t count; /* of elements */
+} Tensor;
+
+Status get_input(void *context, size_t index, Tensor *tensor);
+Status get_output(void *context, size_t index, const int64_t *dims, size_t rank, void **data);
+
+int64_t attribute_int(const void *info, const char *name, int64_t otherwise);
+float attribute_float(const void *info, const char *name, float otherwise);
+/* Empty when absent or longer than `size` allows. */
+void attribute_string(const void *info, const char *name, char *out, size_t size);
+
+/* Output `output` has the dims of input 0 with the last one `last`; it keeps symbolic names. */
+Status infer_like_first(void *context, size_t output, int64_t last);
+Status infer_attribute_int(void *context, const char *name, int64_t otherwise, int64_t *value);
+
+/* Memory of the calling thread, 64-byte aligned, valid until its next call; NULL if exhausted. */
+char *scratch(size_t bytes);
+
+extern const CustomOp linear_op;
+
+/* The parts of an operator that are alike in all of them. */
+const char *op_provider(const CustomOp *);
+int op_none(const CustomOp *, size_t);
+int op_one(const CustomOp *);
+int op_newest(const CustomOp *);
+size_t op_no_map(int **, int **);
+void op_release_map(int *, int *);
+void *op_create_v1(const CustomOp *, const void *, const void *);
+void op_compute_v1(void *, void *);
+
+#define OP_COMMON \
+  .version = ORT_ABI_VERSION, .create = op_create_v1, .compute = op_compute_v1, \
+  .provider = op_provider, .output_characteristic = op_none, .input_memory = op_none, \
+  .variadic_input_min = op_one, .variadic_input_homogeneous = op_one, \
+  .variadic_output_min = op_one, .variadic_output_homogeneous = op_one, .start_version = op_one, \
+  .end_version = op_newest, .may_inplace = op_no_map, .release_may_inplace = op_release_map, \
+  .alias_map = op_no_map, .release_alias_map = op_release_map
+
+#endif
