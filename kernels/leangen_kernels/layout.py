@@ -12,10 +12,11 @@ after the other, so that a group is one sequential stream. A block holds
 A weight is `scale * code + minimum`, or `scale * (code - center)` with center 8 or 128. Rows and
 columns are padded to whole groups and blocks with weights that are zero.
 
-**Activation rows** are padded to whole blocks with zeros: with int8 activations 32 signed bytes a
-block, then for each block its scale (fp32) and what its sum amounts to: with a minimum the sum
-times the scale (fp32), else `-center` times the integer sum (int32). With fp32 activations the
-floats, then per block their sum times 1 or `-center`.
+**Activation rows** are padded to whole blocks with zeros. With int8 activations a block is 32
+signed bytes, their scale (fp32) and what their sum amounts to: with a minimum the sum times the
+scale (fp32), else `-center` times the integer sum (int32). With fp32 activations it is 32 floats
+and their sum times 1 or `-center`. Rows stand in tiles of as many tokens as the kernel takes at
+once: the first block of each row of the tile, then the second of each, and so on.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ import numpy as np
 
 ROWS = 16
 BLOCK = 32
+INT8_BLOCK_BYTES = BLOCK + 8
+FP32_BLOCK_BYTES = 4 * BLOCK + 4
 Array = np.ndarray[Any, Any]
 
 
@@ -172,10 +175,3 @@ def interleave_gate_up(gate: Array, up: Array) -> Array:
         )
     both = np.stack([gate.reshape(-1, ROWS, *gate.shape[1:]), up.reshape(-1, ROWS, *up.shape[1:])])
     return np.ascontiguousarray(both.swapaxes(0, 1)).reshape(-1, *gate.shape[1:])
-
-
-def row_bytes(k: int, *, floats: bool) -> int:
-    """Bytes from one activation row to the next; a multiple of 64."""
-    blocks = -(-k // BLOCK)
-    per_block = 4 * BLOCK + 4 if floats else BLOCK + 8
-    return -(-blocks * per_block // 64) * 64

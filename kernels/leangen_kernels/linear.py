@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from leangen_kernels.layout import BLOCK, FORMS, ROWS
+from leangen_kernels.layout import BLOCK, FORMS, FP32_BLOCK_BYTES, INT8_BLOCK_BYTES, ROWS
 from leangen_kernels.simd import (
     byte_dot,
     byte_start,
@@ -50,18 +50,15 @@ MINIMUM = False
 
 
 def int8(
-    x: int, x_stride: int, w: int, blocks: int, y: int, y_stride: int, tokens: int, n: int,
-    first: int, last: int, wide: int,
+    x: int, w: int, blocks: int, y: int, y_stride: int, tokens: int, n: int, first: int,
+    last: int, wide: int,
 ) -> None:  # fmt: skip
     """Groups `first` to `last` of the outputs, from activations of int8 blocks.
 
-    `x` is the address of packed rows that exist up to the end of the last tile, `w` that of the
-    whole packed matrix, `y` that of output [0, 0]; strides are in bytes. `wide` is 1 where scales
-    are fp32, else 0.
+    `x` is the address of packed tiles of TOKENS rows, `w` that of the whole packed matrix, `y` that
+    of output [0, 0]; `y_stride` is in bytes. `wide` is 1 where scales are fp32, else 0.
     """
-    total, partial, start, bytes_at, scales_at = (
-        registers(), registers(), registers(), registers(), registers(),
-    )  # fmt: skip
+    total, partial, start = registers(), registers(), registers()
     block_bytes = CODE_BYTES + (1 + MINIMUM) * 2 * ROWS * (1 + wide)
     for group in range(first, last):
         rows = n - ROWS * group
@@ -69,8 +66,7 @@ def int8(
             codes_at = w + group * blocks * block_bytes
             for t in static(TOKENS):
                 total[t] = splat(0.0)
-                bytes_at[t] = x + (token + t) * x_stride
-                scales_at[t] = bytes_at[t] + BLOCK * blocks
+            x_at = x + token * blocks * INT8_BLOCK_BYTES
             for _ in range(blocks):
                 if TOKENS == 1:
                     for line in static((CODE_BYTES + 127) // 64):
@@ -79,7 +75,7 @@ def int8(
                     if MINIMUM:
                         start[t] = 0
                     else:
-                        start[t] = load_int(scales_at[t], 4)
+                        start[t] = load_int(x_at, INT8_BLOCK_BYTES * t + BLOCK + 4)
                     if BITS == 4:
                         partial[t] = nibble_start(start[t])
                     else:
@@ -89,19 +85,19 @@ def int8(
                         codes = load_bytes(codes_at, 64 * j)
                         low, high = low_nibbles(codes), high_nibbles(codes)
                         for t in static(TOKENS):
-                            partial[t] = nibble_dot(partial[t], low, bytes_at[t], 8 * j)
-                            partial[t] = nibble_dot(partial[t], high, bytes_at[t], 8 * j + 4)
+                            partial[t] = nibble_dot(partial[t], low, x_at, INT8_BLOCK_BYTES * t + 8 * j)
+                            partial[t] = nibble_dot(partial[t], high, x_at, INT8_BLOCK_BYTES * t + 8 * j + 4)
                 else:
                     for j in static(8):
                         codes = load_bytes(codes_at, 64 * j)
                         for t in static(TOKENS):
-                            partial[t] = byte_dot(partial[t], codes, bytes_at[t], 4 * j)
+                            partial[t] = byte_dot(partial[t], codes, x_at, INT8_BLOCK_BYTES * t + 4 * j)
                 if wide:
                     scale = load_floats(codes_at, CODE_BYTES)
                 else:
                     scale = load_halves(codes_at, CODE_BYTES)
                 for t in static(TOKENS):
-                    both = scale * load_for_all(scales_at[t], 0)
+                    both = scale * load_for_all(x_at, INT8_BLOCK_BYTES * t + BLOCK)
                     if BITS == 4:
                         product = to_floats(nibble_finish(partial[t], start[t]))
                     else:
@@ -113,11 +109,10 @@ def int8(
                     else:
                         minimum = load_halves(codes_at, CODE_BYTES + 2 * ROWS)
                     for t in static(TOKENS):
-                        total[t] = multiply_add(minimum, load_for_all(scales_at[t], 4), total[t])
+                        sums = load_for_all(x_at, INT8_BLOCK_BYTES * t + BLOCK + 4)
+                        total[t] = multiply_add(minimum, sums, total[t])
                 codes_at += block_bytes
-                for t in static(TOKENS):
-                    bytes_at[t] += BLOCK
-                    scales_at[t] += 8
+                x_at += INT8_BLOCK_BYTES * TOKENS
             for t in static(TOKENS):
                 if token + t < tokens:
                     at = y + (token + t) * y_stride + 4 * ROWS * group
@@ -128,11 +123,11 @@ def int8(
 
 
 def fp32(
-    x: int, x_stride: int, w: int, blocks: int, y: int, y_stride: int, tokens: int, n: int,
-    first: int, last: int, wide: int,
+    x: int, w: int, blocks: int, y: int, y_stride: int, tokens: int, n: int, first: int,
+    last: int, wide: int,
 ) -> None:  # fmt: skip
     """The same from fp32 activations, which are not rounded at all."""
-    total, product, floats_at, sums_at = registers(), registers(), registers(), registers()
+    total, product = registers(), registers()
     block_bytes = CODE_BYTES + (1 + MINIMUM) * 2 * ROWS * (1 + wide)
     for group in range(first, last):
         rows = n - ROWS * group
@@ -140,14 +135,13 @@ def fp32(
             codes_at = w + group * blocks * block_bytes
             for t in static(TOKENS):
                 total[t] = splat(0.0)
-                floats_at[t] = x + (token + t) * x_stride
-                sums_at[t] = floats_at[t] + 4 * BLOCK * blocks
+            x_at = x + token * blocks * FP32_BLOCK_BYTES
             for _ in range(blocks):
                 for t in static(TOKENS):
                     if MINIMUM:
                         product[t] = splat(0.0)
                     else:
-                        product[t] = load_for_all(sums_at[t], 0)
+                        product[t] = load_for_all(x_at, FP32_BLOCK_BYTES * t + 4 * BLOCK)
                 for j in static(8):
                     if BITS == 8:
                         four = load_bytes(codes_at, 64 * j)
@@ -157,7 +151,7 @@ def fp32(
                         four = high_nibbles(load_bytes(codes_at, 32 * j - 32))
                     w_0, w_1, w_2, w_3 = code_0(four), code_1(four), code_2(four), code_3(four)
                     for t in static(TOKENS):
-                        at = floats_at[t]
+                        at = x_at + FP32_BLOCK_BYTES * t
                         product[t] = multiply_add(w_0, load_for_all(at, 16 * j), product[t])
                         product[t] = multiply_add(w_1, load_for_all(at, 16 * j + 4), product[t])
                         product[t] = multiply_add(w_2, load_for_all(at, 16 * j + 8), product[t])
@@ -174,11 +168,10 @@ def fp32(
                     else:
                         minimum = load_halves(codes_at, CODE_BYTES + 2 * ROWS)
                     for t in static(TOKENS):
-                        total[t] = multiply_add(minimum, load_for_all(sums_at[t], 0), total[t])
+                        sums = load_for_all(x_at, FP32_BLOCK_BYTES * t + 4 * BLOCK)
+                        total[t] = multiply_add(minimum, sums, total[t])
                 codes_at += block_bytes
-                for t in static(TOKENS):
-                    floats_at[t] += 4 * BLOCK
-                    sums_at[t] += 4
+                x_at += FP32_BLOCK_BYTES * TOKENS
             for t in static(TOKENS):
                 if token + t < tokens:
                     at = y + (token + t) * y_stride + 4 * ROWS * group
@@ -202,6 +195,10 @@ def kernels() -> dict[str, tuple[Callable[..., Any], str]]:
                     MINIMUM=form.minimum,
                     CODE_BYTES=form.code_bytes,
                     TOKENS=tile,
+                    BLOCK=BLOCK,
+                    ROWS=ROWS,
+                    INT8_BLOCK_BYTES=INT8_BLOCK_BYTES,
+                    FP32_BLOCK_BYTES=FP32_BLOCK_BYTES,
                 )
-                found[f"{kernel.__name__}_{form.kernel}_{tile}"] = (function, "i" * 11)
+                found[f"{kernel.__name__}_{form.kernel}_{tile}"] = (function, "i" * 10)
     return found

@@ -32,8 +32,11 @@ TINY = 1e-30
 """A block whose largest magnitude is below this counts as zero: its inverse would overflow."""
 
 
-def quantize(x: int, row: int, k: int, center: int) -> None:
-    """An activation row of int8 blocks from k floats: codes are x / scale, ties to even."""
+def quantize(x: int, row: int, stride: int, k: int, center: int) -> None:
+    """An activation row of int8 blocks from k floats: codes are x / scale, ties to even.
+
+    `stride` is the bytes from one block of the row to its next.
+    """
     blocks = (k + BLOCK - 1) // BLOCK
     for block in range(blocks):
         at = x + 4 * BLOCK * block
@@ -48,20 +51,20 @@ def quantize(x: int, row: int, k: int, center: int) -> None:
         if largest < TINY:
             scale, inverse = 0.0, 0.0
         codes = round_to_ints(first * splat(inverse))
-        store_ints_as_bytes(row + BLOCK * block, codes)
+        store_ints_as_bytes(row, codes)
         more = round_to_ints(second * splat(inverse))
-        store_ints_as_bytes(row + BLOCK * block + ROWS, more)
+        store_ints_as_bytes(row + ROWS, more)
         total = sum_ints(codes + more)
-        pair = row + BLOCK * blocks + 8 * block
-        store_float(pair, scale)
+        store_float(row + BLOCK, scale)
         if center == 0:
-            store_float(pair + 4, scale * total)
+            store_float(row + BLOCK + 4, scale * total)
         else:
-            store_int(pair + 4, -center * total)
+            store_int(row + BLOCK + 4, -center * total)
+        row += stride
 
 
-def keep(x: int, row: int, k: int, center: int) -> None:
-    """An activation row of floats."""
+def keep(x: int, row: int, stride: int, k: int, center: int) -> None:
+    """An activation row of floats, else like `quantize`."""
     blocks = (k + BLOCK - 1) // BLOCK
     factor = -center if center else 1
     for block in range(blocks):
@@ -72,9 +75,10 @@ def keep(x: int, row: int, k: int, center: int) -> None:
         else:
             first = load_first_floats(at, left)
             second = load_first_floats(at + 4 * ROWS, left - ROWS)
-        store_floats(row + 4 * BLOCK * block, first)
-        store_floats(row + 4 * BLOCK * block + 4 * ROWS, second)
-        store_float(row + 4 * BLOCK * blocks + 4 * block, factor * sum_floats(first + second))
+        store_floats(row, first)
+        store_floats(row + 4 * ROWS, second)
+        store_float(row + 4 * BLOCK, factor * sum_floats(first + second))
+        row += stride
 
 
 def rms_norm(x: int, gain: int, y: int, k: int, epsilon: float) -> None:
@@ -137,8 +141,8 @@ def silu_multiply(gate_up: int, y: int, n: int) -> None:
 def kernels() -> dict[str, tuple[Callable[..., Any], str]]:
     """Name of each kernel -> its function and the C types of its arguments."""
     return {
-        "quantize": (quantize, "iiii"),
-        "keep": (keep, "iiii"),
+        "quantize": (quantize, "iiiii"),
+        "keep": (keep, "iiiii"),
         "rms_norm": (rms_norm, "iiiid"),
         "add": (add, "iii"),
         "silu_multiply": (unrolled(silu_multiply, TERMS=TERMS), "iii"),

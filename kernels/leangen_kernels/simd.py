@@ -435,7 +435,7 @@ NEON_DOT = "leangen_neon_sdot"
 def _dot_neon(b: Any, total: Any, weights: Any, x: Any) -> Any:
     def emit(total: Any, w: Any, x: Any) -> Any:
         call = _call(b, NEON_DOT, total.type, total, w, x)
-        for attribute in ("nounwind", "readnone", "willreturn"):
+        for attribute in ("nounwind", "readnone"):
             call.callee.attributes.add(attribute)
         return call
 

@@ -15,10 +15,11 @@
     (function)(&nothing_, &exception_, __VA_ARGS__); \
   } while (0)
 
-typedef int (*linear_fn)(void *, void **, int64_t x, int64_t x_stride, int64_t w, int64_t blocks,
-                         int64_t y, int64_t y_stride, int64_t tokens, int64_t n, int64_t first,
-                         int64_t last, int64_t wide);
-typedef int (*row_fn)(void *, void **, int64_t x, int64_t row, int64_t k, int64_t center);
+typedef int (*linear_fn)(void *, void **, int64_t x, int64_t w, int64_t blocks, int64_t y,
+                         int64_t y_stride, int64_t tokens, int64_t n, int64_t first, int64_t last,
+                         int64_t wide);
+typedef int (*row_fn)(void *, void **, int64_t x, int64_t row, int64_t stride, int64_t k,
+                      int64_t center);
 typedef int (*rms_norm_fn)(void *, void **, int64_t x, int64_t gain, int64_t y, int64_t k,
                            double epsilon);
 typedef int (*elementwise_fn)(void *, void **, int64_t x, int64_t y, int64_t n);

@@ -27,7 +27,7 @@ enum { PART_WORK = 48 << 10 };
 
 typedef struct {
   int64_t k, n, outputs, center, wide, gated, block_bytes;
-  int64_t blocks, groups, row_bytes;
+  int64_t blocks, groups, row_block_bytes, row_bytes;
   double epsilon;
   row_fn pack_row;
   rms_norm_fn rms_norm;
@@ -39,7 +39,7 @@ typedef struct {
   const Linear *op;
   const char *x, *weights, *gain, *bias, *residual;
   char *y, *rows, *work;
-  int64_t tokens, padded, parts, chunk, work_bytes;
+  int64_t tokens, tile, parts, chunk, work_bytes;
   linear_fn kernel;
 } Job;
 
@@ -86,7 +86,8 @@ static Status create(const CustomOp *self, const void *api, const void *info, vo
   op->center = form->minimum ? 0 : 1 << (form->bits - 1);
   op->blocks = up_to(k, BLOCK) / BLOCK, op->groups = up_to(n, ROWS) / ROWS;
   op->block_bytes = ROWS * BLOCK * form->bits / 8 + ROWS * (2 << form->wide) * (1 + form->minimum);
-  op->row_bytes = up_to(op->blocks * (floats ? 4 * BLOCK + 4 : BLOCK + 8), 64);
+  op->row_block_bytes = floats ? 4 * BLOCK + 4 : BLOCK + 8;
+  op->row_bytes = op->blocks * op->row_block_bytes;
   op->epsilon = attribute_float(info, "epsilon", 1e-5f);
   const char *variant = leangen_kernels_variant(NULL);
   op->pack_row = leangen_kernels_find(variant, floats ? "keep" : "quantize");
@@ -114,7 +115,9 @@ static void pack_rows(void *given, size_t part) {
       CALL_KERNEL(op->rms_norm, x, (int64_t)job->gain, normed, op->k, op->epsilon);
       x = normed;
     }
-    CALL_KERNEL(op->pack_row, x, (int64_t)(job->rows + op->row_bytes * i), op->k, op->center);
+    int64_t slot = i % job->tile;
+    char *row = job->rows + op->row_bytes * (i - slot) + op->row_block_bytes * slot;
+    CALL_KERNEL(op->pack_row, x, (int64_t)row, op->row_block_bytes * job->tile, op->k, op->center);
   }
 }
 
@@ -136,8 +139,8 @@ static void multiply(void *given, size_t part) {
       out_stride = 4 * ROWS * (last - first);
       out = (int64_t)job->work + job->work_bytes * (int64_t)part - 4 * ROWS * first;
     }
-    CALL_KERNEL(job->kernel, x, op->row_bytes, (int64_t)job->weights, op->blocks, out, out_stride,
-                tokens, op->n, first, last, op->wide);
+    CALL_KERNEL(job->kernel, x, (int64_t)job->weights, op->blocks, out, out_stride, tokens, op->n,
+                first, last, op->wide);
     for (int64_t i = 0; i < tokens; i++) {
       int64_t row = y + stride * i + 4 * from, width = to - from;
       if (op->gated)
@@ -207,22 +210,23 @@ static Status compute(void *self, void *context) {
   while (tile + 1 < TILES && 1 << tile < job.tokens && op->tiles[tile + 1]) tile++;
   while (!op->tiles[tile]) tile++;
   job.kernel = op->tiles[tile];
-  job.padded = up_to(job.tokens, 1 << tile);
-  job.chunk = up_to(CHUNK_BYTES / op->row_bytes + 1, 1 << tile);
-  if (job.chunk > job.padded) job.chunk = job.padded;
+  job.tile = 1 << tile;
+  int64_t padded = up_to(job.tokens, job.tile); /* what the last tile computes beyond is unused */
+  job.chunk = up_to(CHUNK_BYTES / op->row_bytes + 1, job.tile);
+  if (job.chunk > padded) job.chunk = padded;
 
   int64_t pack_parts = job.tokens < MAX_PARTS ? 1 : parts_for(4 * x.count);
   int64_t parts = parts_for(op->groups * op->blocks * op->block_bytes * job.tokens);
   job.work_bytes = up_to(4 * op->k, 64); /* of each part, for a normed row or gated products */
   int64_t gated_bytes = op->gated ? 8 * ROWS * (op->groups / 2 / parts + 1) * job.chunk : 0;
   if (gated_bytes > job.work_bytes) job.work_bytes = gated_bytes;
-  int64_t rows_bytes = job.padded * op->row_bytes;
+  int64_t rows_bytes = up_to(padded * op->row_bytes, 64);
   int64_t most = pack_parts > parts ? pack_parts : parts;
   job.rows = scratch((size_t)(rows_bytes + job.work_bytes * most));
   if (!job.rows) return fail("Linear: out of memory for %lld tokens", (long long)job.tokens);
   job.work = job.rows + rows_bytes;
-  memset(job.rows + op->row_bytes * job.tokens, 0,
-         (size_t)(op->row_bytes * (job.padded - job.tokens)));
+  if (padded > job.tokens)
+    memset(job.rows + op->row_bytes * (padded - job.tile), 0, (size_t)(op->row_bytes * job.tile));
   TRY(run(context, &job, pack_rows, pack_parts));
   return run(context, &job, multiply, parts);
 }
