@@ -10,9 +10,12 @@ by what they are made from. The result needs neither Python nor Numba.
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
+import importlib.util
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -47,6 +50,11 @@ def build(
     wanted = variants.of(machine)
     if not wanted or sys.platform != "linux":
         raise BuildError(f"there are no kernels for {sys.platform} on {machine}")
+    compiler = compiler or os.environ.get("CC", "cc")
+    if shutil.which(compiler.split()[0]) is None:
+        raise BuildError(f"no C compiler: {compiler.split()[0]} is not on the PATH")
+    if importlib.util.find_spec("numba") is None:
+        raise BuildError("Numba is not installed where leangen was built")
     cache.mkdir(parents=True, exist_ok=True)
     objects = _objects(wanted, cache)
     table = cache / f"table-{machine}-{_digest()}.inc"
@@ -54,17 +62,13 @@ def build(
     folder.mkdir(parents=True, exist_ok=True)
     library = folder / LIBRARY
     unfinished = library.with_suffix(".new")
-    compiler = compiler or os.environ.get("CC", "cc")
     command = [
         *compiler.split(), "-std=c11", "-O2", "-Wall", "-Wextra", "-fvisibility=hidden",
         "-shared", "-fPIC", "-pthread", f'-DTABLE="{table}"', "-I", str(native),
         *map(str, sorted(native.glob("*.c"))), *map(str, objects),
         "-Wl,-z,noexecstack,-z,nodelete", "-Wl,--no-undefined", "-s", "-lm", "-o", str(unfinished),
     ]  # fmt: skip
-    try:
-        done = subprocess.run(command, capture_output=True, text=True)
-    except FileNotFoundError as error:
-        raise BuildError(f"no C compiler: {command[0]} is not on the PATH") from error
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise BuildError(f"{command[0]} failed:\n{done.stderr.strip()}")
     unfinished.replace(library)
@@ -76,16 +80,17 @@ def _objects(wanted: list[variants.Variant], cache: Path) -> list[Path]:
     missing = [(v, path) for v, path in zip(wanted, paths, strict=True) if not path.exists()]
     running = []
     for variant, path in missing:
+        native_machine = variant.machine == platform.machine()
         environment = {
             **os.environ,
             variants.BUILD_VARIABLE: f"{variant.machine}/{variant.name}",
-            "NUMBA_CPU_NAME": "generic",
-            "NUMBA_CPU_FEATURES": "",
+            # For another machine Numba compiles to x86-64-v3, which has every operation that the
+            # kernels ask of plain LLVM, and `compile_object` makes the code over.
+            "NUMBA_OPT": "0",  # optimized once, by `compile_object`
+            "NUMBA_CPU_NAME": variant.cpu if native_machine else "x86-64-v3",
+            "NUMBA_CPU_FEATURES": variant.features if native_machine else "",
             "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path]),
         }
-        if variant.machine == platform.machine():
-            environment["NUMBA_CPU_NAME"] = variant.cpu
-            environment["NUMBA_CPU_FEATURES"] = variant.features
         command = [sys.executable, "-m", "leangen_kernels.build", "--object", str(path)]
         running.append((variant, subprocess.Popen(
             command, env=environment, stderr=subprocess.PIPE, text=True
@@ -101,6 +106,7 @@ def _objects(wanted: list[variants.Variant], cache: Path) -> list[Path]:
     return paths
 
 
+@functools.cache
 def _digest() -> str:
     """A hash of everything that the objects depend on."""
     import llvmlite
@@ -112,7 +118,7 @@ def _digest() -> str:
 
 
 def kernels() -> dict[str, tuple[Any, str]]:
-    """Name of every kernel -> its function and the C types of its arguments."""
+    """Name of every kernel -> what makes its function, and the C types of its arguments."""
     from leangen_kernels import linear, rows
 
     return {**rows.kernels(), **linear.kernels()}
@@ -146,8 +152,10 @@ def compile_object(path: Path) -> None:
     )
     whole = llvm.parse_assembly(f'target triple = "{triple}"')
     whole.data_layout = str(machine.target_data)
-    for name, (function, types) in kernels().items():
-        whole.link_in(_module(function, types, f"leangen_{variant.name}_{name}", whole))
+    for name, (make, types) in kernels().items():
+        module = _module(make(), types, f"leangen_{variant.name}_{name}", whole)
+        _optimize(module, machine)
+        whole.link_in(module)
     whole.verify()
     undefined = [
         function.name
@@ -184,19 +192,18 @@ def _module(function: Any, types: str, symbol: str, like: Any) -> Any:
     kept.name = symbol
     kept.linkage = "external"
     kept.visibility = "hidden"
-    return _without_unused(module)
+    return module
 
 
-def _without_unused(module: Any) -> Any:
+def _optimize(module: Any, machine: Any) -> None:
+    """LLVM's usual passes; without its own vectorizers, as the kernels are written in vectors."""
     import llvmlite.binding as llvm
 
-    passes = llvm.create_new_module_pass_manager()
-    passes.add_global_dead_code_eliminate_pass()
-    passes.add_strip_dead_prototype_pass()
-    options = llvm.create_pipeline_tuning_options()
-    triple = llvm.Target.from_triple(module.triple).create_target_machine()
-    passes.run(module, llvm.create_pass_builder(triple, options))
-    return module
+    options = llvm.create_pipeline_tuning_options(speed_level=2)
+    options.loop_vectorization = options.slp_vectorization = False
+    options.loop_unrolling = False
+    builder = llvm.create_pass_builder(machine, options)
+    builder.getModulePassManager().run(module, builder)
 
 
 def main() -> int:

@@ -7,6 +7,7 @@ TOKENS rows of activations, all in registers: each weight is loaded and unpacked
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from leangen_kernels.layout import BLOCK, FORMS, FP32_BLOCK_BYTES, INT8_BLOCK_BYTES, ROWS
@@ -182,14 +183,15 @@ def fp32(
 
 
 def kernels() -> dict[str, tuple[Callable[..., Any], str]]:
-    """Name of each kernel -> its function and the C types of its arguments."""
+    """Name of each kernel -> what makes its function, and the C types of its arguments."""
     found: dict[str, tuple[Callable[..., Any], str]] = {}
     for form in FORMS.values():
         if form.wide:
             continue
         for kernel, tiles in ((int8, TILES), (fp32, FP32_TILES)):
             for tile in tiles:
-                function = unrolled(
+                make = partial(
+                    unrolled,
                     kernel,
                     BITS=form.bits,
                     MINIMUM=form.minimum,
@@ -200,5 +202,5 @@ def kernels() -> dict[str, tuple[Callable[..., Any], str]]:
                     INT8_BLOCK_BYTES=INT8_BLOCK_BYTES,
                     FP32_BLOCK_BYTES=FP32_BLOCK_BYTES,
                 )
-                found[f"{kernel.__name__}_{form.kernel}_{tile}"] = (function, "i" * 10)
+                found[f"{kernel.__name__}_{form.kernel}_{tile}"] = (make, "i" * 10)
     return found

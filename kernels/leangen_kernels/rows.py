@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from leangen_kernels.layout import BLOCK, ROWS
@@ -139,11 +140,11 @@ def silu_multiply(gate_up: int, y: int, n: int) -> None:
 
 
 def kernels() -> dict[str, tuple[Callable[..., Any], str]]:
-    """Name of each kernel -> its function and the C types of its arguments."""
+    """Name of each kernel -> what makes its function, and the C types of its arguments."""
     return {
-        "quantize": (quantize, "iiiii"),
-        "keep": (keep, "iiiii"),
-        "rms_norm": (rms_norm, "iiiid"),
-        "add": (add, "iii"),
-        "silu_multiply": (unrolled(silu_multiply, TERMS=TERMS), "iii"),
+        "quantize": (partial(unrolled, quantize), "iiiii"),
+        "keep": (partial(unrolled, keep), "iiiii"),
+        "rms_norm": (partial(unrolled, rms_norm), "iiiid"),
+        "add": (partial(unrolled, add), "iii"),
+        "silu_multiply": (partial(unrolled, silu_multiply, TERMS=TERMS), "iii"),
     }

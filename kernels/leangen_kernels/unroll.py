@@ -12,7 +12,6 @@ before Numba sees it:
 from __future__ import annotations
 
 import ast
-import copy
 import inspect
 import textwrap
 from collections.abc import Callable
@@ -67,7 +66,7 @@ class _Unroller(ast.NodeTransformer):
         # Nodes are parsed once and visited once per repetition, so each visit works on a copy.
         result: list[ast.stmt] = []
         for statement in statements:
-            changed = self.visit(copy.deepcopy(statement))
+            changed = self.visit(_copied(statement))
             result.extend(changed if isinstance(changed, list) else [changed] if changed else [])
         return result
 
@@ -139,10 +138,17 @@ class _Unroller(ast.NodeTransformer):
         free = {name.id for name in ast.walk(node) if isinstance(name, ast.Name)}
         if not free <= self.constants.keys():
             raise _NotConstant
-        expression = ast.fix_missing_locations(ast.Expression(copy.deepcopy(node)))
+        expression = ast.fix_missing_locations(ast.Expression(_copied(node)))
         value: int = eval(compile(expression, "<static>", "eval"), {}, dict(self.constants))
         return value
 
 
 class _NotConstant(Exception):
     pass
+
+
+def _copied(node: Any) -> Any:
+    """Like copy.deepcopy, several times faster."""
+    if isinstance(node, ast.AST):
+        return type(node)(**{name: _copied(value) for name, value in vars(node).items()})
+    return [_copied(item) for item in node] if isinstance(node, list) else node

@@ -1,0 +1,79 @@
+"""Builds the kernel library into `leangen_kernels`, or leaves a note there of why it could not.
+
+LEANGEN_KERNELS_MACHINE=aarch64 with CC=aarch64-linux-gnu-gcc builds for another machine.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+PACKAGE = "leangen_kernels"
+LIBRARY, NOTE = "libleangen_kernels.so", "libleangen_kernels.txt"
+MACHINE = os.environ.get("LEANGEN_KERNELS_MACHINE") or platform.machine()
+
+
+class BuildKernels(build_ext):
+    """Compiles the library where an extension module would go."""
+
+    def build_extension(self, ext: Extension) -> None:
+        """Write the library or the note; never fail, as leangen runs without it."""
+        folder = Path(self.build_lib) / PACKAGE
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in (LIBRARY, NOTE):
+            (folder / name).unlink(missing_ok=True)
+        sys.path.insert(0, str(ROOT / "kernels"))
+        from leangen_kernels import build
+
+        try:
+            cache = ROOT / "build" / "kernels"
+            build.build(folder, ROOT / "kernels" / "native", cache, machine=MACHINE)
+        except build.BuildError as error:
+            print(f"leangen: no kernel library, {error}", file=sys.stderr)
+            (folder / NOTE).write_text(f"{error}\n", encoding="utf-8")
+        finally:
+            sys.path.remove(str(ROOT / "kernels"))
+
+    def copy_extensions_to_source(self) -> None:
+        """For an editable installation: beside the sources."""
+        for name in (LIBRARY, NOTE):
+            built, beside = Path(self.build_lib) / PACKAGE / name, ROOT / "kernels" / PACKAGE / name
+            beside.unlink(missing_ok=True)
+            if built.exists():
+                shutil.copy2(built, beside)
+
+    def get_ext_filename(self, fullname: str) -> str:
+        """Not named after a Python version: it is no extension module."""
+        return os.path.join(*fullname.split(".")) + ".so"
+
+    def get_outputs(self) -> list[str]:
+        """What there is after building."""
+        folder = Path(self.build_lib) / PACKAGE
+        return [str(folder / name) for name in (LIBRARY, NOTE) if (folder / name).exists()]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        """Nothing: `copy_extensions_to_source` does it."""
+        return {}
+
+
+class PlatformWheel(bdist_wheel):
+    """One wheel for every Python 3 of a platform."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        """py3-none-PLATFORM"""
+        _, _, tag = super().get_tag()
+        return "py3", "none", tag.replace(platform.machine(), MACHINE)
+
+
+setup(
+    ext_modules=[Extension(f"{PACKAGE}.libleangen_kernels", sources=[], optional=True)],
+    cmdclass={"build_ext": BuildKernels, "bdist_wheel": PlatformWheel},
+)
