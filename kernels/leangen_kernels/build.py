@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import gc
 import hashlib
 import importlib.util
 import os
@@ -142,6 +143,7 @@ def compile_object(path: Path) -> None:
 
     from leangen_kernels import simd
 
+    gc.disable()  # a tenth of the time, and the process ends soon
     variant = variants.current()
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()

@@ -1,0 +1,229 @@
+"""Every compiled kernel, in every variant that can run here, against its NumPy twin."""
+
+import math
+
+import numpy as np
+import pytest
+from kernels_machines import Emulated, Here, here
+
+from leangen_kernels import layout, reference
+
+FORMS = list(layout.FORMS.values())
+
+
+@pytest.fixture(params=here())
+def machine(request):
+    return Here(request.param)
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng()
+
+
+def activations(machine, kernel, x, tile, center):
+    """Rows packed by the kernel `quantize` or `keep`, in tiles."""
+    m, k = x.shape
+    blocks = -(-k // layout.BLOCK)
+    each = layout.INT8_BLOCK_BYTES if kernel == "quantize" else layout.FP32_BLOCK_BYTES
+    packed = np.zeros((-(-m // tile), blocks, tile, each), np.uint8)
+    for i, row in enumerate(x):
+        out = np.zeros((blocks, each), np.uint8)
+        machine.call(kernel, row.copy(), out, each, k, center)
+        packed[i // tile, :, i % tile] = out
+    return packed
+
+
+def weights(rng, form, n, k):
+    kind = np.float32 if form.wide else np.float16
+    blocks = -(-k // layout.BLOCK)
+    codes = rng.integers(0, 1 << form.bits, (n, k), dtype=np.uint8)
+    scales = (rng.random((n, blocks)) / 16).astype(kind).astype(np.float32)
+    minima = rng.standard_normal((n, blocks)).astype(kind).astype(np.float32)
+    return layout.pack(form, codes, scales, minima if form.minimum else None)
+
+
+def product(machine, form, packed, n, x, kind, tile):
+    m, k = x.shape
+    kernel = "quantize" if kind == "int8" else "keep"
+    rows = activations(machine, kernel, x, tile, form.center)
+    y = np.full((m, n), np.nan, np.float32)
+    blocks, groups = -(-k // layout.BLOCK), -(-n // layout.ROWS)
+    machine.call(
+        f"{kind}_{form.kernel}_{tile}",
+        rows, packed, blocks, y, 4 * n, m, n, 0, groups, int(form.wide),
+    )  # fmt: skip
+    return y
+
+
+def tiles(kind):
+    return (1, 2, 4, 8) if kind == "int8" else (1, 4)
+
+
+def bound(form, packed, n, x):
+    """Rounding of an fp32 sum: a few ulps of the sum of magnitudes, per output."""
+    codes, scales, minima = layout.unpack(form, packed, n, x.shape[1])
+    largest = np.repeat(scales, layout.BLOCK, 1)[:, : x.shape[1]] * np.maximum(codes, form.center)
+    if minima is not None:
+        largest = largest + np.abs(np.repeat(minima, layout.BLOCK, 1)[:, : x.shape[1]])
+    return (np.abs(x) @ largest.T + 1e-30) * 2e-7 * math.sqrt(x.shape[1])
+
+
+def check_linear(machine, form, rng, shapes):
+    for m, n, k in shapes:
+        packed = weights(rng, form, n, k)
+        x = rng.standard_normal((m, k)).astype(np.float32)
+        for kind in ("int8", "fp32"):
+            expected = reference.linear(form, packed, n, x, activations=kind)
+            for tile in tiles(kind):
+                y = product(machine, form, packed, n, x, kind, tile)
+                error = np.abs(y - expected) / bound(form, packed, n, x)
+                assert error.max() <= 1, (form.name, kind, tile, m, n, k)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
+def test_linear(machine, form, rng):
+    shapes = [(1, 16, 32), (1, 1, 1), (3, 17, 33), (8, 50, 100), (11, 32, 576), (2, 5, 31)]
+    check_linear(machine, form, rng, shapes)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
+def test_linear_at_the_extremes_of_codes_and_activations(machine, form):
+    n, k = 16, 64
+    blocks = k // layout.BLOCK
+    for code in (0, form.center, (1 << form.bits) - 1):
+        for sign in (-1, 1):
+            codes = np.full((n, k), code, np.uint8)
+            ones = np.ones((n, blocks), np.float32)
+            packed = layout.pack(form, codes, ones, -ones if form.minimum else None)
+            x = np.full((1, k), 127 * sign, np.float32)
+            for kind in ("int8", "fp32"):
+                expected = reference.linear(form, packed, n, x, activations=kind)
+                for tile in tiles(kind):
+                    assert np.array_equal(
+                        product(machine, form, packed, n, x, kind, tile), expected
+                    )
+
+
+def test_activations_that_are_zero_tiny_or_huge(machine, rng):
+    form = layout.FORMS["q4_min"]
+    packed = weights(rng, form, 32, 96)
+    x = np.zeros((4, 96), np.float32)
+    x[1] = 1e-42 * rng.standard_normal(96)  # denormal: the block counts as zero
+    x[2] = 1e30 * rng.standard_normal(96)
+    x[3, 40] = 1e-20
+    for tile in tiles("int8"):
+        y = product(machine, form, packed, 32, x, "int8", tile)
+        expected = reference.linear(form, packed, 32, x)
+        assert not y[:2].any()
+        assert np.allclose(y, expected, rtol=1e-4)
+
+
+def test_not_a_number_is_not_hidden(machine, rng):
+    form = layout.FORMS["q8"]
+    packed = weights(rng, form, 16, 64)
+    for bad in (np.nan, np.inf):
+        x = rng.standard_normal((1, 64)).astype(np.float32)
+        x[0, 50] = bad
+        assert not np.isfinite(product(machine, form, packed, 16, x, "int8", 1)).any()
+
+
+def test_tiles_and_parts_give_the_same_bits(machine, rng):
+    form = layout.FORMS["q4_min"]
+    packed = weights(rng, form, 80, 160)
+    x = rng.standard_normal((9, 160)).astype(np.float32)
+    first = product(machine, form, packed, 80, x, "int8", 1)
+    for tile in tiles("int8"):
+        assert np.array_equal(product(machine, form, packed, 80, x, "int8", tile), first)
+
+
+def check_quantize(machine, rng):
+    for k in (1, 31, 32, 33, 64, 100, 577):
+        x = (rng.standard_normal((3, k)) * 10.0 ** rng.integers(-8, 8, (3, 1))).astype(np.float32)
+        codes, scales = reference.quantize(x)
+        padded = np.zeros((3, scales.shape[1] * layout.BLOCK), np.int8)
+        padded[:, :k] = codes
+        sums = padded.reshape(3, -1, layout.BLOCK).sum(-1, dtype=np.int32)
+        for center in (0, 8, 128):
+            rows = activations(machine, "quantize", x, 1, center)[:, :, 0]
+            assert np.array_equal(rows[:, :, :32].copy().view(np.int8).reshape(3, -1), padded)
+            found = rows[:, :, 32:36].copy().view(np.float32)[..., 0]
+            assert np.array_equal(found, scales)
+            last = rows[:, :, 36:].copy()
+            if center:
+                assert np.array_equal(last.view(np.int32)[..., 0], -center * sums)
+            else:
+                assert np.allclose(last.view(np.float32)[..., 0], scales * sums, rtol=1e-6)
+
+
+def test_quantize_gives_the_codes_and_scales_of_its_twin(machine, rng):
+    check_quantize(machine, rng)
+
+
+def check_rows(machine, rng):
+    for n in (1, 15, 16, 33, 576):
+        x, gain = (rng.standard_normal(n).astype(np.float32) for _ in range(2))
+        y = np.zeros(n, np.float32)
+        machine.call("rms_norm", x, gain, y, n, 1e-5)
+        assert np.allclose(y, reference.rms_norm(x[None], gain, 1e-5)[0], rtol=1e-5, atol=1e-9)
+        machine.call("add", x, y := gain.copy(), n)
+        assert np.array_equal(y, gain + x)
+    gate = np.concatenate([np.linspace(-120, 120, 1000), [0.0, -0.0, 1e-38, -1e30, 1e30, 88.8]])
+    gate = np.resize(gate, 1008).astype(np.float32)
+    up = rng.standard_normal(1008).astype(np.float32)
+    both = layout.interleave_gate_up(gate[:, None], up[:, None])[:, 0]
+    y = np.zeros(1008, np.float32)
+    machine.call("silu_multiply", both, y, 1008)
+    expected = reference.silu_multiply(both[None])[0]
+    # exp(-gate) stops growing at exp(87) = 6e37.
+    assert (np.abs(y - expected) <= 2e-6 * np.abs(expected) + 2e-38 * np.abs(gate * up)).all()
+
+
+def test_rows(machine, rng):
+    check_rows(machine, rng)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["neon", "portable"])
+def test_aarch64_under_an_emulator(variant, tmp_path_factory, rng):
+    machine = Emulated(variant, tmp_path_factory.getbasetemp())
+    check_quantize(machine, rng)
+    check_rows(machine, rng)
+    for form in FORMS:
+        check_linear(machine, form, rng, [(1, 16, 32), (3, 17, 33), (9, 40, 100)])
+
+
+def test_forms_pack_and_unpack_without_loss(rng):
+    for form in FORMS:
+        for n, k in ((1, 1), (16, 32), (17, 33), (40, 96)):
+            kind = np.float32 if form.wide else np.float16
+            codes = rng.integers(0, 1 << form.bits, (n, k), dtype=np.uint8)
+            shape = (n, -(-k // layout.BLOCK))
+            scales = rng.standard_normal(shape).astype(kind).astype(np.float32)
+            minima = rng.standard_normal(shape).astype(kind).astype(np.float32)
+            packed = layout.pack(form, codes, scales, minima if form.minimum else None)
+            assert packed.nbytes == form.packed_bytes(n, k)
+            back = layout.unpack(form, packed, n, k)
+            assert np.array_equal(back[0], codes)
+            assert np.array_equal(back[1], scales)
+            assert back[2] is None if not form.minimum else np.array_equal(back[2], minima)
+
+
+def test_a_larger_group_repeats_its_scale(rng):
+    form = layout.FORMS["q4"]
+    codes = rng.integers(0, 16, (16, 320), dtype=np.uint8)
+    scales = rng.random((16, 3)).astype(np.float16).astype(np.float32)
+    _, found, _ = layout.unpack(form, layout.pack(form, codes, scales), 16, 320)
+    assert np.array_equal(found, np.repeat(scales, 4, 1)[:, :10])
+
+
+def test_the_smallest_form_without_loss_is_chosen():
+    half, not_half = np.float32([[0.5]]), np.float32([[1 / 3]])
+    assert layout.form_for(4, half).name == "q4"
+    assert layout.form_for(4, not_half).name == "q4_wide"
+    assert layout.form_for(4, half, not_half).name == "q4_min_wide"
+    assert layout.form_for(8, half).name == "q8"
+    with pytest.raises(ValueError, match="no layout holds 8 bits with minima"):
+        layout.form_for(8, half, half)
+    with pytest.raises(ValueError, match="do not fit 16 rows"):
+        layout.pack(layout.FORMS["q4"], np.zeros((16, 96), np.uint8), np.ones((16, 5), np.float32))
