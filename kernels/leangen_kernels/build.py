@@ -25,7 +25,7 @@ from typing import Any
 from leangen_kernels import variants
 
 LIBRARY = "libleangen_kernels.so"
-SOURCES = ("variants", "simd", "unroll", "layout", "linear", "rows", "build")
+SOURCES = ("variants", "simd", "unroll", "layout", "linear", "rows", "attention", "build")
 _TYPES = {"i": "int64_t", "d": "double"}
 _TRIPLES = {"x86_64": "x86_64-unknown-linux-gnu", "aarch64": "aarch64-unknown-linux-gnu"}
 
@@ -120,9 +120,9 @@ def _digest() -> str:
 
 def kernels() -> dict[str, tuple[Any, str]]:
     """Name of every kernel -> what makes its function, and the C types of its arguments."""
-    from leangen_kernels import linear, rows
+    from leangen_kernels import attention, linear, rows
 
-    return {**rows.kernels(), **linear.kernels()}
+    return {**rows.kernels(), **linear.kernels(), **attention.kernels()}
 
 
 def _table(wanted: list[variants.Variant]) -> str:

@@ -8,13 +8,12 @@ from typing import Any
 
 from leangen_kernels.layout import BLOCK, ROWS
 from leangen_kernels.simd import (
-    larger,
+    exponential,
     larger_magnitude,
     largest_magnitude,
     load_first_floats,
     load_floats,
     multiply_add,
-    power_of_two,
     round_to_ints,
     splat,
     square_root,
@@ -25,9 +24,8 @@ from leangen_kernels.simd import (
     store_ints_as_bytes,
     sum_floats,
     sum_ints,
-    to_floats,
 )
-from leangen_kernels.unroll import static, unrolled
+from leangen_kernels.unroll import unrolled
 
 TINY = 1e-30
 """A block whose largest magnitude is below this counts as zero: its inverse would overflow."""
@@ -114,29 +112,28 @@ def add(x: int, y: int, n: int) -> None:
             store_first_floats(y + 4 * i, value, n - i)
 
 
-# exp(r) for |r| <= ln(2) / 2: Taylor's terms up to r**7 / 7!, below 2**-24 relative.
-TERMS = (1 / 5040, 1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0, 1.0)
-_LOG2_E = 1.4426950408889634
-_LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440e-4
-
-
 def silu_multiply(gate_up: int, y: int, n: int) -> None:
     """y = gate / (1 + exp(-gate)) * up, gate and up by turns of 16 (see `interleave_gate_up`)."""
     for i in range(0, n, ROWS):
         gate, up = load_floats(gate_up + 8 * i, 0), load_floats(gate_up + 8 * i, 4 * ROWS)
-        # Within +-87, where 2**power stays a normal number.
-        x = splat(0.0) - larger(splat(0.0) - larger(splat(0.0) - gate, splat(-87.0)), splat(-87.0))
-        power = round_to_ints(x * splat(_LOG2_E))
-        rest = multiply_add(to_floats(power), splat(-_LN2_HIGH), x)
-        rest = multiply_add(to_floats(power), splat(-_LN2_LOW), rest)
-        exponential = splat(TERMS[0])
-        for term in static(1, 8):
-            exponential = multiply_add(exponential, rest, splat(TERMS[term]))
-        value = gate / (splat(1.0) + exponential * power_of_two(power)) * up
+        value = gate / (splat(1.0) + exponential(splat(0.0) - gate)) * up
         if n - i >= ROWS:
             store_floats(y + 4 * i, value)
         else:
             store_first_floats(y + 4 * i, value, n - i)
+
+
+def rotate(x: int, y: int, cosines: int, sines: int, half: int, factor: float) -> None:
+    """y = factor * x rotated: pairs are (i, half + i), one angle each (Su et al. 2021)."""
+    scale = splat(factor)
+    for i in range(0, half, ROWS):
+        left = half - i
+        cosine = load_first_floats(cosines + 4 * i, left) * scale
+        sine = load_first_floats(sines + 4 * i, left) * scale
+        first = load_first_floats(x + 4 * i, left)
+        second = load_first_floats(x + 4 * (half + i), left)
+        store_first_floats(y + 4 * i, first * cosine - second * sine, left)
+        store_first_floats(y + 4 * (half + i), second * cosine + first * sine, left)
 
 
 def kernels() -> dict[str, tuple[Callable[..., Any], str]]:
@@ -146,5 +143,6 @@ def kernels() -> dict[str, tuple[Callable[..., Any], str]]:
         "keep": (partial(unrolled, keep), "iiiii"),
         "rms_norm": (partial(unrolled, rms_norm), "iiiid"),
         "add": (partial(unrolled, add), "iii"),
-        "silu_multiply": (partial(unrolled, silu_multiply, TERMS=TERMS), "iii"),
+        "rotate": (partial(unrolled, rotate), "iiiiid"),
+        "silu_multiply": (partial(unrolled, silu_multiply), "iii"),
     }

@@ -235,10 +235,13 @@ def load_for_all(b: Any, address: Any, offset: Any) -> Any:
     return _repeat(b, _load(b, b.add(address, offset), _f32), ROWS)
 
 
+_MULTIPLY_ADD = "llvm.fmuladd.v16f32"
+
+
 @operation(FLOATS, FLOATS, FLOATS, FLOATS)
 def multiply_add(b: Any, x: Any, y: Any, z: Any) -> Any:
     """x * y + z, rounded once where the machine can."""
-    return _call(b, "llvm.fmuladd.v16f32", FLOATS.llvm, x, y, z)
+    return _call(b, _MULTIPLY_ADD, FLOATS.llvm, x, y, z)
 
 
 @operation(FLOATS, INTS)
@@ -302,11 +305,38 @@ def larger(b: Any, x: Any, y: Any) -> Any:
     return b.select(b.fcmp_ordered(">", x, y), x, y)
 
 
-@operation(FLOATS, INTS)
-def power_of_two(b: Any, exponent: Any) -> Any:
-    """2**exponent, for exponents from -126 to 127."""
-    biased = b.add(exponent, _splat(INTS.llvm, 127))
-    return b.bitcast(b.shl(biased, _splat(INTS.llvm, 23)), FLOATS.llvm)
+# exp(r) for |r| <= ln(2) / 2 by Taylor's terms up to r**7 / 7!: below 2**-24 relative.
+_EXP_TERMS = (1 / 5040, 1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0, 1.0)
+_LOG2_E = 1.4426950408889634
+_LN2 = (0.693359375, -2.12194440e-4)  # exact product with small integers, and the rest
+_EXP_LIMIT = 87.0
+
+
+@operation(FLOATS, FLOATS)
+def exponential(b: Any, x: Any) -> Any:
+    """exp(x) to 2 ulp; exp(87) = 6e37 above 87, and 0 below -87."""
+    top, bottom = _splat(x.type, _EXP_LIMIT), _splat(x.type, -_EXP_LIMIT)
+    vanishes = b.fcmp_ordered("<", x, bottom)
+    x = b.select(b.fcmp_ordered(">", x, top), top, b.select(vanishes, bottom, x))
+    shifted = b.fadd(b.fmul(x, _splat(x.type, _LOG2_E)), _splat(x.type, _ROUNDER))
+    power = b.sub(b.bitcast(shifted, INTS.llvm), _splat(INTS.llvm, 0x4B400000))
+    rest, count = x, b.fsub(shifted, _splat(x.type, _ROUNDER))
+    for part in _LN2:
+        rest = _call(b, _MULTIPLY_ADD, x.type, count, _splat(x.type, -part), rest)
+    value = _splat(x.type, _EXP_TERMS[0])
+    for term in _EXP_TERMS[1:]:
+        value = _call(b, _MULTIPLY_ADD, x.type, value, rest, _splat(x.type, term))
+    scale = b.shl(b.add(power, _splat(INTS.llvm, 127)), _splat(INTS.llvm, 23))
+    value = b.fmul(value, b.bitcast(scale, x.type))
+    return b.select(vanishes, _splat(x.type, 0.0), value)
+
+
+@operation(FLOATS, FLOATS, types.int64, types.int64)
+def only_between(b: Any, x: Any, low: Any, high: Any) -> Any:
+    """Lanes from `low` up to `high`; -1e30 in the others."""
+    below, kept = _lanes_below(b, low), _lanes_below(b, high)
+    kept = b.and_(kept, b.not_(below))
+    return b.select(kept, x, _splat(x.type, -1e30))
 
 
 @operation(types.float32, types.float32)

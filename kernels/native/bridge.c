@@ -96,6 +96,12 @@ Status infer_like_first(void *context, size_t output, int64_t last) {
   return status;
 }
 
+Status infer_like(void *context, size_t output, size_t input) {
+  void *given;
+  TRY(ORT(ShapeInferContext_GetInputTypeShape)(context, input, &given));
+  return ORT(ShapeInferContext_SetOutputTypeShape)(context, output, given);
+}
+
 /* Freed when its thread ends: the library must stay loaded (linked with -z nodelete). */
 struct memory {
   char *data;
@@ -143,7 +149,7 @@ void *op_create_v1(const CustomOp *op, const void *api, const void *info) {
 }
 void op_compute_v1(void *kernel, void *context) { (void)kernel, (void)context; }
 
-static const CustomOp *const operators[] = {&linear_op};
+static const CustomOp *const operators[] = {&linear_op, &attention_op};
 
 /* Each session frees the domain it was given, so make one for each. */
 EXPORT Status RegisterCustomOps(void *options, const void *base) {

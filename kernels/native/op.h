@@ -35,12 +35,14 @@ void attribute_string(const void *info, const char *name, char *out, size_t size
 
 /* Output `output` has the dims of input 0 with the last one `last`; it keeps symbolic names. */
 Status infer_like_first(void *context, size_t output, int64_t last);
+/* Output `output` is like input `input`. */
+Status infer_like(void *context, size_t output, size_t input);
 Status infer_attribute_int(void *context, const char *name, int64_t otherwise, int64_t *value);
 
 /* Memory of the calling thread, 64-byte aligned, valid until its next call; NULL if exhausted. */
 char *scratch(size_t bytes);
 
-extern const CustomOp linear_op;
+extern const CustomOp linear_op, attention_op;
 
 /* The parts of an operator that are alike in all of them. */
 const char *op_provider(const CustomOp *);
