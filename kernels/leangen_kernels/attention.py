@@ -32,10 +32,11 @@ QUERIES = 4
 
 def attend(
     q: int, keys: int, values: int, scores: int, y: int, width: int, row: int, group: int,
-    past: int, window: int,
+    past: int, new: int, window: int,
 ) -> None:  # fmt: skip
     """softmax(q K^T) V for QUERIES rows, of which row r sees the keys up to `past + r // group`.
 
+    Rows of tokens beyond `new` see what the last one sees; nobody looks at them.
     `q` is [width, QUERIES], scaled; `y` is [QUERIES, width]; width is a multiple of 16. With a
     `window` above 0, only the last `window` of those keys are seen. `scores` has room for a
     multiple of 16 of keys for each row.
@@ -44,7 +45,7 @@ def attend(
         registers(), registers(), registers(), registers(), registers(), registers(), registers(),
     )  # fmt: skip
     for t in static(QUERIES):
-        limit[t] = past + (row + t) // group + 1
+        limit[t] = past + min((row + t) // group + 1, new)
         low[t] = 0
         if window > 0:
             low[t] = max(0, limit[t] - window)
@@ -96,4 +97,4 @@ def attend(
 
 def kernels() -> dict[str, tuple[Callable[..., Any], str]]:
     """Name of each kernel -> what makes its function, and the C types of its arguments."""
-    return {"attend": (partial(unrolled, attend, QUERIES=QUERIES, ROWS=ROWS), "i" * 10)}
+    return {"attend": (partial(unrolled, attend, QUERIES=QUERIES, ROWS=ROWS), "i" * 11)}

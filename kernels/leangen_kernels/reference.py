@@ -88,3 +88,45 @@ def linear(
     if bias is not None:
         y = y + bias
     return y if residual is None else y + residual
+
+
+def rotate(x: Array, cosines: Array, sines: Array) -> Array:
+    """Pairs (i, half + i) of the last axis turned by one angle each, float64."""
+    first, second = np.split(x.astype(np.float64), 2, axis=-1)
+    return np.concatenate([first * cosines - second * sines, second * cosines + first * sines], -1)
+
+
+def attention(
+    qkv: Array,
+    past_key: Array,
+    past_value: Array,
+    lengths: Array,
+    cosines: Array,
+    sines: Array,
+    *,
+    heads: int,
+    window: int = 0,
+) -> tuple[Array, Array, Array]:
+    """The operator `Attention` with its keys in plain order [batch, kv_heads, capacity, width].
+
+    `lengths` [batch] counts the positions after this run. Returns y and the caches, float64.
+    """
+    batch, new, _ = qkv.shape
+    kv_heads, width = past_key.shape[1], past_key.shape[3]
+    keys, values = past_key.astype(np.float64), past_value.astype(np.float64)
+    y = np.zeros((batch, new, heads, width))
+    for b in range(batch):
+        past = max(0, int(lengths[b]) - new)
+        at = slice(past, past + new)
+        rows = qkv[b].reshape(new, heads + 2 * kv_heads, width).swapaxes(0, 1)
+        turned = rotate(rows[: heads + kv_heads], cosines[at], sines[at])
+        keys[b, :, at], values[b, :, at] = turned[heads:], rows[heads + kv_heads :]
+        for token in range(new):
+            end = past + token + 1
+            seen = slice(max(0, end - window) if window else 0, end)
+            for head in range(heads):
+                group = head // (heads // kv_heads)
+                scores = keys[b, group, seen] @ turned[head, token] / np.sqrt(width)
+                shares = np.exp(scores - scores.max())
+                y[b, token, head] = shares / shares.sum() @ values[b, group, seen]
+    return y.reshape(batch, new, heads * width), keys, values

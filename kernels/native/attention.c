@@ -88,7 +88,8 @@ static void attend(void *given, size_t part) {
     int64_t cache = head * job->capacity * width, row = tile * QUERIES;
     CALL_KERNEL(op->attend, (int64_t)(job->q + (head * job->tiles + tile) * QUERIES * width),
                 (int64_t)(job->keys + cache), (int64_t)(job->values + cache), (int64_t)scores,
-                (int64_t)out, width, row, group, past_of(job, sequence), op->window);
+                (int64_t)out, width, row, group, past_of(job, sequence), job->new,
+                op->window);
     for (int64_t t = 0; t < QUERIES && row + t < rows; t++) {
       int64_t token = sequence * job->new + (row + t) / group;
       int64_t query_head = head % op->kv_heads * group + (row + t) % group;

@@ -27,7 +27,7 @@ typedef int (*rotate_fn)(void *, void **, int64_t x, int64_t y, int64_t cosines,
                          int64_t half, double factor);
 typedef int (*attend_fn)(void *, void **, int64_t q, int64_t keys, int64_t values, int64_t scores,
                          int64_t y, int64_t width, int64_t row, int64_t group, int64_t past,
-                         int64_t window);
+                         int64_t new, int64_t window);
 
 /* Name of the variant in use, and why; NULL with the reason when there is none. Decided once. */
 EXPORT const char *leangen_kernels_variant(const char **reason);

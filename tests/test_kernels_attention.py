@@ -1,0 +1,178 @@
+"""The operator `Attention` against its twin and against ONNX Runtime's GroupQueryAttention."""
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+from onnx import TensorProto, helper
+
+import leangen_kernels
+from leangen_kernels import reference
+
+pytestmark = pytest.mark.skipif(
+    leangen_kernels.library() is None, reason="no kernels: " + leangen_kernels.status()[1]
+)
+CAPACITY = 64
+
+
+def session(own, heads, kv_heads, threads=2, **attributes):
+    info, floats = helper.make_tensor_value_info, TensorProto.FLOAT
+    cache = ["batch", kv_heads, "capacity", "width"]
+    shared = ["past_key", "past_value", "seqlens_k"]
+    if own:
+        node = helper.make_node(
+            "Attention", ["qkv", *shared, "cos", "sin"], ["y", "key", "value"],
+            domain="leangen", heads=heads, kv_heads=kv_heads, **attributes,
+        )  # fmt: skip
+    else:
+        window = {"local_window_size": attributes["window"]} if "window" in attributes else {}
+        node = helper.make_node(
+            "GroupQueryAttention", ["qkv", "", "", *shared, "total", "cos", "sin"],
+            ["y", "key", "value"], domain="com.microsoft",
+            num_heads=heads, kv_num_heads=kv_heads, do_rotary=1, **window,
+        )  # fmt: skip
+    inputs = [
+        info("qkv", floats, ["batch", "new", None]),
+        info("past_key", floats, cache),
+        info("past_value", floats, cache),
+        info("seqlens_k", TensorProto.INT32, ["batch"]),
+        info("cos", floats, [None, None]),
+        info("sin", floats, [None, None]),
+    ]
+    if not own:
+        inputs.append(info("total", TensorProto.INT32, []))
+    outputs = [info(name, floats, None) for name in ("y", "key", "value")]
+    graph = helper.make_graph([node], "one", inputs, outputs)
+    domains = [("", 21), ("com.microsoft", 1), ("leangen", 1)]
+    proto = helper.make_model(
+        graph, opset_imports=[helper.make_opsetid(*domain) for domain in domains], ir_version=10
+    )
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = threads
+    options.register_custom_ops_library(str(leangen_kernels.library()))
+    return ort.InferenceSession(proto.SerializeToString(), options)
+
+
+def inputs(rng, batch, new, heads, kv_heads, width, lengths):
+    angles = np.outer(np.arange(CAPACITY), 1e4 ** (-np.arange(width // 2) / (width // 2)))
+    cache = (batch, kv_heads, CAPACITY, width)
+    return {
+        "qkv": rng.standard_normal((batch, new, (heads + 2 * kv_heads) * width)).astype("f4"),
+        "past_key": np.zeros(cache, "f4"),
+        "past_value": np.zeros(cache, "f4"),
+        "seqlens_k": np.array(lengths, np.int32) - 1,
+        "cos": np.cos(angles).astype("f4"),
+        "sin": np.sin(angles).astype("f4"),
+    }
+
+
+def plain_order(keys):
+    """Keys by position from keys by blocks of 16 positions."""
+    batch, heads, capacity, width = keys.shape
+    blocks = keys.reshape(batch, heads, capacity // 16, width, 16)
+    return blocks.swapaxes(-1, -2).reshape(keys.shape)
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng()
+
+
+@pytest.mark.parametrize("window", [0, 5, 20])
+@pytest.mark.parametrize("shape", [(1, 1, 16), (9, 3, 64), (4, 4, 32), (8, 2, 80)])
+def test_prompt_then_tokens(shape, window, rng):
+    heads, kv_heads, width = shape
+    run = session(True, heads, kv_heads, window=window)
+    for batch, prompt in ((1, 1), (1, 23), (2, 17)):
+        feeds = inputs(rng, batch, prompt, heads, kv_heads, width, [prompt] * batch)
+        keys, values = feeds["past_key"], feeds["past_value"]
+        for step in range(3):
+            new = prompt if step == 0 else 1
+            lengths = np.full(batch, prompt + step)
+            columns = (heads + 2 * kv_heads) * width
+            feeds["qkv"] = rng.standard_normal((batch, new, columns)).astype("f4")
+            feeds["seqlens_k"] = (lengths - 1).astype(np.int32)
+            y, feeds["past_key"], feeds["past_value"] = run.run(None, feeds)
+            expected, keys, values = reference.attention(
+                feeds["qkv"], keys, values, lengths, feeds["cos"], feeds["sin"],
+                heads=heads, window=window,
+            )  # fmt: skip
+            assert np.abs(y - expected).max() < 2e-5
+            used = slice(0, prompt + step)
+            found = plain_order(feeds["past_key"])[:, :, used]
+            assert np.allclose(found, keys[:, :, used], atol=1e-5)
+            assert np.array_equal(feeds["past_value"][:, :, used], values[:, :, used])
+
+
+def test_agrees_with_group_query_attention(rng):
+    feeds = inputs(rng, 1, 40, 9, 3, 64, [40])
+    ours = session(True, 9, 3).run(None, feeds)[0]
+    total = np.array(40, np.int32)
+    assert np.abs(ours - session(False, 9, 3).run(None, {**feeds, "total": total})[0]).max() < 2e-5
+
+
+def test_sequences_of_different_lengths_decode_together(rng):
+    run = session(True, 4, 2)
+    feeds = inputs(rng, 3, 1, 4, 2, 32, [7, 30, 1])
+    feeds["past_value"] = rng.standard_normal(feeds["past_value"].shape).astype("f4")
+    feeds["past_key"] = rng.standard_normal(feeds["past_key"].shape).astype("f4")
+    keys = plain_order(feeds["past_key"])
+    expected, _, _ = reference.attention(
+        feeds["qkv"], keys, feeds["past_value"], [7, 30, 1], feeds["cos"], feeds["sin"], heads=4
+    )
+    assert np.abs(run.run(None, feeds)[0] - expected).max() < 2e-5
+
+
+def test_large_scores_do_not_overflow(rng):
+    feeds = inputs(rng, 1, 20, 2, 1, 16, [20])
+    feeds["qkv"] *= 1e3
+    y = session(True, 2, 1).run(None, feeds)[0]
+    caches = feeds["past_key"], feeds["past_value"]
+    expected, _, _ = reference.attention(
+        feeds["qkv"], *caches, [20], feeds["cos"], feeds["sin"], heads=2
+    )
+    assert np.abs(y - expected).max() < 1e-2 * np.abs(expected).max()
+
+
+def test_what_was_never_written_is_never_used(rng):
+    feeds = inputs(rng, 1, 3, 2, 1, 16, [3])
+    clean = session(True, 2, 1).run(None, feeds)[0]
+    for name in ("past_key", "past_value"):
+        feeds[name] = np.full_like(feeds[name], np.nan)
+    assert np.array_equal(session(True, 2, 1).run(None, feeds)[0], clean)
+
+
+def test_any_number_of_threads_gives_the_same_bits(rng):
+    for new in (1, 50):
+        feeds = inputs(rng, 2, new, 9, 3, 64, [50, 50])
+        feeds["past_key"] = rng.standard_normal(feeds["past_key"].shape).astype("f4")
+        results = [session(True, 9, 3, threads).run(None, feeds)[0] for threads in (1, 2, 4)]
+        assert np.array_equal(results[0], results[1])
+        assert np.array_equal(results[0], results[2])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seqlens_k": [64]}, "65 positions, expected at most 64"),
+        ({"seqlens_k": [-1]}, "positions, expected at most"),
+        ({"seqlens_k": [2, 2]}, "seqlens_k has 2 elements, expected 1"),
+        ({"qkv": (1, 3, 63)}, "qkv has 63 columns, expected 64"),
+        ({"cos": (64, 7)}, "cosines has 7 columns, expected 8"),
+        ({"past_key": (1, 1, 63, 16)}, "capacity 63 and width 16, expected multiples of 16"),
+        ({"past_value": (1, 1, 48, 16)}, "past_key and past_value must be"),
+    ],
+)
+def test_a_bad_shape_is_an_error(changes, message, rng):
+    feeds = inputs(rng, 1, 3, 2, 1, 16, [3])
+    for name, value in changes.items():
+        feeds[name] = (
+            np.array(value, np.int32) if name == "seqlens_k" else np.zeros(value, np.float32)
+        )
+    with pytest.raises(Exception, match=message):
+        session(True, 2, 1).run(None, feeds)
+
+
+def test_bad_attributes_are_an_error():
+    with pytest.raises(Exception, match="heads 3, kv_heads 2"):
+        session(True, 3, 2)
