@@ -1,9 +1,10 @@
-"""A SmolLM2-135M-shaped decoder of random Q4_1 weights: leangen's operators against stock ONNX Runtime.
+"""A decoder of SmolLM2-135M's shape and random Q4_1 weights, against stock ONNX Runtime.
 
     python bench/layers.py [--threads 2] [--context 256] [--prefill 256] [--json]
 
-The embedding is left out. Both sides run alternating in one process. Stock is the lossless rewrite that a portable bundle holds: MatMulNBits with zero
-point 8, plus the blocks' sums times the offsets.
+The embedding is left out. Both sides run alternating in one process. Stock is the lossless rewrite
+that a portable bundle holds: MatMulNBits with zero point 8, plus the blocks' sums times the
+offsets.
 """
 
 from __future__ import annotations
@@ -15,13 +16,11 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
-import onnx
-import onnxruntime as ort
-from onnx import TensorProto, helper, numpy_helper
-
 import leangen_kernels
+import numpy as np
+import onnxruntime as ort
 from leangen_kernels import layout
+from onnx import TensorProto, helper, numpy_helper
 
 LAYERS, WIDTH, MLP, HEADS, KV_HEADS, HEAD, VOCAB = 30, 576, 1536, 9, 3, 64, 49152
 Q4, Q8 = layout.FORMS["q4_min"], layout.FORMS["q8"]
@@ -119,10 +118,7 @@ class Graph:
         positions = np.outer(np.arange(capacity), 1e4 ** (-np.arange(HEAD // 2) / (HEAD // 2)))
         self.constant("cos", np.cos(positions).astype(np.float32))
         self.constant("sin", np.sin(positions).astype(np.float32))
-        if self.own:
-            h = self.own_layers()
-        else:
-            h = self.stock_layers()
+        h = self.own_layers() if self.own else self.stock_layers()
         info, floats = helper.make_tensor_value_info, TensorProto.FLOAT
         cache = [1, KV_HEADS, capacity, HEAD]
         inputs = [
@@ -132,9 +128,7 @@ class Graph:
         outputs = [info(h, floats, ["wanted", VOCAB])]
         for layer in range(LAYERS):
             inputs += [info(f"key{layer}", floats, cache), info(f"value{layer}", floats, cache)]
-            outputs += [
-                info(f"attention{layer}.{i}", floats, cache) for i in (1, 2)
-            ]
+            outputs += [info(f"attention{layer}.{i}", floats, cache) for i in (1, 2)]
         graph = helper.make_graph(self.nodes, "decoder", inputs, outputs, self.constants)
         domains = [("", 21), ("com.microsoft", 1), ("leangen", 1)]
         opsets = [helper.make_opsetid(*domain) for domain in domains]
@@ -162,7 +156,9 @@ class Graph:
             self.nodes.append(
                 helper.make_node("Split", [both], [f"gate{i}", f"up{i}"], axis=-1, num_outputs=2)
             )
-            silu = self.node("QuickGelu", [f"gate{i}"], f"silu{i}", domain="com.microsoft", alpha=1.0)
+            silu = self.node(
+                "QuickGelu", [f"gate{i}"], f"silu{i}", domain="com.microsoft", alpha=1.0
+            )
             gated = self.node("Mul", [silu, f"up{i}"], f"gated{i}")
             y = self.linear(gated, WIDTH, MLP, f"down{i}")
         x, _ = self.norm(h, y, "norm")

@@ -9,10 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import leangen_kernels
 import numpy as np
 import pytest
-
-import leangen_kernels
 from leangen_kernels import variants
 
 ROOT = Path(__file__).resolve().parents[1]

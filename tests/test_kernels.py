@@ -5,7 +5,6 @@ import math
 import numpy as np
 import pytest
 from kernels_machines import Emulated, Here, here
-
 from leangen_kernels import layout, reference
 
 FORMS = list(layout.FORMS.values())

@@ -1,12 +1,11 @@
 """The operator `Attention` against its twin and against ONNX Runtime's GroupQueryAttention."""
 
+import leangen_kernels
 import numpy as np
 import onnxruntime as ort
 import pytest
-from onnx import TensorProto, helper
-
-import leangen_kernels
 from leangen_kernels import reference
+from onnx import TensorProto, helper
 
 pytestmark = pytest.mark.skipif(
     leangen_kernels.library() is None, reason="no kernels: " + leangen_kernels.status()[1]

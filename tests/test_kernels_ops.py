@@ -6,14 +6,13 @@ import subprocess
 import sys
 import threading
 
+import leangen_kernels
 import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from onnx import TensorProto, helper
-
-import leangen_kernels
 from leangen_kernels import layout, reference
+from onnx import TensorProto, helper
 
 pytestmark = pytest.mark.skipif(
     leangen_kernels.library() is None, reason="no kernels: " + leangen_kernels.status()[1]

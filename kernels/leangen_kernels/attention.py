@@ -88,7 +88,9 @@ def attend(
             for i in range(min(ROWS, end - key)):
                 one = load_floats(value_at, 0)
                 for t in static(QUERIES):
-                    out[t] = multiply_add(one, load_for_all(scores_at + 4 * i, 4 * ROWS * t), out[t])
+                    out[t] = multiply_add(
+                        one, load_for_all(scores_at + 4 * i, 4 * ROWS * t), out[t]
+                    )
                 value_at += 4 * width
             scores_at += 4 * ROWS * QUERIES
         for t in static(QUERIES):

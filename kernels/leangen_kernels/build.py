@@ -25,7 +25,10 @@ from typing import Any
 from leangen_kernels import variants
 
 LIBRARY = "libleangen_kernels.so"
-SOURCES = ("variants", "simd", "unroll", "layout", "linear", "rows", "attention", "build")
+SOURCES = (
+    "variants", "vectors", "simd", "dots", "unroll", "layout", "linear", "rows", "attention",
+    "build",
+)  # fmt: skip
 _TYPES = {"i": "int64_t", "d": "double"}
 _TRIPLES = {"x86_64": "x86_64-unknown-linux-gnu", "aarch64": "aarch64-unknown-linux-gnu"}
 
@@ -141,13 +144,13 @@ def compile_object(path: Path) -> None:
     """Compile this process's variant to one object file."""
     import llvmlite.binding as llvm
 
-    from leangen_kernels import simd
+    from leangen_kernels import dots
 
     gc.disable()  # a tenth of the time, and the process ends soon
     variant = variants.current()
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()
-    llvm.add_symbol(simd.NEON_DOT, 1)  # never called: Numba's host cannot run it
+    llvm.add_symbol(dots.NEON_DOT, 1)  # never called: Numba's host cannot run it
     triple = _TRIPLES[variant.machine]
     machine = llvm.Target.from_triple(triple).create_target_machine(
         cpu=variant.cpu, features=variant.features, opt=3, reloc="pic", codemodel="default"
@@ -176,14 +179,14 @@ def _module(function: Any, types: str, symbol: str, like: Any) -> Any:
     import llvmlite.binding as llvm
     import numba
 
-    from leangen_kernels import simd
+    from leangen_kernels import dots
 
     numba_types = tuple({"i": numba.int64, "d": numba.float64}[letter] for letter in types)
     dispatcher = numba.njit(error_model="numpy", no_cpython_wrapper=True)(function)
     dispatcher.compile(numba_types)
     compiled = dispatcher.overloads[numba_types]
     text = dispatcher.inspect_llvm(numba_types)
-    text = text.replace(f"@{simd.NEON_DOT}(", "@llvm.aarch64.neon.sdot.v4i32.v16i8(")
+    text = text.replace(f"@{dots.NEON_DOT}(", "@llvm.aarch64.neon.sdot.v4i32.v16i8(")
     lines = [line for line in text.splitlines() if not line.startswith("target ")]
     module = llvm.parse_assembly("\n".join(lines))
     module.triple, module.data_layout = like.triple, like.data_layout

@@ -10,8 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from leangen_kernels.layout import BLOCK, FORMS, FP32_BLOCK_BYTES, INT8_BLOCK_BYTES, ROWS
-from leangen_kernels.simd import (
+from leangen_kernels.dots import (
     byte_dot,
     byte_start,
     code_0,
@@ -19,16 +18,19 @@ from leangen_kernels.simd import (
     code_2,
     code_3,
     high_nibbles,
+    low_nibbles,
+    nibble_dot,
+    nibble_finish,
+    nibble_start,
+)
+from leangen_kernels.layout import BLOCK, FORMS, FP32_BLOCK_BYTES, INT8_BLOCK_BYTES, ROWS
+from leangen_kernels.simd import (
     load_bytes,
     load_floats,
     load_for_all,
     load_halves,
     load_int,
-    low_nibbles,
     multiply_add,
-    nibble_dot,
-    nibble_finish,
-    nibble_start,
     prefetch,
     splat,
     store_first_floats,
@@ -86,13 +88,19 @@ def int8(
                         codes = load_bytes(codes_at, 64 * j)
                         low, high = low_nibbles(codes), high_nibbles(codes)
                         for t in static(TOKENS):
-                            partial[t] = nibble_dot(partial[t], low, x_at, INT8_BLOCK_BYTES * t + 8 * j)
-                            partial[t] = nibble_dot(partial[t], high, x_at, INT8_BLOCK_BYTES * t + 8 * j + 4)
+                            partial[t] = nibble_dot(
+                                partial[t], low, x_at, INT8_BLOCK_BYTES * t + 8 * j
+                            )
+                            partial[t] = nibble_dot(
+                                partial[t], high, x_at, INT8_BLOCK_BYTES * t + 8 * j + 4
+                            )
                 else:
                     for j in static(8):
                         codes = load_bytes(codes_at, 64 * j)
                         for t in static(TOKENS):
-                            partial[t] = byte_dot(partial[t], codes, x_at, INT8_BLOCK_BYTES * t + 4 * j)
+                            partial[t] = byte_dot(
+                                partial[t], codes, x_at, INT8_BLOCK_BYTES * t + 4 * j
+                            )
                 if wide:
                     scale = load_floats(codes_at, CODE_BYTES)
                 else:

@@ -38,22 +38,23 @@ def _in_blocks(x: Array) -> Array:
 
 def dequantize(codes: Array, scales: Array) -> Array:
     """The float64 rows that int8 codes and scales stand for."""
-    return codes * np.repeat(scales, BLOCK, 1)[:, : codes.shape[1]].astype(np.float64)
+    scale: Array = np.repeat(scales, BLOCK, 1)[:, : codes.shape[1]]
+    return np.multiply(codes, scale, dtype=np.float64)
 
 
 def weight(form: Form, packed: Array, n: int, k: int) -> Array:
     """The float64 matrix [n, k] that packed weights stand for."""
     codes, scales, minima = unpack(form, packed, n, k)
-    scale = np.repeat(scales, BLOCK, 1)[:, :k].astype(np.float64)
-    if minima is None:
-        return (codes.astype(np.float64) - form.center) * scale
-    return codes * scale + np.repeat(minima, BLOCK, 1)[:, :k]
+    scale: Array = np.repeat(scales, BLOCK, 1)[:, :k].astype(np.float64)
+    w: Array = (codes.astype(np.float64) - form.center) * scale
+    return w if minima is None else w + np.repeat(minima, BLOCK, 1)[:, :k]
 
 
 def rms_norm(x: Array, gain: Array, epsilon: float) -> Array:
     """gain * x / sqrt(mean(x**2) + epsilon), rows of float64."""
     x = x.astype(np.float64)
-    return gain * x / np.sqrt((x**2).mean(-1, keepdims=True) + epsilon)
+    y: Array = gain * x / np.sqrt((x**2).mean(-1, keepdims=True) + epsilon)
+    return y
 
 
 def silu_multiply(gate_up: Array) -> Array:
@@ -61,7 +62,8 @@ def silu_multiply(gate_up: Array) -> Array:
     pairs = gate_up.astype(np.float64).reshape(gate_up.shape[0], -1, 2, 16)
     gate, up = pairs[:, :, 0], pairs[:, :, 1]
     # exp(-gate) overflows below about -709, where the quotient is zero anyway.
-    return (gate / (1 + np.exp(np.minimum(-gate, 700))) * up).reshape(gate_up.shape[0], -1)
+    y: Array = (gate / (1 + np.exp(np.minimum(-gate, 700))) * up).reshape(len(gate_up), -1)
+    return y
 
 
 def linear(

@@ -17,8 +17,7 @@ import textwrap
 from collections.abc import Callable
 from typing import Any
 
-
-_Constant = int | float | tuple
+_Constant = int | float | tuple  # type: ignore[type-arg]
 
 
 def static(*bounds: int) -> range:

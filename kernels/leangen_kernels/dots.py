@@ -1,0 +1,198 @@
+"""Weight codes and their dot products with activations: the one place where variants differ.
+
+What plain LLVM cannot express well, the sum of four byte products per row, is an instruction of
+each variant's own; the portable one is made of shifts and 16-bit multiplications.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+
+from leangen_kernels.vectors import (
+    BYTES,
+    FLOATS,
+    I16,
+    I32,
+    INTS,
+    ROWS,
+    SHORTS,
+    VARIANT,
+    call,
+    filled,
+    load,
+    operation,
+    piecewise,
+    repeated,
+)
+
+# Weight codes.
+
+
+def _four_for_all(b: Any, address: Any, offset: Any) -> Any:
+    """Four bytes from memory, the same for every row."""
+    return b.bitcast(repeated(b, load(b, b.add(address, offset), I32), ROWS), BYTES.llvm)
+
+
+@operation(BYTES, BYTES)
+def low_nibbles(b: Any, codes: Any) -> Any:
+    return b.and_(codes, filled(BYTES.llvm, 15))
+
+
+@operation(BYTES, BYTES)
+def high_nibbles(b: Any, codes: Any) -> Any:
+    wide = b.lshr(b.bitcast(codes, SHORTS.llvm), filled(SHORTS.llvm, 4))
+    return b.and_(b.bitcast(wide, BYTES.llvm), filled(BYTES.llvm, 15))
+
+
+def _code(shift: int) -> Any:
+    @operation(FLOATS, BYTES)
+    def code(b: Any, codes: Any) -> Any:
+        """One of each row's four unsigned bytes, as floats."""
+        ints = b.lshr(b.bitcast(codes, INTS.llvm), filled(INTS.llvm, shift))
+        return b.sitofp(b.and_(ints, filled(INTS.llvm, 255)), FLOATS.llvm)
+
+    return code
+
+
+code_0, code_1, code_2, code_3 = (_code(shift) for shift in (0, 8, 16, 24))
+
+
+# Dot products of four bytes, unsigned by signed, per row. A sum is SHORTS while it still fits
+# 16 bits (eight products of a nibble and a byte do: 8 * 2 * 15 * 127 < 2**15), else INTS.
+
+
+def _bytes_in_shorts(b: Any, x: Any, extend: Callable[[Any, Any], Any]) -> tuple[Any, Any]:
+    """Even and odd bytes as 16-bit numbers."""
+    shorts, eight = b.bitcast(x, SHORTS.llvm), filled(SHORTS.llvm, 8)
+    return extend(b.shl(shorts, eight), eight), extend(shorts, eight)
+
+
+def _pairs_portable(b: Any, weights: Any, x: Any, *, signed: bool) -> Any:
+    """Sums of two byte products as shorts."""
+    w_even, w_odd = _bytes_in_shorts(b, weights, b.ashr if signed else b.lshr)
+    x_even, x_odd = _bytes_in_shorts(b, x, b.ashr)
+    return b.add(b.mul(w_even, x_even), b.mul(w_odd, x_odd))
+
+
+def _shorts_to_ints_portable(b: Any, x: Any) -> Any:
+    ints, sixteen = b.bitcast(x, INTS.llvm), filled(INTS.llvm, 16)
+    return b.add(b.ashr(b.shl(ints, sixteen), sixteen), b.ashr(ints, sixteen))
+
+
+def _pairs_avx2(b: Any, weights: Any, x: Any) -> Any:
+    shorts = ir.VectorType(I16, 16)
+
+    def emit(w: Any, x: Any) -> Any:
+        return call(b, "llvm.x86.avx2.pmadd.ub.sw", shorts, w, x)
+
+    return piecewise(b, emit, 2, weights, x)
+
+
+def _shorts_to_ints_avx2(b: Any, x: Any) -> Any:
+    ints = ir.VectorType(I32, 8)
+
+    def emit(x: Any) -> Any:
+        return call(b, "llvm.x86.avx2.pmadd.wd", ints, x, filled(x.type, 1))
+
+    return piecewise(b, emit, 2, x)
+
+
+def _byte_dot_avx2(b: Any, total: Any, codes: Any, x: Any) -> Any:
+    # pmaddubsw saturates on full bytes, so move the sign of the weight over to the activation:
+    # |w| * (sign(w) * x) sums to at most 2 * 128 * 127 < 2**15.
+    weights = b.xor(codes, filled(BYTES.llvm, -128))
+    magnitude = call(b, "llvm.abs.v64i8", BYTES.llvm, weights, ir.IntType(1)(0))
+
+    def emit(x: Any, w: Any) -> Any:
+        return call(b, "llvm.x86.avx2.psign.b", x.type, x, w)
+
+    signed = piecewise(b, emit, 2, x, weights)
+    return b.add(total, _shorts_to_ints_avx2(b, _pairs_avx2(b, magnitude, signed)))
+
+
+def _byte_dot_portable(b: Any, total: Any, codes: Any, x: Any) -> Any:
+    weights = b.xor(codes, filled(BYTES.llvm, -128))
+    return b.add(total, _shorts_to_ints_portable(b, _pairs_portable(b, weights, x, signed=True)))
+
+
+def _dot_vnni(b: Any, total: Any, codes: Any, x: Any) -> Any:
+    bits = 512 if VARIANT.dot == "vnni512" else 256
+
+    def emit(total: Any, w: Any, x: Any) -> Any:
+        return call(b, f"llvm.x86.avx512.vpdpbusd.{bits}", total.type, total, w, x)
+
+    return piecewise(b, emit, 512 // bits, total, codes, x)
+
+
+NEON_DOT = "leangen_neon_sdot"
+"""Stands for LLVM's intrinsic until `build` retargets the module: Numba compiles for its host."""
+
+
+def _dot_neon(b: Any, total: Any, weights: Any, x: Any) -> Any:
+    def emit(total: Any, w: Any, x: Any) -> Any:
+        product = call(b, NEON_DOT, total.type, total, w, x)
+        for attribute in ("nounwind", "readnone"):
+            product.callee.attributes.add(attribute)
+        return product
+
+    return piecewise(b, emit, 4, total, weights, x)
+
+
+def _byte_dot_neon(b: Any, total: Any, codes: Any, x: Any) -> Any:
+    return _dot_neon(b, total, b.xor(codes, filled(BYTES.llvm, -128)), x)
+
+
+_SHORT_SUMS = VARIANT.dot in ("avx2", "portable")
+_TO_INTS = _shorts_to_ints_avx2 if VARIANT.dot == "avx2" else _shorts_to_ints_portable
+_BYTE_DOT = {
+    "avx2": _byte_dot_avx2,
+    "portable": _byte_dot_portable,
+    "vnni256": _dot_vnni,
+    "vnni512": _dot_vnni,
+    "neon": _byte_dot_neon,
+}[VARIANT.dot]
+SUMS = SHORTS if _SHORT_SUMS else INTS
+
+
+@operation(SUMS, types.int32)
+def nibble_start(b: Any, start: Any) -> Any:
+    """A sum of products that ends up `start` higher."""
+    return filled(SHORTS.llvm, 0) if _SHORT_SUMS else repeated(b, start, ROWS)
+
+
+@operation(SUMS, SUMS, BYTES, types.int64, types.int64)
+def nibble_dot(b: Any, total: Any, codes: Any, address: Any, offset: Any) -> Any:
+    """Add four products per row, codes 0 to 15, at most eight times per sum.
+
+    The four activations, from memory, are the same for every row.
+    """
+    x = _four_for_all(b, address, offset)
+    if VARIANT.dot == "avx2":
+        return b.add(total, _pairs_avx2(b, codes, x))
+    if VARIANT.dot == "portable":
+        return b.add(total, _pairs_portable(b, codes, x, signed=False))
+    if VARIANT.dot == "neon":
+        return _dot_neon(b, total, codes, x)
+    return _dot_vnni(b, total, codes, x)
+
+
+@operation(INTS, SUMS, types.int32)
+def nibble_finish(b: Any, total: Any, start: Any) -> Any:
+    return b.add(_TO_INTS(b, total), repeated(b, start, ROWS)) if _SHORT_SUMS else total
+
+
+@operation(INTS, types.int32)
+def byte_start(b: Any, start: Any) -> Any:
+    """A sum of products of (code - 128); `start` is -128 times the sum of the activations."""
+    unsigned = VARIANT.dot.startswith("vnni")
+    return repeated(b, start, ROWS) if unsigned else filled(INTS.llvm, 0)
+
+
+@operation(INTS, INTS, BYTES, types.int64, types.int64)
+def byte_dot(b: Any, total: Any, codes: Any, address: Any, offset: Any) -> Any:
+    """Add four products per row, codes 0 to 255, of activations from memory."""
+    return _BYTE_DOT(b, total, codes, _four_for_all(b, address, offset))
