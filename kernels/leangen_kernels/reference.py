@@ -5,8 +5,6 @@ They say what a kernel computes; a kernel may differ by the rounding of its fp32
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from leangen_kernels.layout import BLOCK, Array, Form, unpack
@@ -80,11 +78,11 @@ def linear(
     gated: bool = False,
 ) -> Array:
     """The operator `Linear`: float64 [m, n], or [m, n / 2] when gated."""
-    w: Any = weight(form, packed, n, x.shape[1])
+    w = weight(form, packed, n, x.shape[1])
     if gain is not None:
         x = rms_norm(x, gain, epsilon).astype(np.float32)
     rows = dequantize(*quantize(x)) if activations == "int8" else x.astype(np.float64)
-    y = rows @ w.T
+    y: Array = rows @ w.T
     if gated:
         y = silu_multiply(y)
     if bias is not None:
