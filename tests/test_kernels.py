@@ -167,6 +167,10 @@ def check_rows(machine, rng):
         assert np.allclose(y, reference.rms_norm(x[None], gain, 1e-5)[0], rtol=1e-5, atol=1e-9)
         machine.call("add", x, y := gain.copy(), n)
         assert np.array_equal(y, gain + x)
+        pairs, angles = rng.standard_normal(2 * n).astype(np.float32), rng.random(n)
+        cosines, sines = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+        machine.call("rotate", pairs, y := np.zeros(2 * n, np.float32), cosines, sines, n, 0.5)
+        assert np.allclose(y, reference.rotate(pairs, cosines, sines) / 2, atol=1e-6)
     gate = np.concatenate([np.linspace(-120, 120, 1000), [0.0, -0.0, 1e-38, -1e30, 1e30, 88.8]])
     gate = np.resize(gate, 1008).astype(np.float32)
     up = rng.standard_normal(1008).astype(np.float32)
@@ -182,12 +186,40 @@ def test_rows(machine, rng):
     check_rows(machine, rng)
 
 
+def check_attend(machine, rng):
+    for width, group, past, new, window in ((16, 1, 0, 1, 0), (64, 3, 30, 2, 0), (32, 2, 3, 40, 7)):
+        total = past + new
+        room = -(-total // 16) * 16
+        q = rng.standard_normal((new * group, width)).astype(np.float32) / math.sqrt(width)
+        keys, values = (rng.standard_normal((room, width)).astype(np.float32) for _ in range(2))
+        blocks = np.ascontiguousarray(keys.reshape(-1, 16, width).swapaxes(1, 2))
+        for row in range(0, new * group, 4):
+            rows = np.zeros((4, width), np.float32)
+            rows[: len(q) - row] = q[row : row + 4]
+            y = np.zeros((4, width), np.float32)
+            scores = np.zeros((4, room), np.float32)
+            machine.call(
+                "attend", np.ascontiguousarray(rows.T), blocks, values, scores, y,
+                width, row, group, past, new, window,
+            )  # fmt: skip
+            for t in range(min(4, len(q) - row)):
+                end = past + (row + t) // group + 1
+                seen = slice(max(0, end - window) if window else 0, end)
+                shares = np.exp(keys[seen].astype(np.float64) @ rows[t])
+                assert np.allclose(y[t], shares / shares.sum() @ values[seen], atol=1e-5)
+
+
+def test_attend(machine, rng):
+    check_attend(machine, rng)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ["neon", "portable"])
 def test_aarch64_under_an_emulator(variant, tmp_path_factory, rng):
     machine = Emulated(variant, tmp_path_factory.getbasetemp())
     check_quantize(machine, rng)
     check_rows(machine, rng)
+    check_attend(machine, rng)
     for form in FORMS:
         check_linear(machine, form, rng, [(1, 16, 32), (3, 17, 33), (9, 40, 100)])
 
