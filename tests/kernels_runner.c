@@ -34,7 +34,8 @@ int main(int count, char **words) {
   void *nothing = NULL, *exception = NULL;
   int64_t *i = integers;
   /* More arguments than it takes do no harm, and a double has registers of its own. */
-  kernel(&nothing, &exception, i[0], i[1], i[2], i[3], i[4], i[5], i[6], i[7], i[8], i[9], real);
+  kernel(&nothing, &exception, i[0], i[1], i[2], i[3], i[4], i[5], i[6], i[7], i[8], i[9],
+         i[10], i[11], real);
   for (size_t b = 0; b < held; b++) fwrite(buffers[b], 1, (size_t)sizes[b], stdout);
   return 0;
 }
