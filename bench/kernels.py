@@ -2,8 +2,8 @@
 
     python bench/kernels.py [--threads 2] [--seconds 0.5] [--json]
 
-Weights' bytes per second stand against a stream of as many bytes measured in the same run (a sum
-by NumPy on as many threads; below a megabyte its own overhead shows), multiply-adds against the
+Weights' bytes per second stand against a stream from memory measured in the same run (256 MB summed
+by NumPy on as many threads; weights that stay in a cache can be faster), multiply-adds against the
 count that the instruction set allows at `--clock-ghz`. Stock is MatMulNBits at accuracy level 4
 with symmetric weights: a lossless Q4_1 costs it another ReduceSum and Gemm.
 """
@@ -82,9 +82,9 @@ def alternate(sides: list, feeds: dict, seconds: float) -> list[float]:
     return [statistics.median(found) for found in times]
 
 
-def stream_gb_per_s(size: int, threads: int) -> float:
-    """How fast `threads` threads read `size` bytes, again and again."""
-    parts = np.array_split(np.ones(max(size // 8, 64 * threads)), threads)
+def stream_gb_per_s(threads: int, size: int = 1 << 28) -> float:
+    """How fast `threads` threads read `size` bytes from memory."""
+    parts = np.array_split(np.ones(size // 8), threads)
     with ThreadPoolExecutor(threads) as pool:
         times = []
         for _ in range(9):
@@ -107,12 +107,12 @@ def main() -> None:
         parser.error(reason)
     if not options.json:
         print(f"{variant} ({reason}), {options.threads} threads")
+    stream = stream_gb_per_s(options.threads)
     rows = []
     for n, k in SHAPES:
         for name in FORMS:
             form = layout.FORMS[name]
             size = form.packed_bytes(n, k)
-            stream = stream_gb_per_s(size, options.threads)
             sides = [session(own, form, n, k, options.threads) for own in (True, False)]
             for tokens in TOKENS:
                 if tokens * n * k > 2e9:
