@@ -34,7 +34,7 @@ class BusyError(StorageError):
 
 
 class Home:
-    """The folder `path`, else `$LEANGEN_HOME`, else the platform's cache; made when first needed."""
+    """The folder `path`, else `$LEANGEN_HOME`, else the platform's cache; made on first use."""
 
     def __init__(self, path: Path | None = None) -> None:
         self.path = (path or _default()).expanduser().absolute()

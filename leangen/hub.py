@@ -20,8 +20,7 @@ from leangen.errors import ChecksumError, DependencyError, SourceError, StorageE
 from leangen.fetch import watching
 
 # What suits a small machine first: 4-bit, then as few bits above that as there are.
-PREFERRED = ("Q4_K_M", "Q4_K_S", "Q4_0", "Q4_1", "Q5_K_M", "Q5_K_S", "Q6_K", "Q8_0")
-PREFERRED += ("BF16", "F16", "F32")
+PREFERRED = "Q4_K_M Q4_K_S Q4_0 Q4_1 Q5_K_M Q5_K_S Q6_K Q8_0 BF16 F16 F32".split()
 _KIND = re.compile(r"(?:^|[-._])(I?Q\d\w*|BF16|F16|F32|FP16|FP32)(?=[-.])", re.IGNORECASE)
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
 
