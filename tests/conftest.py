@@ -1,0 +1,33 @@
+"""Shared fixtures, and a header that says what this machine is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+def pytest_report_header():
+    import onnxruntime
+
+    from leangen import meters
+
+    info = Path("/proc/cpuinfo")
+    flags = info.read_text().split() if info.exists() else []
+    wanted = ("avx2", "avx_vnni", "avx512_vnni", "asimddp")
+    return [
+        f"onnxruntime {onnxruntime.__version__}, CPU: "
+        + (" ".join(flag for flag in wanted if flag in flags) or "no known SIMD flag"),
+        *(
+            f"meter {row['sensor']}: {row['status']} {row['reason'] or ''}"
+            for row in meters.describe(Path("/"))
+        ),
+    ]
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    """Every test has a store of its own; none touches the user's."""
+    folder = tmp_path / "home"
+    monkeypatch.setenv("LEANGEN_HOME", str(folder))
+    return folder

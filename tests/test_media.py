@@ -1,0 +1,62 @@
+"""Outputs are written in the form their suffix names, or refused with the forms there are."""
+
+import wave
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from leangen import media
+from leangen.errors import RequestError, StorageError
+from leangen.records import Output
+
+
+def test_text(tmp_path):
+    path = media.save(Output(text="joules é\n"), tmp_path / "out.txt")
+    assert path.read_text(encoding="utf-8") == "joules é\n"
+
+
+def test_images_are_scaled_by_the_stated_range(tmp_path):
+    array = np.array([-1.0, 0.0, 1.0, 9.0], np.float32).reshape(1, 2, 2, 1)
+    output = Output(array=array, media="image", extra={"range": (-1.0, 1.0)})
+    pixels = np.asarray(Image.open(media.save(output, tmp_path / "out.png")))
+    assert pixels.tolist() == [[0, 128], [255, 255]]
+
+
+def test_several_colour_images_make_a_grid(tmp_path):
+    array = np.random.default_rng(0).random((3, 8, 8, 3), np.float32)
+    image = Image.open(media.save(Output(array=array, media="image"), tmp_path / "out.png"))
+    assert (image.size, image.mode) == ((16, 16), "RGB")
+
+
+def test_a_constant_image_is_no_division_by_zero(tmp_path):
+    output = Output(array=np.ones((1, 4, 4, 1), np.float32), media="image")
+    media.save(output, tmp_path / "out.png")
+
+
+def test_audio(tmp_path):
+    samples = np.sin(np.arange(2205) / 10).astype(np.float32)
+    output = Output(array=samples, media="audio", sample_rate_hz=22050)
+    with wave.open(str(media.save(output, tmp_path / "out.wav"))) as file:
+        assert (file.getframerate(), file.getnframes(), file.getnchannels()) == (22050, 2205, 1)
+
+
+def test_tables_keep_their_columns_and_digits(tmp_path):
+    rows = np.array([[1.5, 2.25], [3.125, -4.0]])
+    output = Output(array=rows, media="table", extra={"columns": ("u", "g")})
+    path = media.save(output, tmp_path / "out.csv")
+    assert path.read_text().splitlines()[0] == "u,g"
+    np.testing.assert_array_equal(np.loadtxt(path, delimiter=",", skiprows=1), rows)
+    np.testing.assert_array_equal(np.load(media.save(output, tmp_path / "out.npy")), rows)
+
+
+def test_a_form_that_does_not_fit_names_those_that_do(tmp_path):
+    with pytest.raises(RequestError, match=r"cannot save audio as 'out.png'.*\.wav or \.npy"):
+        media.save(Output(array=np.zeros(4), media="audio"), tmp_path / "out.png")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unwritable_place_is_one_clear_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="cannot write"):
+        media.save(Output(text="x"), tmp_path / "file/out.txt")
