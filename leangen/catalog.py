@@ -279,6 +279,8 @@ def parse_ref(text: str, catalog: Iterable[str] = CATALOG) -> Ref:
     match = _NAME.fullmatch(text)
     if match and match["name"] in names:
         return Ref(match["name"], match["scheme"])
+    if (name := text.partition(":")[0]) in names:
+        raise UnknownModelError(f"{text!r} names no scheme: expected {name} or {name}:int4")
     if text.startswith((".", "/", "~")) or "/" in text or (text and _is_bundle(text)):
         return Ref("", path=_expand(text))
     if text and Path(text).is_file():

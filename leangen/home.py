@@ -76,7 +76,7 @@ class Home:
             try:
                 aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.old-", dir=path.parent))
                 os.rename(path, aside / path.name)
-                shutil.rmtree(aside)
+                shutil.rmtree(aside, ignore_errors=True)  # what resists is a leftover for the next
                 with suppress(OSError):  # not empty: something else is there
                     path.parent.rmdir()
             except OSError as error:

