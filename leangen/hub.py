@@ -187,7 +187,10 @@ def _hub_errors(repo: str, revision: str | None, file: str | None) -> Iterator[N
 
 
 def _no_answer(at: str, error: Exception) -> SourceError:
-    detail = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    cause: BaseException = error
+    while cause.__cause__ is not None:  # huggingface_hub wraps what happened in what it tried
+        cause = cause.__cause__
+    detail = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
     return SourceError(
         f"cannot get {at} from the hub ({detail[:160]}): check the network and HF_ENDPOINT, or "
         "fetch the file yourself and `leangen export FILE -o DIR`"

@@ -61,7 +61,7 @@ def index(tmp_path, wheel, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
     monkeypatch.setenv("PIP_INDEX_URL", index.url)
-    thread = threading.Thread(target=index.server.serve_forever)
+    thread = threading.Thread(target=index.server.serve_forever, args=(0.02,))
     thread.start()
     yield index
     index.closing.set()
