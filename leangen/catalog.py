@@ -105,20 +105,19 @@ class Entry:
 
 
 def gguf_forms(kind: str) -> dict[str, Any]:
-    """The `forms`, `aliases` and `notes` of a GGUF of type `kind`, such as `Q4_1` or `F16`.
+    """The `forms`, `aliases` and `notes` of a GGUF of type `kind`: `Q4_1`, `F16`, `` (unknown).
 
     >>> gguf_forms("Q4_1")["aliases"]
     {'int4': 'gguf'}
     """
     if kind in ("F32", "F16", "BF16"):
         return {"forms": {"fp32": {"form": "fp32"}}}
-    fields: dict[str, Any] = {
-        "forms": {"fp32": {"form": "fp32"}, "gguf": {"form": "gguf"}},
-        "notes": {
+    fields: dict[str, Any] = {"forms": {"fp32": {"form": "fp32"}, "gguf": {"form": "gguf"}}}
+    if kind:
+        fields["notes"] = {
             "fp32": f"the published file is {kind}: fp32 is that file dequantized, "
             "not the original weights"
-        },
-    }
+        }
     if kind.startswith("Q4"):
         fields["aliases"] = {"int4": "gguf"}
         fields["notes"]["int4"] = f"int4 is gguf: the published {kind} weights, bit for bit"

@@ -61,13 +61,13 @@ def _split(name: str) -> tuple[str, str | None, str | None]:
 
 
 def gguf_kind(path: str) -> str:
-    """The type in a GGUF's file name, the hub's convention; `quantized` where it has none.
+    """The type in a GGUF's file name, as is the hub's convention; empty where there is none.
 
     >>> gguf_kind("Qwen3-0.6B-Q4_K_M.gguf"), gguf_kind("a/tiny.f16.gguf"), gguf_kind("model.gguf")
-    ('Q4_K_M', 'F16', 'quantized')
+    ('Q4_K_M', 'F16', '')
     """
     found = _KIND.findall(PurePosixPath(path).name)
-    return found[-1].upper().replace("FP", "F") if found else "quantized"
+    return found[-1].upper().replace("FP", "F") if found else ""
 
 
 def choose(repo: str, files: Sequence[str], wanted: str | None = None) -> tuple[str, ...]:

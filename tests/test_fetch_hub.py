@@ -241,3 +241,18 @@ def test_without_huggingface_hub_the_extra_is_named(tmp_path):
     assert "DependencyError: hf:org/chat needs huggingface_hub: `pip install 'leangen[hub]'`" in (
         done.stderr
     )
+
+
+@pytest.mark.parametrize(
+    ("file", "kind"),
+    [
+        ("SmolLM2-135M-Instruct.Q4_1.gguf", "Q4_1"),
+        ("gemma-3-1b-it-qat-q4_0.gguf", "Q4_0"),
+        ("Llama-3.2-1B-Instruct-IQ4_XS.gguf", "IQ4_XS"),
+        ("tiny-fp16.gguf", "F16"),
+        ("Q4_0/model.gguf", ""),
+        ("Qwen3-0.6B.gguf", ""),
+    ],
+)
+def test_the_type_is_read_from_the_file_name(file, kind):
+    assert hub.gguf_kind(file) == kind
