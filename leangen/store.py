@@ -206,7 +206,7 @@ class Store:
             job.say(f"{name}:{scheme}: {entry.notes[scheme]}")
             scheme = entry.aliases[scheme]
         if scheme in entry.forms:
-            return self._export(entry, scheme, job)
+            return self._installed(name, scheme) or self._export(entry, scheme, job)
         if scheme not in SCHEMES:
             expected = dict.fromkeys([*entry.forms, *entry.aliases, *SCHEMES])
             raise UnknownSchemeError(
