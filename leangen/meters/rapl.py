@@ -164,14 +164,14 @@ def _reader(path: Path) -> Callable[[], Reading]:
 
 def _text(path: Path) -> str | None:
     try:
-        return path.read_text(encoding="ascii", errors="replace").strip() or None
+        return path.read_text(encoding="utf-8", errors="replace").strip() or None
     except OSError:
         return None
 
 
 def _is_intel(root: Path) -> bool:
     try:
-        with (root / "proc/cpuinfo").open(encoding="ascii", errors="replace") as file:
+        with (root / "proc/cpuinfo").open(encoding="utf-8", errors="replace") as file:
             return any("GenuineIntel" in line for line, _ in zip(file, range(40), strict=False))
     except OSError:
         return False

@@ -1,8 +1,8 @@
 """Windows: two looks at each meter, and what may be said of the energy between them.
 
 Sensors are read at the window's edges only, as polling costs energy itself (`keep_up` adds a look
-when a counter could otherwise wrap unseen). With P the mean power in the window, the terms of
-the uncertainty, all at k = 2:
+when a counter could otherwise wrap unseen). The terms of the uncertainty, all at k = 2, with
+P = E / (window - tick), the mean power if the counter missed a tick at one edge:
 
     term        part        size            why
     tick        random      P x tick        each edge sees the counter as of its last tick: two
@@ -56,6 +56,13 @@ class _Track:
             return
         self.first = self.first or reading
         self.last = reading
+
+    @property
+    def elapsed_s(self) -> float:
+        """Time between the first look and the last."""
+        if self.first is None or self.last is None:
+            return 0.0
+        return (self.last.t_ns - self.first.t_ns) / 1e9
 
 
 @dataclass(slots=True)
@@ -148,34 +155,29 @@ def _close(track: _Track, read_s: float, *, suspended: bool) -> MeterWindow:
     # A model of awake time goes on being right through a suspend; a counter may not.
     if fault is None and suspended and meter.source == "measured":
         fault = "suspended"
-    if fault is not None or track.first is None or track.last is None:
-        return _faulted(meter, fault or "unreadable")
-    elapsed_s = (track.last.t_ns - track.first.t_ns) / 1e9
-    if track.counts == 0 or elapsed_s <= 0:
-        stuck = elapsed_s > 3 * meter.tick.seconds
-        return _faulted(meter, "stuck" if stuck else "unresolved")
+    if fault is None and track.counts == 0:
+        fault = "stuck" if track.elapsed_s > 3 * meter.tick.seconds else "unresolved"
+    if fault is not None:
+        return MeterWindow(
+            sensor=meter.name,
+            source=meter.source,
+            energy_uj=None,
+            tick_s=meter.tick.seconds,
+            coverage=meter.coverage,
+            faults=(fault,),
+        )
     count_j = UNIT_UJ[meter.unit] / 1e6
     energy_j = track.counts * count_j
-    power_w = energy_j / elapsed_s
+    tick_s = meter.tick.seconds
+    power_w = energy_j / max(track.elapsed_s - tick_s, tick_s)
     return MeterWindow(
         sensor=meter.name,
         source=meter.source,
         energy_uj=track.counts * UNIT_UJ[meter.unit],
-        u_random_j=math.hypot(power_w * meter.tick.seconds, power_w * read_s, 0.82 * count_j),
+        u_random_j=math.hypot(power_w * tick_s, power_w * read_s, 0.82 * count_j),
         u_systematic_j=meter.u_systematic * energy_j,
-        tick_s=meter.tick.seconds,
+        tick_s=tick_s,
         coverage=meter.coverage,
-    )
-
-
-def _faulted(meter: Meter, fault: str) -> MeterWindow:
-    return MeterWindow(
-        sensor=meter.name,
-        source=meter.source,
-        energy_uj=None,
-        tick_s=meter.tick.seconds,
-        coverage=meter.coverage,
-        faults=(fault,),
     )
 
 
@@ -232,12 +234,13 @@ def measure_baseline(selection: Selection, seconds: float) -> Baseline | None:
         window = begin(selection)
         clock.sleep(seconds / parts)
         closed = end(window)
-        elapsed_s = (window.looked_ns - window.begin_ns) / 1e9
         if any(meter.energy_uj is None for meter in closed):
             return None
-        powers_w.append(sum(meter.energy_uj or 0 for meter in closed) / 1e6 / elapsed_s)
-        edges_w.append(math.hypot(*(meter.u_random_j or 0.0 for meter in closed)) / elapsed_s)
-        systematic_w += math.fsum(m.u_systematic_j or 0.0 for m in closed) / elapsed_s / parts
+        elapsed_s = [track.elapsed_s for track in window.tracks]
+        rows = list(zip(closed, elapsed_s, strict=True))
+        powers_w.append(math.fsum((m.energy_uj or 0) / 1e6 / s for m, s in rows))
+        edges_w.append(math.hypot(*((m.u_random_j or 0.0) / s for m, s in rows)))
+        systematic_w += math.fsum((m.u_systematic_j or 0.0) / s for m, s in rows) / parts
     spread_w = 2 * statistics.stdev(powers_w) * math.sqrt(1 + 1 / parts)
     return Baseline(
         power_w=statistics.fmean(powers_w),
