@@ -274,6 +274,8 @@ class Receipt:
     peak_rss_bytes: int
     runtime: Runtime
     tag: str | None = None
+    begin_boottime_ns: int | None = None
+    """When the measured window began, since boot: tells which windows of one machine overlap."""
 
     def to_json(self) -> dict[str, Any]:
         """The receipt as plain JSON types, schema `leangen.receipt/1`."""
@@ -282,6 +284,7 @@ class Receipt:
             "id": self.id,
             "started_at": self.started_at,
             "duration_ns": self.duration_ns,
+            "begin_boottime_ns": self.begin_boottime_ns,
             "tag": self.tag,
             "host": self.host.to_json(),
             "model": self.model,

@@ -1,0 +1,217 @@
+"""From windows to an energy figure: totals, idle and marginal, per unit, per kind of step.
+
+Pure functions over records. Uncertainties follow the GUM (JCGM 100:2008) with coverage factor
+k = 2. Every u has two parts, because they add differently:
+
+- random (edges, jitter, spread of the baseline): independent, so they add in quadrature;
+- systematic (the sensor's class, the model of an estimate): the meters of one machine may all be
+  off the same way, so they add linearly over meters.
+
+A difference of two figures of the same meters, such as gross - idle, shares its systematic part
+(one gain on both), so there it subtracts: u_sys(marginal) = |u_sys(gross) - u_sys(idle)|. The
+estimate's ±60% is such a common factor too: gross, idle and marginal are each known to 60%.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from leangen.records import Energy, MeterWindow, Source, StepEnergy, joules
+
+FAULTS = {
+    "ambiguous": "the counter may have wrapped unseen in so long an interval",
+    "garbage": "the sensor gave something that is not a count",
+    "jump": "the counter rose by more than the hardware can draw",
+    "permission": "the permission to read was lost",
+    "reset": "the counter fell back, and no wrap explains it",
+    "stuck": "the counter did not move",
+    "suspended": "the machine was suspended meanwhile",
+    "unreadable": "the read failed",
+    "unresolved": "the interval is too short for the counter to move",
+    "vanished": "the sensor vanished",
+}
+"""Why a window has no figure: the closed list of `MeterWindow.faults`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Baseline:
+    """The idle power of a scope: what it draws while the model is loaded and nothing runs."""
+
+    power_w: float
+    u_random_w: float
+    """k=2, as a prediction for one more idle interval: spread included."""
+    u_systematic_w: float
+    """k=2, common with whatever the same meters measure later."""
+    duration_s: float
+    """How long it was observed; 0 for a model's own constant."""
+    scope: tuple[str, ...]
+    how: str
+
+    @property
+    def u_w(self) -> float:
+        """Both parts together, k=2."""
+        return math.hypot(self.u_random_w, self.u_systematic_w)
+
+
+def account(
+    windows: Sequence[MeterWindow],
+    *,
+    scope: tuple[str, ...],
+    reason: str | None,
+    duration_ns: int,
+    baseline: Baseline | None,
+    units: float,
+    steps: Sequence[tuple[str, int]] = (),
+) -> Energy:
+    """The energy of one generation from the windows of disjoint meters.
+
+    `windows` are in the order of `scope`. `steps` are (kind, duration in ns), in the order they
+    ran; kinds share the total by duration, exactly. With a faulted window, or none at all, the
+    total is None and `reason` says why: the figures of the other meters stay visible in `meters`,
+    but a part is never passed off as the whole.
+
+    Raises ValueError for windows of more than one source: an estimate is never added to a
+    measurement.
+    """
+    reasons = [reason] if reason else []
+    faulted = [window for window in windows if window.energy_uj is None]
+    if not windows or faulted:
+        if not windows and not reasons:
+            reasons.append("there is no meter")
+        reasons += [
+            f"{window.sensor}: {'; '.join(FAULTS.get(fault, fault) for fault in window.faults)}"
+            for window in faulted
+        ]
+        return Energy(
+            source="unavailable",
+            scope=scope,
+            reason="; ".join(reasons),
+            gross_uj=None,
+            meters=tuple(windows),
+        )
+
+    source = _one_source(windows)
+    gross_uj = sum(window.energy_uj or 0 for window in windows)
+    u_random_j = math.hypot(*(window.u_random_j or 0.0 for window in windows))
+    u_systematic_j = math.fsum(window.u_systematic_j or 0.0 for window in windows)
+    u_j = math.hypot(u_random_j, u_systematic_j)
+    reasons += [
+        f"{window.sensor}: the interval of {duration_ns / 1e6:.3g} ms is shorter than its tick of "
+        f"{window.tick_s * 1e3:.3g} ms, so it is hardly resolved"
+        for window in windows
+        if window.tick_s is not None and duration_ns < window.tick_s * 1e9
+    ]
+
+    idle_uj = idle_u_j = marginal_uj = marginal_u_j = None
+    if baseline is None:
+        reasons.append("no idle baseline was measured: idle and marginal are unknown")
+    elif baseline.scope != scope:
+        reasons.append(
+            f"the idle baseline covers {', '.join(baseline.scope)}: idle and marginal are unknown"
+        )
+    else:
+        duration_s = duration_ns / 1e9
+        idle_uj = round(baseline.power_w * duration_ns / 1e3)
+        idle_u_j = baseline.u_w * duration_s
+        marginal_uj = gross_uj - idle_uj
+        marginal_u_j = math.hypot(
+            u_random_j,
+            baseline.u_random_w * duration_s,
+            u_systematic_j - baseline.u_systematic_w * duration_s,
+        )
+
+    return Energy(
+        source=source,
+        scope=scope,
+        reason="; ".join(reasons) or None,
+        gross_uj=gross_uj,
+        u_random_j=u_random_j,
+        u_systematic_j=u_systematic_j,
+        u_j=u_j,
+        idle_uj=idle_uj,
+        idle_u_j=idle_u_j,
+        marginal_uj=marginal_uj,
+        marginal_u_j=marginal_u_j,
+        per_unit_j=gross_uj / 1e6 / units if units > 0 else None,
+        per_unit_u_j=u_j / units if units > 0 else None,
+        meters=tuple(windows),
+        steps=share(gross_uj, u_j, steps, source=source, marginal_uj=marginal_uj),
+    )
+
+
+def _one_source(windows: Sequence[MeterWindow]) -> Source:
+    sources = {window.source for window in windows}
+    if len(sources) != 1:
+        raise ValueError(
+            f"windows of several sources ({', '.join(sorted(sources))}) cannot form one total"
+        )
+    return sources.pop()
+
+
+def share(
+    gross_uj: int,
+    u_j: float,
+    steps: Sequence[tuple[str, int]],
+    *,
+    source: Source,
+    marginal_uj: int | None,
+) -> tuple[StepEnergy, ...]:
+    """Split a total over the kinds of `steps` (kind, duration in ns) by duration, exactly.
+
+    With f the kind's fraction of the time, u of a share has two terms: the total's own u times f,
+    and f (1 - f) D for the assumption that every kind draws the same power. D is the marginal
+    energy, or the gross where idle is unknown: two kinds differ in power by at most about what
+    working adds. A lone kind (f = 1) has no such term, and of a measured total is itself measured.
+    """
+    durations: dict[str, int] = {}
+    for kind, duration_ns in steps:
+        durations[kind] = durations.get(kind, 0) + duration_ns
+    total_ns = sum(durations.values())
+    if total_ns <= 0:
+        return ()
+    contrast_j = abs(joules(gross_uj if marginal_uj is None else marginal_uj) or 0.0)
+    alone = len(durations) == 1 and source == "measured"
+    return tuple(
+        StepEnergy(
+            kind=kind,
+            energy_uj=energy_uj,
+            u_j=math.hypot(u_j * (f := ns / total_ns), f * (1 - f) * contrast_j),
+            method="measured" if alone else "shared",
+        )
+        for (kind, ns), energy_uj in zip(
+            durations.items(), largest_remainder(gross_uj, list(durations.values())), strict=True
+        )
+    )
+
+
+def largest_remainder(total: int, weights: Sequence[int | float]) -> list[int]:
+    """Split the integer `total` in proportion to `weights` (>= 0), so that the parts sum to it.
+
+    Every part is its exact quota rounded down or up; those with the largest fractions are rounded
+    up, earlier ones first on a tie (Hamilton's method). A zero weight gets 0. A negative total is
+    split as its mirror image.
+
+    Raises ValueError for no weights, a negative or non-finite one, or when all are 0.
+
+    >>> largest_remainder(10, [1, 1, 1])
+    [4, 3, 3]
+    >>> largest_remainder(-10, [3, 0, 1])
+    [-8, 0, -2]
+    """
+    if not all(math.isfinite(weight) and weight >= 0 for weight in weights):
+        raise ValueError(f"weights must be finite and not negative, got {list(weights)}")
+    # Ratios of integers: floats would lose the last microjoules of a large total.
+    ratios = [weight.as_integer_ratio() for weight in weights]
+    common = math.lcm(*(denominator for _, denominator in ratios))
+    exact = [numerator * (common // denominator) for numerator, denominator in ratios]
+    whole = sum(exact)
+    if whole == 0:
+        raise ValueError("weights sum to 0: there is nothing to share by")
+    quotas = [divmod(abs(total) * weight, whole) for weight in exact]
+    parts = [quotient for quotient, _ in quotas]
+    short = abs(total) - sum(parts)
+    for index in sorted(range(len(parts)), key=lambda i: -quotas[i][1])[:short]:
+        parts[index] += 1
+    return parts if total >= 0 else [-part for part in parts]
