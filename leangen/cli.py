@@ -404,7 +404,7 @@ def meters(args: argparse.Namespace) -> int:
                 row["sensor"],
                 row["status"],
                 row["source"] or "",
-                ", ".join(row["scope"]),
+                ", ".join(row["scope"] or ()),
                 "" if row["tick_s"] is None else f"{row['tick_s'] * 1000:g} ms",
                 " ".join(text for text in (row["reason"], row["remedy"]) if text),
             ]
@@ -425,10 +425,10 @@ def ledger(args: argparse.Namespace) -> int:
         if getattr(args, name) is not None
     }
     book = Ledger(Store().ledger_path)
-    sums = book.summary(**filters)
-    entries = book.entries(limit=args.last, **filters)
+    sums = book.summary(where=filters)
+    entries = book.entries(filters, limit=args.last)
     if args.json:
-        print_json({"summary": sums, "entries": entries})
+        print_json({"summary": [row.to_json() for row in sums], "entries": entries})
     else:
         ledger_tables(sums, entries)
     return 0

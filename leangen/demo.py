@@ -51,9 +51,10 @@ def run(out: Path, *, threads: int | None, as_json: bool) -> int:
             reference = observation if reference is None else reference
             rows.append(row)
     state = environment.conditions()
-    document = {"rows": rows, "environment": state, "notes": environment.warnings(state)}
+    notes = environment.warnings(state)
+    document = {"rows": rows, "environment": state, "notes": notes}
     write_atomic(out / "demo.json", json.dumps(document, indent=1).encode())
-    _write_page(out, rows, document["notes"])
+    _write_page(out, rows, notes)
     if as_json:
         print_json(document)
     else:
@@ -138,7 +139,7 @@ def _write_page(out: Path, rows: Sequence[dict[str, Any]], notes: Sequence[str])
         models.append(
             {
                 "name": name,
-                "about": f"{entry.summary} ({entry.package} {entry.version}, {entry.licence})",
+                "about": f"{entry.summary} ({entry.source.title}, {entry.source.licence})",
                 "plots": _plots(group),
                 "outputs": [_output(out, row) for row in group],
             }

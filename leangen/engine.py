@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from leangen import carbon, clock, energy, families, host, media, meters
 from leangen.bundle import Bundle
 from leangen.errors import RequestError
 from leangen.ledger import Ledger
-from leangen.records import Latency, Output, Receipt, Runtime, Step, Units
+from leangen.records import Latency, MeterWindow, Output, Receipt, Runtime, Step, Units
 from leangen.session import Session
 
 BASELINE_S = 1.0
@@ -85,11 +85,11 @@ class Stream(Iterator[Step]):
             )
         return Result(self._output, self.receipt)
 
-    def _run(self, engine: Engine, request: Any) -> Iterator[Step]:
+    def _run(self, engine: Engine, request: Any) -> Generator[Step]:
         steps: list[tuple[str, float, int]] = []
         started_at = clock.utc_now()
         window = meters.begin(engine.selection)
-        begin_ns = clock.monotonic_ns()
+        begin_ns, boottime_ns = clock.monotonic_ns(), clock.boottime_ns()
         running = engine.family.run(engine.session, request)
         try:
             while True:
@@ -100,6 +100,7 @@ class Stream(Iterator[Step]):
                     self._output = stop.value
                     return
                 steps.append((step.kind, step.units, clock.monotonic_ns() - step_ns))
+                meters.keep_up(window)
                 yield step
         finally:
             running.close()
@@ -107,7 +108,7 @@ class Stream(Iterator[Step]):
             windows = meters.end(window)
             if steps:
                 self.receipt = engine._receipt(
-                    request, self._output, steps, started_at, begin_ns, duration_ns, windows
+                    request, self._output, steps, started_at, boottime_ns, duration_ns, windows
                 )
                 if engine.ledger is not None:
                     engine.ledger.append(self.receipt)
@@ -180,7 +181,7 @@ class Engine:
         None where it was not asked for (`baseline_s=0`) or no meter can tell.
         """
         if self._baseline is None and self._baseline_s > 0:
-            self._baseline = energy.measure_baseline(self.selection, self._baseline_s)
+            self._baseline = meters.measure_baseline(self.selection, self._baseline_s)
         return self._baseline
 
     def _receipt(
@@ -189,9 +190,9 @@ class Engine:
         output: Output | None,
         steps: list[tuple[str, float, int]],
         started_at: str,
-        begin_ns: int,
+        boottime_ns: int,
         duration_ns: int,
-        windows: Sequence[Any],
+        windows: Sequence[MeterWindow],
     ) -> Receipt:
         session, bundle = self.session, self.bundle
         count = sum(units for _, units, _ in steps)
@@ -231,6 +232,7 @@ class Engine:
                 versions=host.versions(),
             ),
             tag=self.tag,
+            begin_boottime_ns=boottime_ns,
         )
 
 

@@ -62,8 +62,8 @@ def to_bytes(
     images: np.ndarray[Any, Any], limits: tuple[float, float] | None
 ) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """Float images [n, h, w, c] as uint8; `limits` maps to 0..255, None takes their own range."""
-    low, high = limits if limits is not None else (float(images.min()), float(images.max()))
-    scaled = (images - low) / max(high - low, np.finfo(np.float32).tiny)
+    low, high = limits or (float(images.min()), float(images.max()))
+    scaled = (images - low) / max(high - low, float(np.finfo(np.float32).tiny))
     return np.asarray(np.round(np.clip(scaled, 0, 1) * 255), dtype=np.uint8)
 
 

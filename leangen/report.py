@@ -10,24 +10,26 @@ from typing import Any
 
 from leangen.console import table, with_u
 from leangen.files import write_atomic
+from leangen.ledger import Sum
+from leangen.records import joules
 
 
-def ledger_tables(sums: Sequence[Mapping[str, Any]], entries: Sequence[Mapping[str, Any]]) -> None:
+def ledger_tables(sums: Sequence[Sum], entries: Sequence[Mapping[str, Any]]) -> None:
     """Print the sums by model and scheme, then the last generations."""
-    if not entries:
-        print("the ledger is empty: `leangen generate` writes to it")
+    if not sums:
+        print("the ledger has no such generation yet: `leangen generate` writes to it")
         return
     table(
         ("model", "runs", "units", "time", "energy", "source", "gCO2e"),
         [
             [
-                f"{row['model']}:{row['scheme']}",
-                str(row["count"]),
-                f"{row['units']:.4g} {row['unit']}s",
-                f"{row['duration_s']:.1f} s",
-                with_u(row["gross_j"], row["u_j"], "J"),
-                row["source"],
-                "" if row["carbon_g"] is None else f"{row['carbon_g']:.2g}",
+                f"{row.group['model']}:{row.group['scheme']}",
+                str(row.receipts),
+                f"{row.units:.4g} {row.unit}s",
+                f"{row.duration_s:.1f} s",
+                with_u(joules(row.gross_uj), row.u_j, "J"),
+                row.source,
+                "" if row.carbon_g is None else f"{row.carbon_g:.2g}",
             ]
             for row in sums
         ],

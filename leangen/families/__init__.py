@@ -4,6 +4,7 @@ A family is one module with
 
     UNIT: str                         its unit of work: `token`, `pixel`, `audio-second`, `sample`
     PROMPT: str | None                the field of Request that a positional prompt fills
+    EXAMPLE: str | None               a prompt for when none is given: benchmarks, the demo
     Request                           a frozen dataclass that validates itself (RequestError)
     run(session, request)             a generator: yields a Step as each is done, returns an Output
 
@@ -35,6 +36,7 @@ class Family(Protocol):
 
     UNIT: str
     PROMPT: str | None
+    EXAMPLE: str | None
 
     @property
     def Request(self) -> type[Any]:
