@@ -1,6 +1,7 @@
 """The ledger: an append-only SQLite file of receipts.
 
-    receipts    one row per generation: the receipt's JSON, and the columns that queries need
+    receipts    one narrow row per generation: what sums and filters need
+    documents   the receipt's JSON
     windows     when each domain of a receipt's total was measured, and its energy
     domains     what was measured: one domain (`package-0`) of one machine in one boot
 
@@ -82,7 +83,8 @@ class Ledger:
             return []
         with self._use() as db:
             rows = db.execute(
-                f"SELECT receipt FROM receipts {condition} ORDER BY seq DESC LIMIT ?",
+                f"SELECT receipt FROM receipts JOIN documents USING (seq) {condition}"
+                " ORDER BY seq DESC LIMIT ?",
                 [*values, -1 if limit is None else limit],
             )
             return [json.loads(text) for (text,) in rows]
@@ -129,8 +131,8 @@ def _insert(db: sqlite3.Connection, receipt: Receipt) -> None:
     energy = receipt.energy
     seq = db.execute(
         "INSERT INTO receipts (id, started_at, host, device, model, scheme, family, tag, unit,"
-        " units, duration_ns, source, gross_uj, u_random_j, u_systematic_j, carbon_g, receipt)"
-        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        " units, duration_ns, source, gross_uj, u_random_j, u_systematic_j, carbon_g)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (
             receipt.id,
             receipt.started_at,
@@ -148,11 +150,10 @@ def _insert(db: sqlite3.Connection, receipt: Receipt) -> None:
             energy.u_random_j,
             energy.u_systematic_j,
             receipt.carbon.g,
-            json.dumps(
-                receipt.to_json(), ensure_ascii=False, allow_nan=False, separators=(",", ":")
-            ),
         ),
     ).lastrowid
+    text = json.dumps(receipt.to_json(), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    db.execute("INSERT INTO documents VALUES (?, ?)", (seq, text))
     begin_ns = receipt.begin_boottime_ns
     if energy.gross_uj is None or begin_ns is None or receipt.duration_ns <= 0:
         return

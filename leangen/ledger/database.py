@@ -33,11 +33,14 @@ CREATE TABLE receipts (
     u_random_j REAL,
     u_systematic_j REAL,
     carbon_g REAL,
-    overlaps INTEGER NOT NULL DEFAULT 0,
-    receipt TEXT NOT NULL
+    overlaps INTEGER NOT NULL DEFAULT 0
 );
 CREATE INDEX receipts_by_time ON receipts (started_at);
 CREATE INDEX receipts_by_overlap ON receipts (seq) WHERE overlaps;
+CREATE TABLE documents (
+    seq INTEGER PRIMARY KEY REFERENCES receipts (seq),
+    receipt TEXT NOT NULL
+);
 CREATE TABLE domains (
     domain INTEGER PRIMARY KEY,
     host TEXT NOT NULL,

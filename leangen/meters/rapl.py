@@ -69,7 +69,7 @@ def open(root: Path = Path("/")) -> list[Meter | Unavailable]:
     found: dict[str, tuple[str, Meter | Unavailable]] = {}
     for interface, *indices in zones:
         zone = ":".join([interface, *indices])
-        kind, scope = _domain(folder, interface, indices)
+        kind, scope = _domain(folder, zone)
         if scope in found:
             first, known = found[scope]
             if first == interface:  # psys of a second socket
@@ -96,14 +96,13 @@ def _no_zones(reason: str) -> Unavailable:
     )
 
 
-def _domain(folder: Path, interface: str, indices: list[str]) -> tuple[str, str]:
+def _domain(folder: Path, zone: str) -> tuple[str, str]:
     """The kind of a zone (`dram`) and its scope (`dram-1`, after its package's name)."""
-    name = _text(folder / ":".join([interface, *indices]) / "name") or ":".join(
-        [interface, *indices]
-    )
-    if len(indices) < 2:
+    name = _text(folder / zone / "name") or zone
+    parent = zone.rpartition(":")[0]
+    if ":" not in parent:
         return name.split("-")[0], name
-    package = _text(folder / f"{interface}:{indices[0]}" / "name") or f"package-{indices[0]}"
+    package = _text(folder / parent / "name") or parent
     return name, name + package.removeprefix("package")
 
 
