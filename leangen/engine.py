@@ -89,7 +89,7 @@ class Stream(Iterator[Step]):
         steps: list[tuple[str, float, int]] = []
         started_at = clock.utc_now()
         window = meters.begin(engine.selection)
-        begin_ns, boottime_ns = clock.monotonic_ns(), clock.boottime_ns()
+        begin_ns = clock.monotonic_ns()
         running = engine.family.run(engine.session, request)
         try:
             while True:
@@ -108,7 +108,7 @@ class Stream(Iterator[Step]):
             windows = meters.end(window)
             if steps:
                 self.receipt = engine._receipt(
-                    request, self._output, steps, started_at, boottime_ns, duration_ns, windows
+                    request, self._output, steps, started_at, window, duration_ns, windows
                 )
                 if engine.ledger is not None:
                     engine.ledger.append(self.receipt)
@@ -176,12 +176,15 @@ class Engine:
         return stream.result
 
     def baseline(self) -> energy.Baseline | None:
-        """Idle power with this model loaded, measured once, after the first generation.
+        """Idle power with this model loaded: measured once, after the first generation.
 
-        None where it was not asked for (`baseline_s=0`) or no meter can tell.
+        An estimate brings its own. None where it was not asked for (`baseline_s=0`) or no meter
+        can tell.
         """
-        if self._baseline is None and self._baseline_s > 0:
-            self._baseline = meters.measure_baseline(self.selection, self._baseline_s)
+        if self._baseline is None:
+            self._baseline = self.selection.baseline
+            if self._baseline is None and self._baseline_s > 0:
+                self._baseline = meters.measure_baseline(self.selection, self._baseline_s)
         return self._baseline
 
     def _receipt(
@@ -190,7 +193,7 @@ class Engine:
         output: Output | None,
         steps: list[tuple[str, float, int]],
         started_at: str,
-        boottime_ns: int,
+        window: meters.OpenWindow,
         duration_ns: int,
         windows: Sequence[MeterWindow],
     ) -> Receipt:
@@ -232,7 +235,7 @@ class Engine:
                 versions=host.versions(),
             ),
             tag=self.tag,
-            begin_boottime_ns=boottime_ns,
+            begin_boottime_ns=window.begin_boottime_ns,
         )
 
 

@@ -252,7 +252,9 @@ def read_config(file: GgufFile) -> LlamaConfig:
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        vocab=len(file.value("tokenizer.ggml.tokens")) if embedding is None else int(embedding.shape[1]),
+        vocab=len(file.value("tokenizer.ggml.tokens"))
+        if embedding is None
+        else int(embedding.shape[1]),
         context=int(file.hyper("context_length")),
         rms_epsilon=float(file.hyper("attention.layer_norm_rms_epsilon")),
         tied_head=tied_head,

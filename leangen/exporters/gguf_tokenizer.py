@@ -96,9 +96,7 @@ def _required(metadata: Mapping[str, Any], key: str) -> Any:
     return metadata[key]
 
 
-def _end_ids(
-    tokens: Sequence[str], types: Sequence[int], metadata: Mapping[str, Any]
-) -> list[int]:
+def _end_ids(tokens: Sequence[str], types: Sequence[int], metadata: Mapping[str, Any]) -> list[int]:
     """Tokens that end a generation: those the file names, and control tokens known to."""
     named = [metadata.get(f"tokenizer.ggml.{end}_token_id") for end in ("eos", "eot", "eom")]
     known = [

@@ -50,7 +50,9 @@ class Request:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        given = [name for name in ("prompt", "messages", "tokens") if getattr(self, name) is not None]
+        given = [
+            name for name in ("prompt", "messages", "tokens") if getattr(self, name) is not None
+        ]
         if len(given) != 1:
             raise RequestError(
                 f"got {' and '.join(given) or 'no prompt'}, expected exactly one of prompt, "
@@ -58,18 +60,35 @@ class Request:
             )
         if self.messages is not None:
             _check_messages(self.messages)
-        _expect(isinstance(self.max_new_tokens, int) and self.max_new_tokens >= 1,
-                "max_new_tokens", self.max_new_tokens, "a whole number, 1 or more")
-        _expect(math.isfinite(self.temperature) and self.temperature >= 0,
-                "temperature", self.temperature, "0 (greedy) or more")
-        _expect(isinstance(self.top_k, int) and self.top_k >= 0,
-                "top_k", self.top_k, "0 (off) or more")
+        _expect(
+            isinstance(self.max_new_tokens, int) and self.max_new_tokens >= 1,
+            "max_new_tokens",
+            self.max_new_tokens,
+            "a whole number, 1 or more",
+        )
+        _expect(
+            math.isfinite(self.temperature) and self.temperature >= 0,
+            "temperature",
+            self.temperature,
+            "0 (greedy) or more",
+        )
+        _expect(
+            isinstance(self.top_k, int) and self.top_k >= 0, "top_k", self.top_k, "0 (off) or more"
+        )
         _expect(0 < self.top_p <= 1, "top_p", self.top_p, "more than 0 and at most 1")
-        _expect(math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0,
-                "repetition_penalty", self.repetition_penalty, "more than 0 (1 is off)")
+        _expect(
+            math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0,
+            "repetition_penalty",
+            self.repetition_penalty,
+            "more than 0 (1 is off)",
+        )
         _expect(isinstance(self.seed, int) and self.seed >= 0, "seed", self.seed, "0 or more")
-        _expect(not isinstance(self.stop, str) and all(self.stop),
-                "stop", self.stop, "a list of strings, none of them empty")
+        _expect(
+            not isinstance(self.stop, str) and all(self.stop),
+            "stop",
+            self.stop,
+            "a list of strings, none of them empty",
+        )
 
     def describe(self) -> dict[str, Any]:
         """The options as plain JSON types; neither the prompt nor the messages."""
