@@ -23,6 +23,8 @@ from leangen.records import Output, Step
 from leangen.session import Session
 
 UNIT = "token"
+PROMPT = "prompt"
+EXAMPLE = "The old bridge over the river"
 ROLES = ("system", "user", "assistant", "tool")
 
 
