@@ -13,10 +13,13 @@ that leangen cannot run UnsupportedError.
 from __future__ import annotations
 
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from types import ModuleType
+from typing import cast
 
-from leangen.errors import SourceError
+from leangen.bundle import Bundle
+from leangen.errors import RequestError, SourceError
 
 EXPORTERS = {
     "gguf": "leangen.exporters.gguf",
@@ -39,3 +42,23 @@ def find(path: Path) -> ModuleType:
         f"{path} is none of the kinds that leangen exports ({', '.join(EXPORTERS)}): "
         "check that the file is complete"
     )
+
+
+def export(
+    path: Path,
+    out: Path,
+    *,
+    name: str | None = None,
+    replace: bool = False,
+    **options: object,
+) -> Bundle:
+    """Export the file at `path` with the exporter that accepts it.
+
+    Raises SourceError when none does, RequestError for an option that this exporter does not take.
+    """
+    module = find(path)
+    taken = signature(module.export).parameters
+    for option in options:
+        if option not in taken:
+            raise RequestError(f"--{option} does not apply to {path.name}: leave it out")
+    return cast(Bundle, module.export(path, out, name=name, replace=replace, **options))

@@ -23,8 +23,8 @@ from leangen.records import Output, Step
 from leangen.session import Session
 
 UNIT = "token"
-PROMPT = "prompt"
-EXAMPLE = "The old bridge over the river"
+INPUTS = ("prompt", "messages", "tokens")
+EXAMPLE = {"prompt": "The old bridge over the river"}
 ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -124,6 +124,12 @@ def _check_messages(messages: Sequence[Mapping[str, str]]) -> None:
             )
         if not isinstance(message["content"], str):
             raise RequestError("a message's content is not text, expected a string")
+
+
+def prepare(session: Session) -> None:
+    """Open the graph and read the tokenizer."""
+    session.graph("model")
+    tokenizer(session)
 
 
 def run(session: Session, request: Request) -> Generator[Step, None, Output]:
