@@ -67,7 +67,7 @@ FAMILIES = {
 
 
 def key(bundle: Bundle) -> str:
-    """The bundle's key in FAMILIES: its manifest's family, and its config's `task` if it has one."""
+    """The key in FAMILIES: the manifest's family, and the config's `task` if it has one."""
     task = bundle.config.get("task")
     return bundle.family if task is None else f"{bundle.family}/{task}"
 
