@@ -251,7 +251,10 @@ def _cut_parts(model: onnx.ModelProto, at: _Points) -> dict[str, onnx.ModelProto
     }
     per_phoneme: Shape = [1, "channels", "phonemes"]
     per_frame: Shape = [1, "channels", "frames"]
-    speaker: dict[str, tuple[str, Shape]] = {"sid": ("speaker", [1])}
+    # in voices of one speaker, `sid` can be the name of a weight
+    speaker: dict[str, tuple[str, Shape]] = {
+        info.name: ("speaker", [1]) for info in model.graph.input if info.name == "sid"
+    }
     audio = model.graph.output[0]
     rank = len(audio.type.tensor_type.shape.dim)
     return {

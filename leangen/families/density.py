@@ -47,7 +47,7 @@ class Request:
                 "expected either count (rows to draw) or data (rows to score), "
                 f"given {'both' if self.data is not None else 'neither'}"
             )
-        if self.count is not None and (not isinstance(self.count, Integral) or self.count < 1):
+        if self.count is not None and (self.count != int(self.count) or self.count < 1):
             raise RequestError(f"count is {self.count!r}, expected a whole number, 1 or more")
         if self.seed < 0:
             raise RequestError(f"seed is {self.seed}, expected 0 or more")
