@@ -18,6 +18,10 @@ PAD, START, END = "_^$"
 PAUSES = tuple(",;:.!?")
 """Punctuation that the voices were trained on."""
 
+DEMO_TEXT = "Every answer comes with the energy that it cost."
+DEMO_IPA = "ˈɛvɹi ˈænsɚ kˈʌmz wɪððɪ ˈɛnɚdʒi ðˌɐɾɪt kˈɔst."
+"""The demo's sentence as espeak-ng 1.51 says it (en-us): spoken without any extra."""
+
 
 def from_text(text: str, voice: str) -> str:
     """IPA of `text` as a voice such as `en-us` says it, one sentence a line.
