@@ -175,7 +175,18 @@ _ENTRIES = (
             licence="MIT",
         ),
         exporter="onnx",
-        forms={"fp32": {}},
+        forms={
+            "fp32": {
+                "family": "diffusion",
+                "prediction": "sample",
+                "sampler": "consistency",
+                "steps": 1,
+                "sigma_min": 0.002,
+                "sigma_max": 80.0,
+                "conditions": {"difficulty": {"min": 0.0, "max": 1.0, "default": 0.5}},
+                "range": [-1.0, 1.0],
+            }
+        },
     ),
     Entry(
         name="galaxy-flow",
