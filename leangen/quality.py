@@ -114,14 +114,19 @@ def _measure_images(reference: list[Array], candidate: list[Array]) -> list[Meas
 
 def _observe_speech(session: Session, reference: Any) -> list[Output]:
     """One utterance per seed, spoken in the reference's rhythm."""
-    rhythms = (
-        [None] * len(SEEDS) if reference is None else [o.extra["durations"] for o in reference]
-    )
+    said = speech.EXAMPLE["phonemes"]
     return [
         _finish(
-            speech.run(session, speech.Request(**speech.EXAMPLE, seed=seed, durations=durations))
+            speech.run(
+                session,
+                speech.Request(
+                    phonemes=said,
+                    seed=seed,
+                    durations=None if reference is None else reference[seed].extra["durations"],
+                ),
+            )
         )
-        for seed, durations in zip(SEEDS, rhythms, strict=True)
+        for seed in SEEDS
     ]
 
 

@@ -23,8 +23,7 @@ from leangen.session import Session
 
 UNIT = "audio-second"
 INPUTS = ("text", "phonemes", "phoneme_ids")
-EXAMPLE = {"phonemes": "ˈɛnɚdʒi ɪz mˈɛʒɚd ɪn dʒˈuːlz, ænd ˈɛvɹi dʒˌɛnɚɹˈeɪʃən kˈʌmz wɪð ɐ ɹᵻsˈiːt!"}
-"""Energy is measured in joules, and every generation comes with a receipt!"""
+EXAMPLE = {"phonemes": grapheme.DEMO_IPA}
 
 Array = np.ndarray[Any, Any]
 
