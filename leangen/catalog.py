@@ -273,7 +273,7 @@ def parse_ref(text: str, catalog: Iterable[str] = CATALOG) -> Ref:
     >>> parse_ref("hf:Qwen/Qwen3-0.6B-GGUF").name
     'hf:Qwen/Qwen3-0.6B-GGUF'
     """
-    names = list(catalog)
+    names = list(dict.fromkeys(catalog))
     if not text.isprintable() or "\\" in text:
         raise UnknownModelError(
             f"{text!r} is not a model's name: it holds a backslash or a control character; "
