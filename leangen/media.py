@@ -11,7 +11,7 @@ import numpy as np
 from leangen import audio
 from leangen.errors import RequestError
 from leangen.files import write_atomic
-from leangen.records import Output
+from leangen.records import Media, Output
 
 SUFFIXES = {
     "text": (".txt",),
@@ -26,17 +26,23 @@ def save(output: Output, path: Path) -> Path:
 
     Raises RequestError for a suffix that the output cannot take.
     """
-    suffix = path.suffix.lower()
-    if suffix not in SUFFIXES[output.media]:
-        raise RequestError(
-            f"cannot save {output.media} as {path.name!r}: "
-            f"use a name that ends in {' or '.join(SUFFIXES[output.media])}"
-        )
+    suffix = suffix_for(output.media, path)
     if suffix == ".wav":
         audio.write_wav(path, np.asarray(output.array), int(output.sample_rate_hz or 0))
     else:
         write_atomic(path, encode(output, suffix))
     return path
+
+
+def suffix_for(media: Media, path: Path) -> str:
+    """The suffix of `path` in lower case; RequestError for one that `media` cannot take."""
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES[media]:
+        raise RequestError(
+            f"cannot save {media} as {path.name!r}: "
+            f"use a name that ends in {' or '.join(SUFFIXES[media])}"
+        )
+    return suffix
 
 
 def encode(output: Output, suffix: str) -> bytes:

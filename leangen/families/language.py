@@ -19,10 +19,11 @@ from leangen.errors import BundleError, RequestError
 from leangen.families import sampling
 from leangen.families.decoder import CHUNK, Decoder, Floats
 from leangen.families.text_stream import TextStream
-from leangen.records import Output, Step
+from leangen.records import Media, Output, Step
 from leangen.session import Session
 
 UNIT = "token"
+MEDIA: Media = "text"
 INPUTS = ("prompt", "messages", "tokens")
 EXAMPLE = {"prompt": "The old bridge over the river"}
 CONFIG_KEYS = (
