@@ -42,14 +42,14 @@ def record(bundle: Bundle, *, limit: int = 4) -> tuple[dict[str, list[Feeds]], l
     At most `limit` runs of each graph are kept; both are empty for a family whose module has no
     `calibration_requests`.
     """
-    family = families.get(bundle.family)
-    requests: Callable[[Bundle], Iterable[Any]] | None = getattr(
+    family = families.of(bundle)
+    requests: Callable[[Session], Iterable[Any]] | None = getattr(
         family, "calibration_requests", None
     )
     recorder = _Recorder(bundle, limit)
     if requests is None:
         return recorder.feeds, []
-    asked = list(requests(bundle))
+    asked = list(requests(recorder))
     for request in asked:
         for _ in family.run(recorder, request):
             pass

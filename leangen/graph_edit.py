@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import AttributeProto, GraphProto, NodeProto, TensorProto, helper, numpy_helper
 
 from leangen.errors import BundleError
@@ -70,7 +71,7 @@ class Graph:
     def __init__(self, path: Path) -> None:
         try:
             self.model = onnx.load(path, load_external_data=False)
-        except Exception as error:  # protobuf's DecodeError has no stable home
+        except DecodeError as error:
             raise BundleError(f"{path} is not an ONNX graph: export the model again") from error
         self.folder = path.parent
         self.nodes: list[NodeProto] = list(self.model.graph.node)
@@ -120,6 +121,19 @@ class Graph:
             if entry.key == "location"
         }
 
+    def check_files(self) -> None:
+        """BundleError when external data is missing or ends early."""
+        for tensor in self._stored.values():
+            place = {entry.key: entry.value for entry in tensor.external_data}
+            if tensor.data_location == TensorProto.EXTERNAL:
+                file = self.folder / place["location"]
+                end = int(place.get("offset", 0)) + int(place.get("length", 0))
+                if not file.is_file() or file.stat().st_size < end:
+                    raise BundleError(
+                        f"its weight file {place['location']!r} is missing or cut off: "
+                        "copy it beside the graph, whole"
+                    )
+
     def add(self, name: str, array: Array) -> str:
         """A new constant; returns its name."""
         self._added[name] = np.asarray(array)
@@ -135,9 +149,7 @@ class Graph:
 
     def replace(self, replacements: Mapping[str, list[NodeProto]]) -> None:
         """Put lists of nodes in place of the nodes of these names, in graph order."""
-        self.nodes = [
-            new for node in self.nodes for new in replacements.get(node.name, [node])
-        ]
+        self.nodes = [new for node in self.nodes for new in replacements.get(node.name, [node])]
 
     def float_parameters(self) -> dict[str, int]:
         """Name and size of every float constant that the nodes read."""

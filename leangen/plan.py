@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod, sqrt
 
 from leangen import calibrate
 from leangen.calibrate import Feeds
 from leangen.graph_edit import Graph, Range
-from leangen.sensitivity import Probe, isolate
+from leangen.sensitivity import Probe
 from leangen.treatments import BLOCK, Site, Treatments
 
 ACTIVATION_ERROR = 0.04
 """Relative RMSE of a graph's output that 8-bit activations may add, of all its convolutions."""
-INT4_ERROR = 0.06
-"""Relative RMSE of a graph's output that 4-bit weights may add; worse nodes get 8 bits."""
-INT4_BITS = 4.9
-"""Mean bits a weight, scales included, up to which int4 spends 8 bits where they do most good."""
+INT4_ERROR = 0.08
+"""Relative RMSE of a graph's output that 4-bit weights may add; worse nodes get 8 bits ..."""
+INT4_BITS = 4.95
+"""... up to this many bits a parameter on average, scales and what stays fp32 included."""
 _WORTH_STATIC = 0.95
-"""Share of a graph's convolution work whose nodes are considered for int8 arithmetic; the rest is
+"""Share of a graph's multiply-adds whose nodes are considered for int8 arithmetic; the rest is
 too small for the cost of quantizing its inputs."""
 # A group of nodes whose error is this share of the allowance is not looked into further.
-_NEGLIGIBLE = 1 / 20
+_NEGLIGIBLE = 1 / 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,19 +51,23 @@ def uniform(
                 offered[-1], "output head: its errors go straight into the result"
             )
         else:
-            first = offered[0] if scheme == "int4" else next(t for t in offered if t[-1] == "8")
+            bits = scheme[-1]
+            first = next(t for t in (f"matmul{bits}", "w4", "w8") if t in offered and t[-1] >= bits)
             choices[site.node.name] = Choice(first, f"{site.kind} layer of an {scheme} bundle")
     return choices
 
 
 def measured(
-    graph: Graph, sites: Sequence[Site], feeds: Sequence[Feeds], scheme: str
+    graph: Graph, sites: Sequence[Site], feeds: Sequence[Feeds], scheme: str, *, untouched: int
 ) -> tuple[Treatments, dict[str, Choice]]:
-    """Treatments by what each does to the graph's outputs on `feeds`."""
+    """Treatments by what each does to the graph's outputs on `feeds`.
+
+    `untouched` is the number of parameters too small to quantize: they weigh on int4's mean bits.
+    """
     around = [
         name
         for site in sites
-        if site.kind == "conv"
+        if site.kind in ("conv", "linear")
         for name in (site.node.input[0], site.node.output[0])
     ]
     spans = calibrate.ranges(graph, around, feeds)
@@ -73,10 +77,10 @@ def measured(
     choices = _eight_bits(sites, treatments)
     budget: float | None = None
     if scheme == "int4":
-        _four_bits(graph, sites, treatments, feeds, choices)
-        budget = INT4_BITS * sum(site.weights for site in sites) - sum(
-            _stored_bits(by_name[name], choice.treatment) for name, choice in choices.items()
-        )
+        weights = sum(site.weights for site in sites)
+        budget = INT4_BITS * (weights + untouched) - 32.0 * untouched
+        _four_bits(graph, sites, treatments, feeds, choices, budget)
+        budget -= _total_bits(by_name, choices)
     _static(graph, by_name, treatments, feeds, work, choices, budget)
     return treatments, choices
 
@@ -85,7 +89,7 @@ def _eight_bits(sites: Sequence[Site], treatments: Treatments) -> dict[str, Choi
     choices = {}
     for site in sites:
         offered = treatments.offered(site)
-        eight = next((t for t in ("matmul8", "gather8", "w8") if t in offered), None)
+        eight = next((t for t in ("w8", "gather8") if t in offered), None)
         if eight is None:
             choices[site.node.name] = Choice("fp32", "no layout of ONNX Runtime fits its shape")
         else:
@@ -99,28 +103,30 @@ def _four_bits(
     treatments: Treatments,
     feeds: Sequence[Feeds],
     choices: dict[str, Choice],
+    budget: float,
 ) -> None:
-    """Turn choices into 4 bits, but for the nodes that harm the output most per bit saved."""
+    """Turn choices into 4 bits, but for the nodes that harm the output most per bit saved.
+
+    As many as hold the error down, and on until all is within `budget` bits.
+    """
     small = {}
     for site in sites:
-        four = next((t for t in treatments.offered(site) if t in ("w4", "matmul4")), None)
+        four = next((t for t in treatments.offered(site) if t == "w4"), None)
         if four is not None:
             small[site.node.name] = treatments.apply(site, four)
     probe = Probe(graph, small, feeds)
     allowed = INT4_ERROR**2
-    harm = isolate(list(small), probe.error, allowed * _NEGLIGIBLE)
-    weights = {site.node.name: site.weights for site in sites}
-    chosen = _within(list(small), harm, weights, allowed, probe.error)
-    for name, stand_in in small.items():
-        error = sqrt(harm[name])
-        if name in chosen:
-            choices[name] = Choice(
-                stand_in.treatment, f"4 bits alone change the output by {error:.1e} (relative RMSE)"
-            )
+    harm = probe.harm(list(small), allowed * _NEGLIGIBLE)
+    by_name = {site.node.name: site for site in sites}
+    order = sorted(small, key=lambda name: harm[name] / by_name[name].weights)
+    fits = _most_within(order, allowed, probe.error)
+    for rank, name in enumerate(order):
+        error = f"{sqrt(harm[name]):.1e} (relative RMSE)"
+        if rank < fits or _total_bits(by_name, choices) > budget:
+            choices[name] = Choice("w4", f"4 bits alone change the output by {error}")
         else:
             choices[name] = Choice(
-                choices[name].treatment,
-                f"sensitive: 4 bits alone would change the output by {error:.1e}",
+                choices[name].treatment, f"4 bits alone would change the output by {error}"
             )
 
 
@@ -133,11 +139,16 @@ def _static(
     choices: dict[str, Choice],
     budget: float | None,
 ) -> None:
-    """Turn the convolutions with most work into int8 arithmetic, as far as the output bears it.
+    """Turn the layers with most work into int8 arithmetic, as far as the output bears it.
 
     `budget` bounds the bits that this may add to 4-bit choices; None for no bound.
     """
-    offered = [name for name, site in sites.items() if "w8a8" in treatments.offered(site)]
+    int8_form = {"conv": "w8a8", "linear": "matmul8"}
+    offered = {
+        name: int8_form[site.kind]
+        for name, site in sites.items()
+        if int8_form.get(site.kind) in treatments.offered(site)
+    }
     heavy: list[str] = []
     total = sum(work[name] for name in offered)
     for name in sorted(offered, key=lambda name: -work[name] / sites[name].weights):
@@ -152,18 +163,18 @@ def _static(
     heavy = [name for name in offered if name in heavy]  # graph order: neighbours group well
     if not heavy:
         return
-    stand_ins = {name: treatments.apply(sites[name], "w8a8") for name in heavy}
+    stand_ins = {name: treatments.apply(sites[name], offered[name]) for name in heavy}
     probe = Probe(graph, stand_ins, feeds)
     allowed = ACTIVATION_ERROR**2
-    harm = isolate(heavy, probe.error, allowed * _NEGLIGIBLE)
-    chosen = _within(heavy, harm, work, allowed, probe.error)
+    harm = probe.harm(heavy, allowed * _NEGLIGIBLE)
+    order = sorted(heavy, key=lambda name: harm[name] / work[name])
+    chosen = order[: _most_within(order, allowed, probe.error)]
     for name in heavy:
         error, share = sqrt(harm[name]), work[name] / total
         if name in chosen:
             choices[name] = Choice(
-                "w8a8",
-                f"{share:.1%} of the convolution work; int8 arithmetic alone changes the output "
-                f"by {error:.1e}",
+                offered[name],
+                f"{share:.1%} of the work; int8 arithmetic alone changes the output by {error:.1e}",
             )
         else:
             choices[name] = Choice(
@@ -172,31 +183,30 @@ def _static(
             )
 
 
-def _within(
-    names: Sequence[str],
-    harm: Mapping[str, float],
-    gain: Mapping[str, int],
-    allowed: float,
-    error: Callable[[Iterable[str]], float],
-) -> set[str]:
-    """The nodes with most gain per harm whose joint measured error stays within `allowed`."""
-    order = sorted(names, key=lambda name: harm[name] / gain[name])
-    count, predicted = 0, 0.0
-    while count < len(order) and predicted + harm[order[count]] <= allowed:
-        predicted += harm[order[count]]
-        count += 1
-    # Errors of single nodes add up only roughly: what counts is the error of all together.
-    while count and (joint := error(order[:count])) > allowed:
-        excess = joint - allowed
-        while count and excess > 0:
-            count -= 1
-            excess -= max(harm[order[count]], joint / (2 * len(order)))
-    return set(order[:count])
+def _most_within(
+    order: Sequence[str], allowed: float, error: Callable[[Sequence[str]], float]
+) -> int:
+    """How many of the first nodes can be treated together with an error of at most `allowed`.
+
+    Errors of single nodes add up only roughly: they gave the order, and no more.
+    """
+    fits, fails = 0, len(order) + 1
+    while fails - fits > 1:
+        count = (fits + fails) // 2
+        if error(order[:count]) <= allowed:
+            fits = count
+        else:
+            fails = count
+    return fits
 
 
 def _multiply_adds(site: Site, spans: Mapping[str, Range]) -> int:
     span = spans.get(site.node.output[0]) if site.node.output else None
     return prod(span.shape) * site.columns if span is not None else 0
+
+
+def _total_bits(sites: Mapping[str, Site], choices: Mapping[str, Choice]) -> float:
+    return sum(_stored_bits(site, choices[name].treatment) for name, site in sites.items())
 
 
 def _stored_bits(site: Site, treatment: str) -> float:

@@ -116,7 +116,9 @@ def _quantize_graph(
         else:
             sites.append(site)
     if _is_measured(sites) and feeds:
-        treatments, chosen = plan.measured(graph, sites, feeds, scheme)
+        weights = {site.weight for site in find_sites(graph)}
+        untouched = sum(size for name, size in parameters.items() if name not in weights)
+        treatments, chosen = plan.measured(graph, sites, feeds, scheme, untouched=untouched)
     else:
         treatments = Treatments(graph)
         chosen = plan.uniform(graph, sites, treatments, scheme)
@@ -126,15 +128,12 @@ def _quantize_graph(
         for site in sites
         if choices[site.node.name].treatment != "fp32"
     }
-    original = Graph(bundle.graph(role))
     graph.replace({name: stand_in.nodes for name, stand_in in treated.items()})
     graph.save(target)
-    return _account(sites, choices, treated, parameters, _rmse(original, bundle, role, target, feeds))
+    return _account(sites, choices, treated, parameters, _rmse(bundle, role, target, feeds))
 
 
-def _rmse(
-    graph: Graph, bundle: Bundle, role: str, target: Path, feeds: Sequence[Feeds]
-) -> float | None:
+def _rmse(bundle: Bundle, role: str, target: Path, feeds: Sequence[Feeds]) -> float | None:
     """Relative RMSE of the quantized graph's outputs on the calibration feeds."""
     if not feeds:
         return None

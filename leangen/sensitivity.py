@@ -19,9 +19,6 @@ from leangen.calibrate import Feeds
 from leangen.graph_edit import Graph
 from leangen.treatments import Treated
 
-# Two calibration runs tell a sensitive node from a harmless one; more only smooth the figure.
-_RUNS = 2
-
 
 class Probe:
     """A graph in which each candidate's treatment can be switched on at run time."""
@@ -31,7 +28,7 @@ class Probe:
     ) -> None:
         """`candidates` are stand-ins by node name; `feeds` come from `calibrate.record`."""
         self._flags = {name: f"probe/{name}" for name in candidates}
-        self._feeds = feeds[:_RUNS]
+        self._feeds = feeds
         model = graph.proto()
         del model.graph.node[:]
         for node in graph.nodes:
@@ -50,17 +47,22 @@ class Probe:
         flags = {flag: np.array(name in treated) for name, flag in self._flags.items()}
         return list(self._session.run(None, {**feed, **flags}))
 
-    def error(self, names: Iterable[str]) -> float:
-        """Squared relative error of the outputs with just these nodes treated."""
+    def error(self, names: Iterable[str], *, runs: int | None = None) -> float:
+        """Squared relative error of the outputs with just these nodes treated.
+
+        The mean over the first `runs` of the feeds; over all when None.
+        """
         treated = frozenset(names)
+        trials = zip(self._feeds[:runs], self._reference[:runs], strict=True)
         return float(
             np.mean(
-                [
-                    calibrate.relative_error(self._run(feed, treated), reference)
-                    for feed, reference in zip(self._feeds, self._reference, strict=True)
-                ]
+                [calibrate.relative_error(self._run(feed, treated), ref) for feed, ref in trials]
             )
         )
+
+    def harm(self, names: Sequence[str], negligible: float) -> dict[str, float]:
+        """`isolate` with this probe, on the first feed: enough to put the nodes in order."""
+        return isolate(names, lambda group: self.error(group, runs=1), negligible)
 
 
 def isolate(

@@ -1,12 +1,10 @@
 """What can become of a node with weights: the ONNX nodes that stand in for it.
 
-| treatment | weights | how it runs on stock ORT |
-|---|---|---|
-| `w8a8` | 7 of 8 bits per row | static QDQ around a convolution: int8 arithmetic (u8 x s8) |
-| `w8`, `w4` | 8 bits per row, 4 bits per block | unpacked by standard ops that ORT folds when it loads: \
-small on disk, runs as fp32 does |
-| `matmul8`, `matmul4` | 8 or 4 bits per block | MatMulNBits, activations rounded to int8 |
-| `gather8` | 8 bits per block | GatherBlockQuantized: only the rows asked for are unpacked |
+    w8a8              7 of 8 bits per row: static QDQ around a convolution, u8 x s8 arithmetic
+    w8, w4            8 bits per row, 4 bits per block: unpacked by standard ops that ORT folds
+                      when it loads; small on disk, runs as fp32 does
+    matmul8, matmul4  8 or 4 bits per block: MatMulNBits, activations rounded to int8 per block
+    gather8           8 bits per block: GatherBlockQuantized unpacks only the rows asked for
 
 A DequantizeLinear on a convolution's weight would run anew for every inference (ORT folds it only
 with a session option); Cast and Mul are folded always, and need no newer opset than the graph has.
@@ -92,8 +90,8 @@ def _classify(graph: Graph, node: NodeProto) -> tuple[str, Kind, bool] | None:
             return node.input[1], "deconv", True
         case "MatMul":
             return node.input[1], "linear", True
-        case "Gemm" if (
-            options.get("alpha", 1) == options.get("beta", 1) == 1 and not options.get("transA")
+        case "Gemm" if options.get("alpha", 1) == options.get("beta", 1) == 1 and not options.get(
+            "transA"
         ):
             bias = node.input[2] if len(node.input) > 2 else ""
             if not bias or (graph.has(bias) and len(graph.shape(bias)) == 1):
@@ -123,9 +121,9 @@ class Treatments:
         node = site.node
         if site.kind == "embedding":
             return ["gather8"] if self._block8(site) else []
-        if site.kind == "linear":
-            return ["matmul4", "matmul8"] if site.columns >= 16 else ["w8"]
         offered = ["w4", "w8"] if site.columns % BLOCK == 0 else ["w8"]
+        if site.kind == "linear" and site.columns >= 16:
+            offered += ["matmul4", "matmul8"]
         if site.kind == "conv" and {node.input[0], node.output[0]} <= self._ranges.keys():
             offered.append("w8a8")
         return offered
@@ -186,9 +184,7 @@ class Treatments:
             rounded = np.clip(np.rint(bias / step), -limit, limit).astype(np.int32)
             bias_q = self._graph.add(f"{node.name}/bias_q", rounded)
             bias_scale = self._graph.add(f"{node.name}/bias_scale", step)
-            nodes.append(
-                _node("DequantizeLinear", [bias_q, bias_scale], f"{node.name}/b", axis=0)
-            )
+            nodes.append(_node("DequantizeLinear", [bias_q, bias_scale], f"{node.name}/b", axis=0))
             conv.input[2] = f"{node.name}/b"
         conv.output[0] = f"{node.name}/y"
         nodes.append(conv)
@@ -258,9 +254,7 @@ class Treatments:
 
     def _matmul(self, site: Site, bits: int, block: int) -> tuple[list[NodeProto], Packed]:
         scheme = int8 if bits == 8 else int4
-        packed = self._pack(
-            site, f"block{bits}", lambda w: scheme.quantize(w, block_size=block)
-        )
+        packed = self._pack(site, f"block{bits}", lambda w: scheme.quantize(w, block_size=block))
         name, node = site.weight, site.node
         q = self._constant(f"{name}/b{bits}", lambda: _nbits_layout(packed))
         scale = self._constant(f"{name}/b{bits}_scale", lambda: packed.scales)

@@ -122,9 +122,7 @@ def _storable(scale: Floats, dtype: type[np.floating[Any]]) -> Floats:
     return np.where(scale == 0, np.float32(1), stored)
 
 
-def _error(
-    w: Floats, scale: Floats, unit: Floats, q_min: int, q_max: int
-) -> tuple[Floats, Floats]:
+def _error(w: Floats, scale: Floats, unit: Floats, q_min: int, q_max: int) -> tuple[Floats, Floats]:
     """Squared error per block in units of `unit`, and the codes."""
     with np.errstate(over="ignore"):  # w / subnormal may overflow; the clip below handles it
         q = w / scale[..., None]
