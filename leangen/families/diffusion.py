@@ -22,11 +22,14 @@ import numpy as np
 from leangen import samplers
 from leangen.errors import RequestError
 from leangen.families import imaging
-from leangen.records import Output, Step
+from leangen.records import Media, Output, Step
 from leangen.samplers import Array, Denoiser, schedules
 from leangen.session import Session
 
 UNIT = "sample"
+MEDIA: Media = "image"
+INPUTS = ()
+EXAMPLE: Mapping[str, Any] = {}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +64,11 @@ class Request:
         }
 
 
+def prepare(session: Session) -> None:
+    """Open the graph."""
+    session.graph("model")
+
+
 def run(session: Session, request: Request) -> Generator[Step, None, Output]:
     """Draw samples; one `denoise` step per sampler step, the last of a sample completing it."""
     config = session.bundle.config
@@ -78,7 +86,7 @@ def run(session: Session, request: Request) -> Generator[Step, None, Output]:
             left -= 1
             yield Step(kind="denoise", units=float(left == 0))
         drawn.append(x)
-    return Output(array=imaging.images(drawn), media="image", extra={"range": config.get("range")})
+    return Output(array=imaging.images(drawn), media=MEDIA, extra={"range": config.get("range")})
 
 
 def calibration_requests(session: Session) -> list[Request]:

@@ -17,10 +17,13 @@ from typing import Any
 import numpy as np
 
 from leangen.families import imaging
-from leangen.records import Output, Step
+from leangen.records import Media, Output, Step
 from leangen.session import Session
 
 UNIT = "image"
+MEDIA: Media = "image"
+INPUTS = ()
+EXAMPLE: Mapping[str, Any] = {}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +44,11 @@ class Request:
         return {"count": self.count, "seed": self.seed, "conditions": dict(self.conditions)}
 
 
+def prepare(session: Session) -> None:
+    """Open the graph."""
+    session.graph("model")
+
+
 def run(session: Session, request: Request) -> Generator[Step, None, Output]:
     """Decode latents; one `decode` step per image."""
     config = session.bundle.config
@@ -58,7 +66,7 @@ def run(session: Session, request: Request) -> Generator[Step, None, Output]:
         decoded += session.run("model", feeds, [config["output"]])
         yield Step(kind="decode", units=1)
     return Output(
-        array=imaging.images(decoded), media="image", extra={"range": config.get("range")}
+        array=imaging.images(decoded), media=MEDIA, extra={"range": config.get("range")}
     )
 
 
