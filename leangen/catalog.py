@@ -185,6 +185,7 @@ _ENTRIES = (
                 "sigma_max": 80.0,
                 "conditions": {"difficulty": {"min": 0.0, "max": 1.0, "default": 0.5}},
                 "range": [-1.0, 1.0],
+                "render": "relief",
             }
         },
     ),

@@ -30,6 +30,14 @@ def test_several_colour_images_make_a_grid(tmp_path):
         assert (image.size, image.mode) == ((16, 16), "RGB")
 
 
+def test_a_heightmap_is_lit_from_the_upper_left():
+    x, y = np.meshgrid(np.linspace(-1, 1, 33), np.linspace(-1, 1, 33))
+    hill = media.relief(np.sqrt(np.clip(1 - x**2 - y**2, 0, None)) / 4).sum(axis=-1, dtype=int)
+    assert hill[8, 8] > hill[24, 24]
+    np.testing.assert_array_equal(hill, hill.T)
+    assert media.relief(np.zeros((4, 5))).shape == (4, 5, 3)
+
+
 def test_a_constant_image_is_no_division_by_zero(tmp_path):
     output = Output(array=np.ones((1, 4, 4, 1), np.float32), media="image")
     media.save(output, tmp_path / "out.png")

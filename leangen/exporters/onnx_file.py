@@ -51,7 +51,8 @@ def export(
     model, else `euler`), `steps` (1 for `sample` predictions in sigma, else 20), `sigma_min` 0.002,
     `sigma_max` 80, `schedule` (linear betas 1e-4 to 0.02 over 1000 timesteps). Of a generator:
     `latent` (`normal` or `uniform`). Of both: `shape` for sizes that the file leaves open,
-    `range` [low, high] of the values, `conditions` name -> {min, max, default}.
+    `range` [low, high] of the values, `render` (`relief` for heightmaps), `conditions` name ->
+    {min, max, default}.
     Raises SourceError for a file that is not ONNX or is cut off, UnsupportedError when its inputs
     are not understood or an option does not fit.
     """
@@ -203,7 +204,7 @@ def _oneshot_config(
 def _common(
     path: Path, inputs: Mapping[str, _Input], used: set[str], options: dict[str, Any]
 ) -> dict[str, Any]:
-    """Conditions and range. A float condition of unknown range is taken to go from 0 to 1."""
+    """Conditions, range, rendering. A float condition of unknown range is taken to go from 0 to 1."""
     given = options.pop("conditions", {})
     conditions = {}
     for name, value in inputs.items():
@@ -213,7 +214,11 @@ def _common(
         if np.dtype(value.dtype).kind == "f":
             entry = {"min": 0.0, "max": 1.0, "default": 0.5}
         conditions[name] = entry | given.get(name, {}) | _fixed(path, name, value)
-    return {"conditions": conditions, "range": options.pop("range", None)}
+    return {
+        "conditions": conditions,
+        "range": options.pop("range", None),
+        "render": options.pop("render", None),
+    }
 
 
 def _fixed(path: Path, name: str, value: _Input) -> dict[str, Any]:

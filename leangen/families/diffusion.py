@@ -9,6 +9,7 @@ The bundle has one graph, `model`, and in its config
     sampler, steps            the defaults
     conditions   name -> {"min", "max", "default", "shape", "dtype"}
     range        [low, high] of the values of a sample, or null
+    render       `relief` for heightmaps, or null
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ def run(session: Session, request: Request) -> Generator[Step, None, Output]:
             left -= 1
             yield Step(kind="denoise", units=float(left == 0))
         drawn.append(x)
-    return Output(array=imaging.images(drawn), media=MEDIA, extra={"range": config.get("range")})
+    return Output(array=imaging.images(drawn), media=MEDIA, extra=imaging.rendering(config))
 
 
 def calibration_requests(session: Session) -> list[Request]:

@@ -63,3 +63,8 @@ def spread_conditions(config: Mapping[str, Any], share: float) -> dict[str, floa
 def images(samples: list[Array]) -> Array:
     """Samples [1, c, h, w] as float32 images [n, h, w, c]."""
     return np.ascontiguousarray(np.moveaxis(np.concatenate(samples), 1, -1), np.float32)
+
+
+def rendering(config: Mapping[str, Any]) -> dict[str, Any]:
+    """How a picture is made of the values, for `Output.extra`."""
+    return {"range": config.get("range"), "render": config.get("render")}

@@ -65,9 +65,7 @@ def run(session: Session, request: Request) -> Generator[Step, None, Output]:
         feeds = {latent["input"]: z, **conditions}
         decoded += session.run("model", feeds, [config["output"]])
         yield Step(kind="decode", units=1)
-    return Output(
-        array=imaging.images(decoded), media=MEDIA, extra={"range": config.get("range")}
-    )
+    return Output(array=imaging.images(decoded), media=MEDIA, extra=imaging.rendering(config))
 
 
 def calibration_requests(session: Session) -> list[Request]:
