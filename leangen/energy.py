@@ -21,15 +21,19 @@ from dataclasses import dataclass
 from leangen.records import Energy, MeterWindow, Source, StepEnergy, joules
 
 FAULTS = {
-    "ambiguous": "the counter may have wrapped unseen in so long an interval",
+    "ambiguous": "ambiguous: the counter may have wrapped unseen in so long an interval, or it did "
+    "not move in one too short to tell a stuck counter from a slow one",
+    "clock": "the monotonic clock went backwards",
+    "forked": "the window was begun in another process: this one was forked from it",
     "garbage": "the sensor gave something that is not a count",
     "jump": "the counter rose by more than the hardware can draw",
+    "lost": "the GPU was lost",
+    "older": "the sensor gave an older value than before",
     "permission": "the permission to read was lost",
-    "reset": "the counter fell back, and no wrap explains it",
+    "reset": "the counter started anew, and no wrap explains it",
     "stuck": "the counter did not move",
     "suspended": "the machine was suspended meanwhile",
     "unreadable": "the read failed",
-    "unresolved": "the interval is too short for the counter to move",
     "vanished": "the sensor vanished",
 }
 """Why a window has no figure: the closed list of `MeterWindow.faults`."""

@@ -59,6 +59,8 @@ class MeterWindow:
     coverage: float | None = None
     """Share of the interval that the sensor really looked at."""
     faults: tuple[str, ...] = ()
+    terms: Mapping[str, float] = field(default_factory=dict)
+    """What the uncertainty is made of, joules at k=2: see `leangen.meters.uncertainty`."""
 
     def to_json(self) -> dict[str, Any]:
         """The receipt's entry in `energy.meters`."""
@@ -71,6 +73,7 @@ class MeterWindow:
             "tick_s": self.tick_s,
             "coverage": self.coverage,
             "faults": list(self.faults),
+            "terms": dict(self.terms),
         }
 
 

@@ -21,8 +21,10 @@ from pathlib import Path
 from typing import Any, cast
 
 from leangen.errors import RequestError
+from leangen.meters.baseline import least_seconds, measure_baseline
 from leangen.meters.meter import Meter, MeterFault, Selection, Tick, Unavailable
-from leangen.meters.window import OpenWindow, begin, end, keep_up, measure_baseline, probe
+from leangen.meters.probing import probe, probed
+from leangen.meters.window import OpenWindow, begin, end, keep_up
 
 __all__ = [
     "SENSORS",
@@ -36,9 +38,11 @@ __all__ = [
     "describe",
     "end",
     "keep_up",
+    "least_seconds",
     "measure_baseline",
     "open_sensor",
     "probe",
+    "probed",
     "select",
 ]
 
