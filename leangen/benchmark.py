@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,11 +23,11 @@ WARM_UP_LIMIT = 8
 STEADY_SPREAD = 0.05
 
 
-def warm_up(engine: Engine, prompt: Any, options: dict[str, Any]) -> tuple[int, bool]:
+def warm_up(engine: Engine, options: Mapping[str, Any]) -> tuple[int, bool]:
     """Generate until three generations in a row lie within 5%: (how many it took, steady?)."""
     totals: list[float] = []
     while len(totals) < WARM_UP_LIMIT:
-        totals.append(engine.generate(prompt, **options).receipt.latency.total_s)
+        totals.append(engine.generate(**options).receipt.latency.total_s)
         last = totals[-3:]
         if len(last) == 3 and (max(last) - min(last)) < STEADY_SPREAD * np.median(last):
             return len(totals), True
@@ -85,7 +85,7 @@ def run(
     models: Sequence[str],
     *,
     prompt: Any,
-    options: dict[str, Any],
+    options: Mapping[str, Any],
     repeats: int,
     threads: int | None,
     activations: Any,
@@ -100,18 +100,18 @@ def run(
         api.load(model, threads=threads, activations=activations, region=region, tag="bench")
         for model in models
     ]
-    prompts = [engine.family.EXAMPLE if prompt is None else prompt for engine in engines]
+    requests = [engine.or_example(prompt, options) for engine in engines]
     warm = []
     receipts: list[list[Receipt]] = [[] for _ in engines]
     with progress_bar() as progress:
         for index, engine in enumerate(engines):
             progress(index, len(engines), f"warming up {models[index]}")
-            warm.append(warm_up(engine, prompts[index], options))
+            warm.append(warm_up(engine, requests[index]))
         order = random.Random(0)
         for done in range(repeats):
             for index in order.sample(range(len(engines)), len(engines)):
                 progress(done, repeats, f"round {done + 1} of {repeats}: {models[index]}")
-                result = engines[index].generate(prompts[index], **options)
+                result = engines[index].generate(**requests[index])
                 receipts[index].append(result.receipt)
     rows = [
         summarise(group) | {"warm_ups": count, "steady": steady}

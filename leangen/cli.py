@@ -404,7 +404,7 @@ def meters(args: argparse.Namespace) -> int:
                 row["sensor"],
                 row["status"],
                 row["source"] or "",
-                ", ".join(row["scope"] or ()),
+                row["scope"] or "",
                 "" if row["tick_s"] is None else f"{row['tick_s'] * 1000:g} ms",
                 " ".join(text for text in (row["reason"], row["remedy"]) if text),
             ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import uuid
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +131,7 @@ class Engine:
         root: Path = Path("/"),
     ) -> None:
         self.session = session
-        self.family = families.get(session.bundle.family)
+        self.family = families.of(session.bundle)
         self.ledger = ledger
         self.region = region
         self.tag = tag
@@ -139,6 +139,7 @@ class Engine:
         self._baseline_s = baseline_s
         self._baseline: energy.Baseline | None = None
         carbon.carbon_for(None, region=region)  # an unknown region fails here, not after the work
+        self.family.prepare(session)
 
     @property
     def bundle(self) -> Bundle:
@@ -156,13 +157,27 @@ class Engine:
                 f"it takes {', '.join(fields)}"
             )
         if prompt is not None:
-            if self.family.PROMPT is None:
+            if not self.family.INPUTS:
                 raise RequestError(
                     f"{self.bundle.name} ({self.bundle.family}) takes no prompt: "
                     f"its options are {', '.join(fields)}"
                 )
-            options[self.family.PROMPT] = prompt
+            options[self.family.INPUTS[0]] = prompt
         return kind(**options)
+
+    def or_example(self, prompt: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The options with the prompt in its field, or with the family's example input."""
+        inputs = self.family.INPUTS
+        if prompt is not None and inputs:
+            return {**options, inputs[0]: prompt}
+        return (
+            dict(options)
+            if any(name in options for name in inputs)
+            else {
+                **self.family.EXAMPLE,
+                **options,
+            }
+        )
 
     def stream(self, prompt: Any = None, /, **options: Any) -> Stream:
         """Generate step by step; options as the family's `Request` documents them."""
