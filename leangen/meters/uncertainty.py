@@ -3,13 +3,13 @@
 GUM style (JCGM 100:2008), every term in joules at k = 2. With E the energy between the looks, D
 the time between them, T the counter's tick, and
 
-    P = E / (D - T) + 2.2 s     the power at an edge: the mean, were a whole tick missed, and s, by
+    P = E / (D - T) + 3 s       the power at an edge: the mean, were a whole tick missed, and s, by
                                 how much power varies within the window (below)
 
     term        part        size                  why
-    edges       random      0.95 P T              a count is as of its last tick: up to P T is missed
+    edges       random      P T                   a count is as of its last tick: up to P T is missed
                                                   at the end, or brought in from before the begin;
-                                                  0.475 P T where the begin waited for a tick, as
+                                                  P T / 2 where the begin waited for a tick, as
                                                   then the mean of what is missed is known and added
     lag         random      P lag                 what a tick shows is older still; the same effect,
                                                   so it adds to `edges` linearly
@@ -24,7 +24,7 @@ the time between them, T the counter's tick, and
 
 Power within a window is seen through its inner looks (`keep_up`, at the ends of steps). Quantisation
 alone spreads the powers between looks by P T / (sqrt(6) dt), which is subtracted: a steady load has
-s = 0. With fewer than 3 stretches of 2 ticks or more s is unknown and taken as 0, so a window of a
+s = 0. With fewer than 2 stretches of 2 ticks or more s is unknown and taken as 0, so a window of a
 single step rests on the assumption that its power is about steady, also where it started from idle.
 
 Random terms add in quadrature (`edges` and `lag` linearly before).
@@ -40,9 +40,9 @@ from leangen.meters.meter import UNIT_UJ, Meter
 Stretch = tuple[float, float]
 """Between two looks: seconds, joules."""
 
-EDGE = 0.95
-"""A stale count misses between 0 and P T, evenly: within 0.95 P T in 95% of windows."""
-SPREAD = 2.2
+EDGE = 1.0
+"""A stale count misses between 0 and P T: all of it, as after idle the misses do not cancel."""
+SPREAD = 3.0
 RESOLUTION = 0.82
 
 
@@ -88,7 +88,7 @@ def combine(parts: dict[str, float]) -> tuple[float, float]:
 
 
 def join(stretches: Sequence[Stretch], least_s: float) -> list[Stretch]:
-    """Stretches of at least `least_s`, each of one or more neighbours; a short rest is dropped."""
+    """Stretches of at least `least_s`, each of one or more neighbours; the last takes the rest."""
     joined: list[Stretch] = []
     seconds = joules = 0.0
     for more_s, more_j in stretches:
@@ -97,15 +97,18 @@ def join(stretches: Sequence[Stretch], least_s: float) -> list[Stretch]:
         if seconds >= least_s:
             joined.append((seconds, joules))
             seconds = joules = 0.0
+    if joined and seconds > 0:
+        last_s, last_j = joined.pop()
+        joined.append((last_s + seconds, last_j + joules))
     return joined
 
 
 def spread_w(stretches: Sequence[Stretch], tick_s: float) -> float:
     """Standard deviation of the power from stretch to stretch, less what quantisation adds to it.
 
-    0 for fewer than 3 stretches, which tell nothing of it.
+    0 for fewer than 2 stretches, which tell nothing of it.
     """
-    if len(stretches) < 3:
+    if len(stretches) < 2:
         return 0.0
     elapsed_s = math.fsum(seconds for seconds, _ in stretches)
     mean_w = math.fsum(joules for _, joules in stretches) / elapsed_s
@@ -118,11 +121,11 @@ def spread_w(stretches: Sequence[Stretch], tick_s: float) -> float:
 
 
 def _unseen_j(stretches: Sequence[Stretch], tick_s: float, coverage: float | None) -> float:
-    if coverage is None or coverage >= 1 or len(stretches) < 3:
+    if coverage is None or coverage >= 1 or len(stretches) < 2:
         return 0.0
     variance = 0.0
     for (before_s, before_j), (after_s, after_j) in zip(stretches, stretches[1:], strict=False):
         step_w = after_j / after_s - before_j / before_s
         noise_w = tick_s * (before_j + after_j) / (before_s + after_s) / min(before_s, after_s)
-        variance += after_s * tick_s * max(0.0, step_w**2 - noise_w**2 / 3) / 2
+        variance += after_s**2 * max(0.0, step_w**2 - noise_w**2 / 3) / 2
     return 2 * math.sqrt((1 - coverage) * variance)

@@ -2,7 +2,7 @@
 
 Sensors are read at the window's edges and, through `keep_up`, at the ends of some steps: often
 enough that no counter wraps unseen and to see how much power varies (which the uncertainty needs),
-so rarely that it costs at most a quarter of a percent of the time. The terms of the uncertainty
+so rarely that it costs at most half a percent of the time. The terms of the uncertainty
 are those of `leangen.meters.uncertainty`. A window with a fault, or one in which the counter did
 not move, has no figure at all: it is not 0 J.
 """
@@ -22,9 +22,9 @@ SUSPEND_NS = 50_000_000
 """Boot-time and monotonic clocks part by more than this only through a suspend."""
 STUCK_TICKS = 3
 LOOK_TICKS = 2.5
-LOOK_COST = 1 / 400
+LOOK_COST = 1 / 200
 LOOK_SHARE = 1 / 32
-"""Inner looks are at least 2.5 ticks, 400 times their own cost and 1/32 of the window apart."""
+"""Inner looks are at least 2.5 ticks, 200 times their own cost and 1/32 of the window apart."""
 ALIGN_S = 0.5
 """No wait for a tick lasts longer."""
 
