@@ -11,6 +11,7 @@ P = E / (window - tick), the mean power if the counter missed a tick at one edge
                                             0.5 P tick
     jitter      random      P x read time   the count was taken somewhere within the read calls
     resolution  random      one count       rounding at both edges, 0.41 counts at 1 sigma
+    sampling    random      2 sqrt(var)     of a sampled power sensor only: `meters/sampled.py`
     class       systematic  E x fraction    the kind of sensor: its gain; `Meter.u_systematic`
 
 The tick term holds for a window of about steady power, also when it started from idle. A window in
@@ -26,7 +27,7 @@ from dataclasses import dataclass, replace
 
 from leangen import clock
 from leangen.energy import Baseline
-from leangen.meters.meter import UNIT_UJ, Meter, MeterFault, Selection, Tick
+from leangen.meters.meter import UNIT_UJ, Meter, MeterFault, Sampling, Selection, Tick
 from leangen.records import MeterWindow, Reading
 
 SUSPEND_NS = 50_000_000
@@ -42,6 +43,8 @@ class _Track:
     last: Reading | None = None
     counts: int = 0
     fault: str | None = None
+    first_sampling: Sampling | None = None
+    last_sampling: Sampling | None = None
 
     def look(self) -> None:
         """Read, and add what the counter gained since the last look."""
@@ -56,6 +59,9 @@ class _Track:
             return
         self.first = self.first or reading
         self.last = reading
+        if self.meter.sampler is not None:
+            self.last_sampling = self.meter.sampler.sampling()
+            self.first_sampling = self.first_sampling or self.last_sampling
 
     @property
     def elapsed_s(self) -> float:
@@ -101,6 +107,9 @@ def begin(selection: Selection) -> OpenWindow:
         begin_boottime_ns=clock.boottime_ns(),
         look_again_ns=min(wrap_times_ns) // 2 if wrap_times_ns else None,
     )
+    for meter in selection.meters:
+        if meter.sampler is not None:
+            meter.sampler.start()
     window.look()
     return window
 
@@ -119,6 +128,9 @@ def keep_up(window: OpenWindow) -> None:
 def end(window: OpenWindow) -> tuple[MeterWindow, ...]:
     """Look a last time; one MeterWindow per meter, in the order of the selection."""
     window.look()
+    for track in window.tracks:
+        if track.meter.sampler is not None:
+            track.meter.sampler.stop()
     suspended_ns = (clock.boottime_ns() - window.begin_boottime_ns) - (
         clock.monotonic_ns() - window.begin_ns
     )
@@ -153,7 +165,7 @@ def _close(track: _Track, read_s: float, *, suspended: bool) -> MeterWindow:
     meter = track.meter
     fault = track.fault
     # A model of awake time goes on being right through a suspend; a counter may not.
-    if fault is None and suspended and meter.source == "measured":
+    if fault is None and suspended and meter.source != "estimated":
         fault = "suspended"
     if fault is None and track.counts == 0:
         fault = "stuck" if track.elapsed_s > 3 * meter.tick.seconds else "unresolved"
@@ -170,15 +182,25 @@ def _close(track: _Track, read_s: float, *, suspended: bool) -> MeterWindow:
     energy_j = track.counts * count_j
     tick_s = meter.tick.seconds
     power_w = energy_j / max(track.elapsed_s - tick_s, tick_s)
+    coverage, sampling_u_j = _sampled(track)
     return MeterWindow(
         sensor=meter.name,
         source=meter.source,
         energy_uj=track.counts * UNIT_UJ[meter.unit],
-        u_random_j=math.hypot(power_w * tick_s, power_w * read_s, 0.82 * count_j),
+        u_random_j=math.hypot(power_w * tick_s, power_w * read_s, 0.82 * count_j, sampling_u_j),
         u_systematic_j=meter.u_systematic * energy_j,
         tick_s=tick_s,
-        coverage=meter.coverage,
+        coverage=coverage,
     )
+
+
+def _sampled(track: _Track) -> tuple[float | None, float]:
+    """Coverage of a window, and the k=2 uncertainty that sampling adds; 0 for a counter."""
+    first, last = track.first_sampling, track.last_sampling
+    if first is None or last is None or track.elapsed_s <= 0:
+        return track.meter.coverage, 0.0
+    coverage = (last.covered_ns - first.covered_ns) / 1e9 / track.elapsed_s
+    return min(1.0, coverage), 2 * math.sqrt(max(0.0, last.variance_j2 - first.variance_j2))
 
 
 def probe(meter: Meter, *, edges: int = 8) -> Meter:
@@ -218,7 +240,7 @@ def measure_baseline(selection: Selection, seconds: float) -> Baseline | None:
 
     Raises ValueError for `seconds` too short for two windows.
     """
-    if selection.source != "measured":
+    if selection.source not in ("measured", "integrated"):
         return selection.baseline
     slowest_s = max(meter.tick.seconds for meter in selection.meters)
     parts = min(10, int(seconds / (10 * slowest_s)))
