@@ -49,4 +49,5 @@ def load(
         region=region,
         tag=tag,
         baseline_s=baseline_s,
+        probes=store.home / "probes.json",
     )

@@ -87,6 +87,26 @@ def combine(parts: dict[str, float]) -> tuple[float, float]:
     )
 
 
+def plan_repeats(duration_s: float, tick_s: float, wanted_relative_u: float) -> int:
+    """How many generations one window must hold for edges of at most `wanted_relative_u` (k = 2).
+
+    For a window that begins on a tick, with `duration_s` per generation: P T / 2 over the energy is
+    T / 2 / (n d - T). The class of the sensor, which repeating does not shrink, comes on top.
+
+    Raises ValueError for a duration or a wanted u that is not positive.
+
+    >>> plan_repeats(0.050, 0.001, 0.05), plan_repeats(0.050, 0.100, 0.05)
+    (1, 22)
+    """
+    if not (duration_s > 0 and wanted_relative_u > 0 and tick_s >= 0):
+        raise ValueError(
+            f"a duration of {duration_s} s, a tick of {tick_s} s and a wanted u of "
+            f"{wanted_relative_u}: expected positive figures"
+        )
+    needed = tick_s * (1 + EDGE / 2 / wanted_relative_u) / duration_s
+    return max(1, math.ceil(needed * (1 - 1e-9)))
+
+
 def join(stretches: Sequence[Stretch], least_s: float) -> list[Stretch]:
     """Stretches of at least `least_s`, each of one or more neighbours; the last takes the rest."""
     joined: list[Stretch] = []
