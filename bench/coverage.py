@@ -8,8 +8,8 @@ states. A cell passes when
 - the mean u is at most 1.5 times the cell's own 95th percentile of |error| for stationary power
   from 10 ticks up, at most 3 times elsewhere: an interval that says nothing would hold as well.
 
-Windows without a figure (`ambiguous` ones of 2 ticks) are counted apart. The laws marked * had no say
-in the choice of the formulas. Exits with 1 when a cell fails.
+Windows without a figure (`ambiguous` ones of 2 ticks) are counted apart. The laws marked * had no
+say in the choice of the formulas. Exits with 1 when a cell fails.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import power_world as pw  # noqa: E402
+import power_world as pw
 
 LENGTHS = (2, 3, 5, 10, 30, 100, 300, 1000)
 SUBSET = (2, 5, 10, 30, 100)

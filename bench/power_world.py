@@ -1,9 +1,9 @@
-"""A machine whose power is known at every moment, with counters on it that are as bad as real ones.
+"""A machine whose power is known at every moment, and counters on it as bad as real ones.
 
-A `Law` says the power, a `Sensor` how its counter shows the energy of it: in ticks that stray, late,
-in whole counts that wrap, with a gain of its own, seeing only part of the time. Counts go in where
-the hardware's would (a powercap file, the NVML library) and come out through leangen's own meters;
-only the time stamps are the world's. Lengths and times of laws are in ticks of the sensor.
+A `Law` says the power, a `Sensor` how its counter shows the energy of it: in ticks that stray,
+late, in whole counts that wrap, with a gain of its own, seeing only part of the time. Counts go in
+where the hardware's would (a powercap file, the NVML library) and come out through leangen's own
+meters; only the time stamps are the world's. Lengths and times of laws are in ticks of the sensor.
 """
 
 from __future__ import annotations
@@ -257,7 +257,7 @@ class FakeNvml:
 
 
 def open_fine(world: World, stack: ExitStack) -> Meter:
-    """A counter of 1% class uncertainty in coarse counts: nearly all of its error is at the edges."""
+    """A counter of 1% class uncertainty, in coarse counts: its errors are those of the edges."""
     held = [1]
     world.show = lambda count: held.__setitem__(0, count)
     return Meter(

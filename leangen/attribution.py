@@ -133,9 +133,7 @@ def share_steps(
     return tuple(shared)
 
 
-def _stretches(
-    gross_uj: int, count: int, marks: Mapping[int, int]
-) -> list[tuple[int, int, int]]:
+def _stretches(gross_uj: int, count: int, marks: Mapping[int, int]) -> list[tuple[int, int, int]]:
     """(first step, one past the last, microjoules) between looks; the last takes the rest."""
     cuts = sorted(index for index in marks if 0 <= index < count - 1)
     stretches = []

@@ -87,9 +87,7 @@ class Stream(Iterator[Step]):
             )
         return Result(self._output, self.receipt)
 
-    def _run(
-        self, engine: Engine, request: Any, repeats: int, aligned: bool
-    ) -> Generator[Step]:
+    def _run(self, engine: Engine, request: Any, repeats: int, aligned: bool) -> Generator[Step]:
         steps: list[tuple[str, float, int]] = []
         marks: dict[int, int] = {}
         left = repeats
@@ -310,9 +308,7 @@ class Engine:
         )
 
 
-def _latency(
-    steps: Sequence[tuple[str, float, int]], duration_ns: int, repeats: int
-) -> Latency:
+def _latency(steps: Sequence[tuple[str, float, int]], duration_ns: int, repeats: int) -> Latency:
     """Total of one generation, time to the first unit, and the spread of the steps after it."""
     done_ns = 0
     ttft_s = None

@@ -65,33 +65,6 @@ class Sampler(Protocol):
         """The record so far."""
 
 
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """What a sampler has done since it was made; the difference of two tells of a window."""
-
-    variance_j2: float
-    """Sum of the variances that the sampling adds to the energy, 1 sigma: u is 2 sqrt(diff)."""
-    covered_ns: int
-    """Time that lies between samples close enough to speak for it."""
-    samples: int
-
-
-class Sampler(Protocol):
-    """Turns a power sensor into a counter, by sampling it between `start` and `stop`.
-
-    A window starts it before its first look and stops it after the last one; windows may overlap.
-    """
-
-    def start(self) -> None:
-        """Sample from now on, in a thread."""
-
-    def stop(self) -> None:
-        """Undo one `start`; after the last one the thread ends."""
-
-    def sampling(self) -> Sampling:
-        """The record so far."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Meter:
     """One cumulative energy counter, or a model that acts as one."""

@@ -11,6 +11,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -105,10 +106,8 @@ def probed(selection: Selection, *, boot_id: str, cache: Path | None) -> Selecti
             fresh = True
         meters.append(meter)
     if fresh and cache is not None:
-        try:
+        with suppress(StorageError):  # a full or read-only store: probe again next time
             write_atomic(cache, json.dumps({"boot_id": boot_id, "ticks": kept}).encode())
-        except StorageError:  # a full or read-only store: probe again next time
-            pass
     return replace(selection, meters=tuple(meters))
 
 

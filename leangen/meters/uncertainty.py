@@ -6,28 +6,30 @@ the time between them, T the counter's tick, and
     P = E / (D - T) + 3 s       the power at an edge: the mean, were a whole tick missed, and s, by
                                 how much power varies within the window (below)
 
-    term        part        size                  why
-    edges       random      P T                   a count is as of its last tick: up to P T is missed
-                                                  at the end, or brought in from before the begin;
-                                                  P T / 2 where the begin waited for a tick, as
-                                                  then the mean of what is missed is known and added
-    lag         random      P lag                 what a tick shows is older still; the same effect,
-                                                  so it adds to `edges` linearly
-    jitter      random      P (2.8 j + r)         ticks stray by j (1 sigma) at both edges; the count
-                                                  was taken at some time within a read of duration r
-    resolution  random      0.82 count            rounding at both edges, 0.41 counts at 1 sigma
-    coverage    random      2 sqrt(1 - c) times   a sensor that sees a share c < 1 of the time takes
-                            the rms step of       the rest to be alike: off by about what power
-                            energy from look to   changes between looks. For a sampled power sensor
-                            look, sqrt(sum)       it is 2 sqrt(variance) of `leangen.meters.sampled`
-    class       systematic  E x fraction          the kind of sensor: its gain, `Meter.u_systematic`
+    term        part        size                 why
+    edges       random      P T                  a count is as of its last tick: up to P T is
+                                                 missed at the end, or brought in from before the
+                                                 begin. P T / 2 where the begin waited for a tick:
+                                                 then the mean of what is missed is known and added
+    lag         random      P lag                what a tick shows is older still: the same effect,
+                                                 so it adds to `edges` linearly
+    jitter      random      P (2.8 j + r)        ticks stray by j (1 sigma) at both edges; a count
+                                                 is of some time within a read of duration r
+    resolution  random      0.82 count           rounding at both edges, 0.41 counts at 1 sigma
+    coverage    random      2 sqrt((1 - c) V)    a sensor that sees a share c < 1 of the time takes
+                                                 the rest to be alike. V: sum of half the squared
+                                                 changes of energy from one stretch to the next.
+                                                 Of a sampled power sensor: its sampler's variance
+    class       systematic  E x fraction         the kind of sensor: its gain, `u_systematic`
 
-Power within a window is seen through its inner looks (`keep_up`, at the ends of steps). Quantisation
-alone spreads the powers between looks by P T / (sqrt(6) dt), which is subtracted: a steady load has
-s = 0. With fewer than 2 stretches of 2 ticks or more s is unknown and taken as 0, so a window of a
-single step rests on the assumption that its power is about steady, also where it started from idle.
+Power within a window is seen through its inner looks (`keep_up`, at the ends of steps), joined to
+stretches of 2 ticks or more. Quantisation alone spreads their powers by P T / (sqrt(6) dt), which
+is subtracted: a steady load has s = 0. With fewer than 2 stretches s is unknown and taken as 0, so
+a window of a single step rests on the assumption that its power is about steady, also where it
+started from idle.
 
-Random terms add in quadrature (`edges` and `lag` linearly before).
+The random terms add in quadrature, `edges` and `lag` linearly before. `bench/coverage.py` holds all
+this against a simulated world, also for power laws that had no say in it.
 """
 
 from __future__ import annotations
