@@ -90,6 +90,7 @@ def run(
     threads: int | None,
     activations: Any,
     region: str | None,
+    meter: str | None = None,
     as_json: bool,
 ) -> int:
     """Measure the models and print one table or one JSON document; 0 when all were measured."""
@@ -97,7 +98,14 @@ def run(
         raise RequestError(f"repeats is {repeats}, expected 1 or more")
     before = environment.conditions()
     engines = [
-        api.load(model, threads=threads, activations=activations, region=region, tag="bench")
+        api.load(
+            model,
+            threads=threads,
+            activations=activations,
+            region=region,
+            tag="bench",
+            meter=meter,
+        )
         for model in models
     ]
     prompts = [engine.family.EXAMPLE if prompt is None else prompt for engine in engines]

@@ -128,6 +128,7 @@ class Engine:
         region: str | None = None,
         tag: str | None = None,
         baseline_s: float = BASELINE_S,
+        meter: str | None = None,
         root: Path = Path("/"),
     ) -> None:
         self.session = session
@@ -135,7 +136,7 @@ class Engine:
         self.ledger = ledger
         self.region = region
         self.tag = tag
-        self.selection = meters.select(root)
+        self.selection = meters.select(root, meter=meter)
         self._baseline_s = baseline_s
         self._baseline: energy.Baseline | None = None
         carbon.carbon_for(None, region=region)  # an unknown region fails here, not after the work

@@ -78,6 +78,8 @@ GPUS = {"cpu": None, "cuda": "nvml", "rocm": "amdgpu"}
 """The sensor of the GPU, by the device that a model runs on."""
 
 Found = list[Meter | Unavailable]
+_external: dict[str, Meter] = {}
+"""External meters of this process: two models share one, as one serial port can be read once."""
 
 
 def open_sensor(name: str, root: Path = Path("/")) -> Found:
@@ -100,7 +102,14 @@ def select(root: Path = Path("/"), *, device: str = "cpu", meter: str | None = N
 
 def _asked_for(spec: str, root: Path) -> Meter:
     if is_external(spec):
-        return open_external(spec)
+        known = _external.get(spec)
+        try:
+            if known is not None:
+                known.read()
+        except MeterFault:
+            known = None
+        _external[spec] = known or open_external(spec)
+        return _external[spec]
     sensor = spec.partition(":")[0]
     if sensor not in SENSORS:
         raise RequestError(
