@@ -282,14 +282,18 @@ class _Command:
             raise RequestError(f"--meter exec:{command}: {error}") from None
         lines: deque[str] = deque()
         self._lines = lines
-        threading.Thread(
+        self._drain = threading.Thread(
             target=_drain, args=(self._process, lines), name="leangen-meter", daemon=True
-        ).start()
+        )
+        self._drain.start()
         self.close: Callable[[], object] = weakref.finalize(self, _end, self._process)
 
     def new_lines(self) -> str:
+        ended = self._process.poll() is not None
+        if ended:
+            self._drain.join(1.0)
         came = "".join(self._lines.popleft() for _ in range(len(self._lines)))
-        if not came and self._process.poll() is not None:
+        if ended and not came:
             raise MeterFault("vanished", f"the command ended ({self._process.returncode})")
         return came
 
