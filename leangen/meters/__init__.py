@@ -34,7 +34,6 @@ from pathlib import Path
 from typing import cast
 
 from leangen.errors import RequestError
-from leangen.meters.external import is_external, open_external
 from leangen.meters.meter import Meter, MeterFault, Sampling, Selection, Tick, Unavailable
 from leangen.meters.window import OpenWindow, begin, end, keep_up, measure_baseline, probe
 
@@ -51,6 +50,7 @@ __all__ = [
     "choose",
     "describe",
     "end",
+    "is_external",
     "keep_up",
     "measure_baseline",
     "open_sensor",
@@ -100,8 +100,15 @@ def select(root: Path = Path("/"), *, device: str = "cpu", meter: str | None = N
     return choose(device, root, {})
 
 
+def is_external(spec: str) -> bool:
+    """Whether `spec` names a meter outside the machine."""
+    return spec.startswith(("exec:", "file:"))
+
+
 def _asked_for(spec: str, root: Path) -> Meter:
     if is_external(spec):
+        from leangen.meters.external import open_external
+
         known = _external.get(spec)
         try:
             if known is not None:

@@ -48,11 +48,6 @@ _HEADER = re.compile(r"(unit|u|scope)=([^\s,]+)")
 _SPEC = re.compile(r"(exec|file):(.+?)(?:#((?:(?:unit|u|scope)=[^,#]+,?)+))?", re.DOTALL)
 
 
-def is_external(spec: str) -> bool:
-    """Whether `spec` names an external meter."""
-    return spec.startswith(("exec:", "file:"))
-
-
 def open_external(spec: str, *, wait_s: float = FIRST_LINES_S) -> Meter:
     """The meter of `exec:COMMAND` or `file:PATH`, once it has given three lines.
 

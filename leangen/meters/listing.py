@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from leangen import meters
-from leangen.meters.external import is_external
 from leangen.meters.meter import Meter, Unavailable
 from leangen.meters.window import probe
 
@@ -38,8 +37,9 @@ def describe(
     """Every sensor, probed, or why not and what would enable it.
 
     One dict per domain with `sensor`, `status` (`in total`, `available`, `unavailable`, or `absent`
-    for hardware that is not there), `source`, `scope`, `covers`, `tick_s`, `tick_how`, `u_systematic` (k=2, a fraction), `coverage`, `reason`
-    and `remedy`; None where one does not apply. Probing ticks takes 10 ms a RAPL domain, 1 s a GPU.
+    for hardware that is not there), `source`, `scope`, `covers`, `tick_s`, `tick_how`,
+    `u_systematic` (k=2, a fraction), `coverage`, `reason` and `remedy`; None where one does not
+    apply. Probing ticks takes 10 ms a RAPL domain, 1 s a GPU.
 
     Raises RequestError as `select` does.
     """
@@ -50,7 +50,7 @@ def describe(
         selection = meters.select(root, device=device, meter=meter)
     chosen = {m.name for m in selection.meters}
     entries = [entry for entries in found.values() for entry in entries]
-    if meter is not None and is_external(meter):
+    if meter is not None and meters.is_external(meter):
         entries = [*selection.meters, *entries]
     return [
         _unavailable(entry)
