@@ -53,4 +53,5 @@ def load(
         tag=tag,
         baseline_s=baseline_s,
         meter=meter,
+        probes=store.home / "probes.json",
     )

@@ -175,7 +175,18 @@ _ENTRIES = (
             licence="MIT",
         ),
         exporter="onnx",
-        forms={"fp32": {}},
+        forms={
+            "fp32": {
+                "family": "diffusion",
+                "prediction": "sample",
+                "sampler": "consistency",
+                "steps": 1,
+                "sigma_min": 0.002,
+                "sigma_max": 80.0,
+                "conditions": {"difficulty": {"min": 0.0, "max": 1.0, "default": 0.5}},
+                "range": [-1.0, 1.0],
+            }
+        },
     ),
     Entry(
         name="galaxy-flow",
@@ -262,7 +273,7 @@ def parse_ref(text: str, catalog: Iterable[str] = CATALOG) -> Ref:
     >>> parse_ref("hf:Qwen/Qwen3-0.6B-GGUF").name
     'hf:Qwen/Qwen3-0.6B-GGUF'
     """
-    names = list(catalog)
+    names = list(dict.fromkeys(catalog))
     if not text.isprintable() or "\\" in text:
         raise UnknownModelError(
             f"{text!r} is not a model's name: it holds a backslash or a control character; "

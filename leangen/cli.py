@@ -88,7 +88,14 @@ def _parser() -> argparse.ArgumentParser:
         "leangen bench smollm2-135m:int4 smollm2-135m:int8 --repeats 10",
     )
     sub.add_argument("models", nargs="+", metavar="MODEL")
-    sub.add_argument("--repeats", type=int, default=10, help="measured generations per model")
+    sub.add_argument("--repeats", type=int, default=10, help="measured windows per model")
+    sub.add_argument(
+        "--precision",
+        type=_share,
+        default=0.05,
+        metavar="5%",
+        help="wanted ± of a window's edges: plans how many generations one window holds",
+    )
     _request_options(sub)
     _run_options(sub)
 
@@ -211,6 +218,11 @@ _REQUEST_FIELDS = (
 )
 
 
+def _share(text: str) -> float:
+    """`5%` or `0.05`."""
+    return float(text.removesuffix("%")) / 100 if text.endswith("%") else float(text)
+
+
 def _integers(text: str) -> list[int]:
     return [int(part) for part in text.replace(",", " ").split()]
 
@@ -322,6 +334,7 @@ def bench(args: argparse.Namespace) -> int:
         prompt=prompt,
         options=options,
         repeats=args.repeats,
+        precision=args.precision,
         threads=args.threads,
         activations=args.activations,
         region=args.region,

@@ -21,18 +21,16 @@ from leangen.files import write_atomic
 
 SCHEMES = ("fp32", "int8", "int4")
 REPEATS = 3
-RUNS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "smollm2-135m": (
-        None,
-        {
-            "messages": [{"role": "user", "content": "Why does a warm room need less light?"}],
-            "max_new_tokens": 48,
-            "ignore_eos": True,
-        },
-    ),
-    "piper-joe": (None, {}),
-    "terrain": (None, {"seed": 7}),
+RUNS: dict[str, dict[str, Any]] = {
+    "smollm2-135m": {
+        "messages": [{"role": "user", "content": "What can a small river do?"}],
+        "max_new_tokens": 48,
+        "ignore_eos": True,
+    },
+    "piper-joe": {},
+    "terrain": {"seed": 7},
 }
+"""What is generated; an empty entry is the family's own example."""
 SUFFIXES = {"text": ".txt", "audio": ".wav", "image": ".png"}
 COLUMNS = (
     *("model", "size", "bits/weight", "speed", "first unit", "joules per unit"),
@@ -44,10 +42,10 @@ def run(out: Path, *, threads: int | None, as_json: bool) -> int:
     """Generate everything into folder `out` and print one table; 0 when all was done."""
     out.mkdir(parents=True, exist_ok=True)
     rows = []
-    for name, (prompt, options) in RUNS.items():
+    for name, options in RUNS.items():
         reference: Any = None
         for scheme in SCHEMES:
-            row, observation = _one(name, scheme, prompt, options, threads, reference, out)
+            row, observation = _one(name, scheme, options, threads, reference, out)
             reference = observation if reference is None else reference
             rows.append(row)
     state = environment.conditions()
@@ -68,7 +66,6 @@ def run(out: Path, *, threads: int | None, as_json: bool) -> int:
 def _one(
     name: str,
     scheme: str,
-    prompt: Any,
     options: dict[str, Any],
     threads: int | None,
     reference: Any,
@@ -78,17 +75,15 @@ def _one(
     say(f"\n{name}:{scheme}")
     with progress_bar() as progress:
         engine = api.load(f"{name}:{scheme}", threads=threads, tag="demo", progress=progress)
-    prompt = engine.family.EXAMPLE if prompt is None and not options.get("messages") else prompt
-    result = _show(engine, prompt, options)
-    results = [result] + [engine.generate(prompt, **options) for _ in range(REPEATS)]
+    options = engine.or_example(None, options)
+    result = _show(engine, options)
+    repeats = [engine.generate(**options).receipt for _ in range(REPEATS)]
     saved = out / f"{name}-{scheme}{SUFFIXES[result.output.media]}"
     result.save(saved)
     observation = quality.observe(engine.session, reference)
-    measures = (
-        [] if reference is None else quality.measure(engine.bundle.family, reference, observation)
-    )
+    measures = [] if reference is None else quality.measure(engine.bundle, reference, observation)
     bundle = engine.bundle
-    row = benchmark.summarise([r.receipt for r in results[1:]]) | {
+    row = benchmark.summarise(repeats) | {
         "asked_scheme": scheme,
         "size_bytes": bundle.size_bytes,
         "bits_per_weight": bundle.quantization.get("bits_per_weight", 32.0),
@@ -101,9 +96,9 @@ def _one(
     return row, observation
 
 
-def _show(engine: Engine, prompt: Any, options: dict[str, Any]) -> Result:
+def _show(engine: Engine, options: dict[str, Any]) -> Result:
     """Generate once, streaming the text as it comes, and say what it cost."""
-    stream = engine.stream(prompt, **options)
+    stream = engine.stream(**options)
     wrote = False
     for step in stream:
         wrote |= bool(step.text)

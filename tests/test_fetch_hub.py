@@ -67,6 +67,8 @@ class FakeHub:
             if repo == "org/gated":
                 return 403, {"X-Error-Code": "GatedRepo"}, b"{}"
             return 200, {"Content-Type": "application/json"}, self.info(repo)
+        if len(parts) < 5 or parts[2] != "resolve":
+            return 404, {}, b""
         repo, commit, file = "/".join(parts[:2]), parts[3], "/".join(parts[4:])
         data = self.repos[repo][file]
         etag = f'"{hashlib.sha256(data).hexdigest()}"'

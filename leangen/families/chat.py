@@ -18,8 +18,6 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from leangen import clock
 from leangen.errors import BundleError, RequestError
 
-ROLES = ("system", "user", "assistant", "tool")
-
 Render = Callable[[Sequence[Mapping[str, str]]], str]
 
 

@@ -18,10 +18,13 @@ from tokenizers import Tokenizer
 from leangen.errors import BundleError, RequestError
 from leangen.families import sampling
 from leangen.families.decoder import CHUNK, Decoder, Floats
+from leangen.families.text_stream import TextStream
 from leangen.records import Output, Step
 from leangen.session import Session
 
 UNIT = "token"
+INPUTS = ("prompt", "messages", "tokens")
+EXAMPLE = {"prompt": "The old bridge over the river"}
 ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -123,6 +126,12 @@ def _check_messages(messages: Sequence[Mapping[str, str]]) -> None:
             raise RequestError("a message's content is not text, expected a string")
 
 
+def prepare(session: Session) -> None:
+    """Open the graph and read the tokenizer."""
+    session.graph("model")
+    tokenizer(session)
+
+
 def run(session: Session, request: Request) -> Generator[Step, None, Output]:
     """Generate text: a `prefill` step that ends with the first token, then `decode` steps.
 
@@ -134,7 +143,7 @@ def run(session: Session, request: Request) -> Generator[Step, None, Output]:
     limit = min(request.max_new_tokens, config["context_length"] - len(prompt))
     ends = () if request.ignore_eos else config["eos_ids"]
     rng = np.random.default_rng(request.seed)
-    text = _TextStream(tokenizer(session), prompt, request.stop)
+    text = TextStream(tokenizer(session), prompt, request.stop)
     seen = set(prompt)
     tokens: list[int] = []
     pieces: list[str] = []
@@ -241,11 +250,15 @@ def _chat(session: Session) -> Any:
         config, bundle = session.bundle.config, session.bundle
         if config["chat_template"] is None:
             raise RequestError("this model has no chat template: give a prompt, not messages")
-        name = tokenizer(session).id_to_token
+        bos, eos = config["bos_id"], next(iter(config["eos_ids"]), None)
+
+        def token(i: int | None) -> str:
+            return "" if i is None else tokenizer(session).id_to_token(i) or ""
+
         return chat.compile_template(
             bundle.asset(config["chat_template"]).read_text(encoding="utf-8"),
-            bos_token=name(config["bos_id"]) if config["bos_id"] is not None else "",
-            eos_token=name(config["eos_ids"][0]) if config["eos_ids"] else "",
+            bos_token=token(bos),
+            eos_token=token(eos),
         )
 
     return session.keep("language.chat", build)

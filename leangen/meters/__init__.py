@@ -31,11 +31,14 @@ from __future__ import annotations
 
 from importlib import import_module
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from leangen.errors import RequestError
+from leangen.meters.baseline import least_seconds, measure_baseline
 from leangen.meters.meter import Meter, MeterFault, Sampling, Selection, Tick, Unavailable
-from leangen.meters.window import OpenWindow, begin, end, keep_up, measure_baseline, probe
+from leangen.meters.probing import probe, probed
+from leangen.meters.uncertainty import plan_repeats
+from leangen.meters.window import OpenWindow, begin, end, keep_up
 
 __all__ = [
     "SENSORS",
@@ -52,9 +55,12 @@ __all__ = [
     "end",
     "is_external",
     "keep_up",
+    "least_seconds",
     "measure_baseline",
     "open_sensor",
+    "plan_repeats",
     "probe",
+    "probed",
     "select",
 ]
 
@@ -147,7 +153,7 @@ def choose(device: str, root: Path, found: dict[str, Found]) -> Selection:
         return [
             entry
             for entry in found[sensor]
-            if isinstance(entry, Meter) and entry.in_total and _is_gpu(entry) == gpu
+            if isinstance(entry, Meter) and entry.in_total and is_gpu(entry) == gpu
         ]
 
     gpu_sensor = GPUS[device]
@@ -192,8 +198,15 @@ def choose(device: str, root: Path, found: dict[str, Found]) -> Selection:
     return Selection(meters=tuple(chosen), reason="; ".join(reasons) or None, unavailable=missing)
 
 
-def _is_gpu(meter: Meter) -> bool:
+def is_gpu(meter: Meter) -> bool:
+    """Whether it covers a graphics card."""
     return meter.scope.startswith("gpu-")
 
 
-from leangen.meters.listing import describe  # noqa: E402  (it needs the registry above)
+def describe(
+    root: Path = Path("/"), *, device: str = "cpu", meter: str | None = None
+) -> list[dict[str, Any]]:
+    """What `leangen meters` shows of every sensor: `leangen.meters.listing.describe`."""
+    from leangen.meters import listing
+
+    return listing.describe(root, device=device, meter=meter)

@@ -8,10 +8,7 @@ from typing import Any
 
 from leangen import meters
 from leangen.meters.meter import Meter, Unavailable
-from leangen.meters.window import probe
-
-PROBED_TICK_S = 0.2
-"""Slower sensors keep their documented tick: probing takes about 10 of them."""
+from leangen.meters.probing import probe
 
 COVERS = {
     "package": "one processor: cores, caches, memory controller, graphics on the chip",
@@ -77,12 +74,12 @@ def _unavailable(entry: Unavailable) -> dict[str, Any]:
 
 
 def _available(entry: Meter, *, in_total: bool) -> dict[str, Any]:
-    meter = probe(entry) if entry.tick.seconds <= PROBED_TICK_S else entry
+    meter = probe(entry)
     reason = meter.note
     if not in_total and meter.source == "estimated":
         reason = f"not used, as there is a sensor: {reason}"
     elif not in_total and meter.in_total:
-        wider = "joins the total when a model runs on it" if _of_gpu(meter) else "not needed"
+        wider = "joins the total when a model runs on it" if meters.is_gpu(meter) else "not needed"
         reason = f"{wider}: {reason}".removesuffix(": ")
     return {
         "sensor": meter.name,
@@ -135,10 +132,6 @@ def _duration(seconds: float) -> str:
         if seconds >= size:
             return f"{seconds / size:.3g} {unit}"
     return f"{seconds * 1e6:.3g} us"
-
-
-def _of_gpu(meter: Meter) -> bool:
-    return meter.scope.startswith("gpu-")
 
 
 def covers(scope: str) -> str | None:

@@ -13,12 +13,29 @@ UNIT_UJ = {"uJ": 1, "mJ": 1000}
 """Microjoules in one count of a `Reading`, by its unit."""
 
 
+class Clock(Protocol):
+    """The clocks that a window reads: the module `leangen.clock`, or a simulated world's."""
+
+    def monotonic_ns(self) -> int:
+        """See `leangen.clock`."""
+
+    def boottime_ns(self) -> int:
+        """See `leangen.clock`."""
+
+    def sleep(self, seconds: float) -> None:
+        """See `leangen.clock`."""
+
+
 @dataclass(frozen=True, slots=True)
 class Tick:
     """How often a counter moves, and how that is known."""
 
     seconds: float
     how: str
+    jitter_s: float = 0.0
+    """Standard deviation of the time between two moves."""
+    lag_s: float = 0.0
+    """Age of the energy that a move shows, at most."""
 
 
 @dataclass(frozen=True, slots=True)

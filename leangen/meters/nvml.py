@@ -38,6 +38,9 @@ PERIOD_S = 0.02
 PART_TIME = {"A100": 0.25, "H100": 0.25}
 """Sampled share of the time by a word of the card's name (arXiv 2312.02741)."""
 
+ERROR_GPU_IS_LOST = 15
+"""nvml.h: it fell off the bus."""
+
 
 def open(root: Path = Path("/"), *, nvml: Any = None) -> list[Meter | Unavailable]:
     """A meter for every GPU, or why there is none.
@@ -187,7 +190,8 @@ def _reader(nvml: Any, handle: Any) -> Callable[[], Reading]:
         try:
             count = nvml.nvmlDeviceGetTotalEnergyConsumption(handle)
         except nvml.NVMLError as error:
-            raise MeterFault("vanished", str(error)) from None
+            lost = getattr(error, "value", None) == ERROR_GPU_IS_LOST
+            raise MeterFault("lost" if lost else "vanished", str(error)) from None
         t_ns = clock.monotonic_ns()
         if not isinstance(count, int) or count < 0:
             raise MeterFault("garbage", f"{count!r} is not a count")
