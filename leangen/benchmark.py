@@ -127,6 +127,7 @@ def run(
     threads: int | None,
     activations: Any,
     region: str | None,
+    meter: str | None = None,
     as_json: bool,
 ) -> int:
     """Measure the models and print one table or one JSON document; 0 when all were measured."""
@@ -136,7 +137,14 @@ def run(
         raise RequestError(f"precision is {precision:g}, expected a share such as 0.05, or 5%")
     before = environment.conditions()
     engines = [
-        api.load(model, threads=threads, activations=activations, region=region, tag="bench")
+        api.load(
+            model,
+            threads=threads,
+            activations=activations,
+            region=region,
+            tag="bench",
+            meter=meter,
+        )
         for model in models
     ]
     requests = [engine.or_example(prompt, options) for engine in engines]

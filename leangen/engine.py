@@ -22,6 +22,7 @@ from leangen.records import Latency, MeterWindow, Output, Receipt, Runtime, Step
 from leangen.session import Session
 
 BASELINE_S = 1.0
+LONGEST_BASELINE_S = 5.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -163,6 +164,7 @@ class Engine:
         region: str | None = None,
         tag: str | None = None,
         baseline_s: float = BASELINE_S,
+        meter: str | None = None,
         probes: Path | None = None,
         root: Path = Path("/"),
     ) -> None:
@@ -172,7 +174,9 @@ class Engine:
         self.region = region
         self.tag = tag
         self.selection = meters.probed(
-            meters.select(root), boot_id=host.host(root=root).boot_id, cache=probes
+            meters.select(root, meter=meter),
+            boot_id=host.host(root=root).boot_id,
+            cache=probes,
         )
         self._baseline_s = baseline_s
         self._baseline: energy.Baseline | None = None
@@ -245,12 +249,13 @@ class Engine:
         """Idle power with this model loaded: measured once, after the first generation.
 
         An estimate brings its own. None where it was not asked for (`baseline_s=0`) or no meter
-        can tell.
+        can tell within `LONGEST_BASELINE_S`: a battery's firmware would take minutes.
         """
         if self._baseline is None:
             self._baseline = self.selection.baseline
-            if self._baseline is None and self._baseline_s > 0:
-                seconds = max(self._baseline_s, meters.least_seconds(self.selection))
+            seconds = max(self._baseline_s, meters.least_seconds(self.selection))
+            patience_s = max(self._baseline_s, LONGEST_BASELINE_S)
+            if self._baseline is None and self._baseline_s > 0 and seconds <= patience_s:
                 self._baseline = meters.measure_baseline(self.selection, seconds)
         return self._baseline
 

@@ -31,11 +31,10 @@ from __future__ import annotations
 
 from importlib import import_module
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from leangen.errors import RequestError
 from leangen.meters.baseline import least_seconds, measure_baseline
-from leangen.meters.external import is_external, open_external
 from leangen.meters.meter import Meter, MeterFault, Sampling, Selection, Tick, Unavailable
 from leangen.meters.probing import probe, probed
 from leangen.meters.uncertainty import plan_repeats
@@ -54,6 +53,7 @@ __all__ = [
     "choose",
     "describe",
     "end",
+    "is_external",
     "keep_up",
     "least_seconds",
     "measure_baseline",
@@ -84,6 +84,8 @@ GPUS = {"cpu": None, "cuda": "nvml", "rocm": "amdgpu"}
 """The sensor of the GPU, by the device that a model runs on."""
 
 Found = list[Meter | Unavailable]
+_external: dict[str, Meter] = {}
+"""External meters of this process: two models share one, as one serial port can be read once."""
 
 
 def open_sensor(name: str, root: Path = Path("/")) -> Found:
@@ -104,9 +106,23 @@ def select(root: Path = Path("/"), *, device: str = "cpu", meter: str | None = N
     return choose(device, root, {})
 
 
+def is_external(spec: str) -> bool:
+    """Whether `spec` names a meter outside the machine."""
+    return spec.startswith(("exec:", "file:"))
+
+
 def _asked_for(spec: str, root: Path) -> Meter:
     if is_external(spec):
-        return open_external(spec)
+        from leangen.meters.external import open_external
+
+        known = _external.get(spec)
+        try:
+            if known is not None:
+                known.read()
+        except MeterFault:
+            known = None
+        _external[spec] = known or open_external(spec)
+        return _external[spec]
     sensor = spec.partition(":")[0]
     if sensor not in SENSORS:
         raise RequestError(
@@ -137,7 +153,7 @@ def choose(device: str, root: Path, found: dict[str, Found]) -> Selection:
         return [
             entry
             for entry in found[sensor]
-            if isinstance(entry, Meter) and entry.in_total and _is_gpu(entry) == gpu
+            if isinstance(entry, Meter) and entry.in_total and is_gpu(entry) == gpu
         ]
 
     gpu_sensor = GPUS[device]
@@ -182,8 +198,15 @@ def choose(device: str, root: Path, found: dict[str, Found]) -> Selection:
     return Selection(meters=tuple(chosen), reason="; ".join(reasons) or None, unavailable=missing)
 
 
-def _is_gpu(meter: Meter) -> bool:
+def is_gpu(meter: Meter) -> bool:
+    """Whether it covers a graphics card."""
     return meter.scope.startswith("gpu-")
 
 
-from leangen.meters.listing import describe  # noqa: E402  (it needs the registry above)
+def describe(
+    root: Path = Path("/"), *, device: str = "cpu", meter: str | None = None
+) -> list[dict[str, Any]]:
+    """What `leangen meters` shows of every sensor: `leangen.meters.listing.describe`."""
+    from leangen.meters import listing
+
+    return listing.describe(root, device=device, meter=meter)

@@ -48,11 +48,6 @@ _HEADER = re.compile(r"(unit|u|scope)=([^\s,]+)")
 _SPEC = re.compile(r"(exec|file):(.+?)(?:#((?:(?:unit|u|scope)=[^,#]+,?)+))?", re.DOTALL)
 
 
-def is_external(spec: str) -> bool:
-    """Whether `spec` names an external meter."""
-    return spec.startswith(("exec:", "file:"))
-
-
 def open_external(spec: str, *, wait_s: float = FIRST_LINES_S) -> Meter:
     """The meter of `exec:COMMAND` or `file:PATH`, once it has given three lines.
 
@@ -282,14 +277,18 @@ class _Command:
             raise RequestError(f"--meter exec:{command}: {error}") from None
         lines: deque[str] = deque()
         self._lines = lines
-        threading.Thread(
+        self._drain = threading.Thread(
             target=_drain, args=(self._process, lines), name="leangen-meter", daemon=True
-        ).start()
+        )
+        self._drain.start()
         self.close: Callable[[], object] = weakref.finalize(self, _end, self._process)
 
     def new_lines(self) -> str:
+        ended = self._process.poll() is not None
+        if ended:
+            self._drain.join(1.0)
         came = "".join(self._lines.popleft() for _ in range(len(self._lines)))
-        if not came and self._process.poll() is not None:
+        if ended and not came:
             raise MeterFault("vanished", f"the command ended ({self._process.returncode})")
         return came
 

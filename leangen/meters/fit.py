@@ -87,13 +87,13 @@ def load(root: Path = Path("/"), home: Path | None = None) -> Fit | None:
         row = document["hosts"][host.host(root=root, home=folder).id]
         if document["schema"] != SCHEMA:
             return None
-        fit = Fit(
-            **{f.name: row[f.name] for f in fields(Fit)} | {"reference": (*row["reference"],)}
-        )
-        numbers = (fit.idle_w, fit.core_w, fit.u_systematic, fit.cpus)
+        row["reference"] = tuple(map(str, row["reference"]))
+        fit = Fit(**{field.name: row[field.name] for field in fields(Fit)})
+        numbers = (fit.idle_w, fit.core_w, fit.residual, fit.reference_u, fit.cpus)
+        good = all(math.isfinite(number) and number >= 0 for number in numbers)
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return fit if all(math.isfinite(n) and n >= 0 for n in numbers) else None
+    return fit if good and isinstance(fit.date, str) else None
 
 
 def save(fit: Fit, root: Path = Path("/"), home: Path | None = None) -> Path:

@@ -30,7 +30,6 @@ from leangen.records import Reading
 
 OTHERS = ("amdgpu", "ina3221")
 """Drivers that have a sensor module of their own."""
-WHOLE = ("corsairpsu", "power_meter")
 _FILE = re.compile(r"(energy|power)([0-9]+)_(input|average)")
 
 
@@ -94,16 +93,16 @@ def _open_channel(root: Path, driver: str, device: str, file: Path) -> Meter | U
         read=sampler.read
         if sampler
         else lambda: Reading(sysfs.count(path), "uJ", clock.monotonic_ns()),
-        note=_note(driver, socket),
+        note=_note(driver, label, socket=socket),
         sampler=sampler,
     )
 
 
-def _note(driver: str, socket: bool) -> str:
+def _note(driver: str, label: str, *, socket: bool) -> str:
     if socket:
         return ""
     if driver == "amd_energy":
         return "inside its socket, counted there"
-    if driver in WHOLE:
+    if driver == "power_meter" or (driver == "corsairpsu" and label == "power total"):
         return "the whole machine: choose it with --meter"
     return "what it covers depends on the board: choose it with --meter"

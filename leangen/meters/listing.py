@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from leangen import meters
-from leangen.meters.external import is_external
 from leangen.meters.meter import Meter, Unavailable
 from leangen.meters.probing import probe
-
-PROBED_TICK_S = 0.2
-"""Slower sensors keep their documented tick: probing takes about 10 of them."""
 
 COVERS = {
     "package": "one processor: cores, caches, memory controller, graphics on the chip",
@@ -36,9 +33,10 @@ def describe(
 ) -> list[dict[str, Any]]:
     """Every sensor, probed, or why not and what would enable it.
 
-    One dict per domain with `sensor`, `status` (`in total`, `available`, `unavailable`), `source`,
-    `scope`, `covers`, `tick_s`, `tick_how`, `u_systematic` (k=2, a fraction), `coverage`, `reason`
-    and `remedy`; None where one does not apply. Probing ticks takes 10 ms a RAPL domain, 1 s a GPU.
+    One dict per domain with `sensor`, `status` (`in total`, `available`, `unavailable`, or `absent`
+    for hardware that is not there), `source`, `scope`, `covers`, `tick_s`, `tick_how`,
+    `u_systematic` (k=2, a fraction), `coverage`, `reason` and `remedy`; None where one does not
+    apply. Probing ticks takes 10 ms a RAPL domain, 1 s a GPU.
 
     Raises RequestError as `select` does.
     """
@@ -49,7 +47,7 @@ def describe(
         selection = meters.select(root, device=device, meter=meter)
     chosen = {m.name for m in selection.meters}
     entries = [entry for entries in found.values() for entry in entries]
-    if meter is not None and is_external(meter):
+    if meter is not None and meters.is_external(meter):
         entries = [*selection.meters, *entries]
     return [
         _unavailable(entry)
@@ -62,7 +60,7 @@ def describe(
 def _unavailable(entry: Unavailable) -> dict[str, Any]:
     return {
         "sensor": entry.sensor,
-        "status": "unavailable",
+        "status": "unavailable" if entry.in_total or entry.remedy else "absent",
         "source": "unavailable",
         "scope": None,
         "covers": None,
@@ -76,12 +74,12 @@ def _unavailable(entry: Unavailable) -> dict[str, Any]:
 
 
 def _available(entry: Meter, *, in_total: bool) -> dict[str, Any]:
-    meter = probe(entry) if entry.tick.seconds <= PROBED_TICK_S else entry
+    meter = probe(entry)
     reason = meter.note
     if not in_total and meter.source == "estimated":
         reason = f"not used, as there is a sensor: {reason}"
     elif not in_total and meter.in_total:
-        wider = "joins the total when a model runs on it" if _of_gpu(meter) else "not needed"
+        wider = "joins the total when a model runs on it" if meters.is_gpu(meter) else "not needed"
         reason = f"{wider}: {reason}".removesuffix(": ")
     return {
         "sensor": meter.name,
@@ -98,8 +96,42 @@ def _available(entry: Meter, *, in_total: bool) -> dict[str, Any]:
     }
 
 
-def _of_gpu(meter: Meter) -> bool:
-    return meter.scope.startswith("gpu-")
+def lines(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """The rows of `describe` as text: what there is first, equal refusals and remedies once."""
+    for status in ("in total", "available"):
+        some = [row for row in rows if row["status"] == status]
+        if some:
+            yield f"{status}:"
+        width = max((len(row["sensor"]) for row in some), default=0)
+        for row in some:
+            what = row["covers"] or row["scope"]
+            yield (
+                f"  {row['sensor']:{width}}  {row['source']:10}  tick {_duration(row['tick_s']):>7}"
+                f"  ±{row['u_systematic']:.0%}  {what}"
+            )
+            if row["reason"] and row["reason"] != what:
+                yield f"  {'':{width}}  {row['reason']}"
+    refused: dict[tuple[str, str | None], list[str]] = {}
+    for row in rows:
+        if row["status"] == "unavailable":
+            refused.setdefault((row["reason"], row["remedy"]), []).append(row["sensor"])
+    if refused:
+        yield "unavailable:"
+    for (reason, remedy), sensors in refused.items():
+        yield f"  {', '.join(sensors)}: {reason}"
+        if remedy:
+            yield f"    remedy: {remedy}"
+    absent = [f"{row['sensor']} ({row['reason']})" for row in rows if row["status"] == "absent"]
+    if absent:
+        yield f"absent: {'; '.join(absent)}"
+
+
+def _duration(seconds: float) -> str:
+    """`1 ms`, `5 s`, `6.12 us`."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} us"
 
 
 def covers(scope: str) -> str | None:

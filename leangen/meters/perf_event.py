@@ -74,8 +74,8 @@ def _open_event(
     paranoid = sysfs.text(root / PARANOID) or "unknown"
     if opener is None:
         if root != Path("/"):
-            reason = f"event {event} is there, but counts only on the running system"
-            return Unavailable(name, f"{reason}; {_level(paranoid)}", _remedy(paranoid), in_total)
+            reason = f"perf events count only on the running system; {_level(paranoid)}"
+            return Unavailable(name, reason, _remedy(paranoid), in_total)
         opener = _perf_event_open
     try:
         config = _config(sysfs.text(root / PMU / "events" / event) or "")
@@ -88,7 +88,7 @@ def _open_event(
     try:
         fd = opener(_attr(pmu, config), cpu)
     except OSError as error:
-        reason = f"perf_event_open of {event} failed: {error.strerror}; {_level(paranoid)}"
+        reason = f"perf_event_open: {error.strerror}; {_level(paranoid)}"
         denied = error.errno in (errno.EACCES, errno.EPERM)
         return Unavailable(name, reason, _remedy(paranoid) if denied else "", in_total)
     return Meter(

@@ -22,6 +22,8 @@ from leangen.files import write_atomic
 from leangen.meters.meter import UNIT_UJ, Clock, Meter, MeterFault, Selection, Tick
 
 EDGES = 12
+SLOWEST_S = 0.5
+"""A slower counter keeps its documented tick: watching a battery's would take minutes."""
 
 
 def probe(meter: Meter, *, edges: int = EDGES, clock: Clock = system_clock) -> Meter:
@@ -31,7 +33,7 @@ def probe(meter: Meter, *, edges: int = EDGES, clock: Clock = system_clock) -> M
     that. A model has nothing to probe, a power sensor is sampled at a rate that it states, and a
     counter that hardly moves keeps its documented tick.
     """
-    if meter.source != "measured":
+    if meter.source != "measured" or meter.tick.seconds > SLOWEST_S:
         return meter
     give_up_ns = clock.monotonic_ns() + int(2e9 * edges * meter.tick.seconds)
     moved_ns: list[int] = []

@@ -57,6 +57,9 @@ def open(root: Path = Path("/")) -> list[Meter | Unavailable]:
     try:
         names = os.listdir(folder)
     except FileNotFoundError:
+        if (root / "proc/device-tree").is_dir():
+            reason = f"there is no /{POWERCAP}: not an x86 machine"
+            return [Unavailable("rapl", reason, "", in_total=False)]
         return [_no_zones(f"there is no /{POWERCAP}")]
     except OSError as error:
         return [_no_zones(f"cannot list /{POWERCAP} ({error.strerror})")]
