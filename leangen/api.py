@@ -21,6 +21,7 @@ def load(
     region: str | None = None,
     tag: str | None = None,
     baseline_s: float = BASELINE_S,
+    meter: str | None = None,
     progress: Progress | None = None,
 ) -> Engine:
     """Load a model by `NAME`, `NAME:SCHEME` or a bundle's path; fetched and quantized on first use.
@@ -31,6 +32,8 @@ def load(
     ledger: keep the receipt of every generation in the store's ledger.
     region: whose grid the carbon figure assumes; None is `$LEANGEN_REGION` or the world's mean.
     baseline_s: how long idle power is measured, once, where a counter can tell.
+    meter: what measures, in place of the rule in `leangen.meters`: `exec:COMMAND`, `file:PATH`, or
+        a name that `leangen meters` shows.
     progress: called with (done, total, what) while something is fetched or quantized.
 
     Raises a LeangenError that says what was given, what was expected and what to do.
@@ -49,4 +52,6 @@ def load(
         region=region,
         tag=tag,
         baseline_s=baseline_s,
+        meter=meter,
+        probes=store.home / "probes.json",
     )

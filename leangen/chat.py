@@ -16,6 +16,7 @@ def run(args: argparse.Namespace) -> int:
         args.model,
         threads=args.threads,
         region=args.region,
+        meter=args.meter,
         activations=args.activations,
         tag="chat",
     )

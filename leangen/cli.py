@@ -14,6 +14,8 @@ from leangen.errors import LeangenError, RequestError
 
 Command = Callable[[argparse.Namespace], int]
 
+METER_HELP = "exec:COMMAND, file:PATH or a name of `leangen meters`; default: what is best there"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; 0 done, 2 bad input or surroundings, 130 interrupted."""
@@ -86,7 +88,14 @@ def _parser() -> argparse.ArgumentParser:
         "leangen bench smollm2-135m:int4 smollm2-135m:int8 --repeats 10",
     )
     sub.add_argument("models", nargs="+", metavar="MODEL")
-    sub.add_argument("--repeats", type=int, default=10, help="measured generations per model")
+    sub.add_argument("--repeats", type=int, default=10, help="measured windows per model")
+    sub.add_argument(
+        "--precision",
+        type=_share,
+        default=0.05,
+        metavar="5%",
+        help="wanted ± of a window's edges: plans how many generations one window holds",
+    )
     _request_options(sub)
     _run_options(sub)
 
@@ -124,7 +133,18 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("model", metavar="MODEL")
 
     sub = add("meters", meters, "What energy sensors there are, or why not", "leangen meters")
+    sub.add_argument(
+        "action",
+        nargs="?",
+        choices=("list", "calibrate"),
+        default="list",
+        help="calibrate: fit the estimate to a counter, a battery or --meter, and keep the fit",
+    )
     sub.add_argument("--root", type=Path, default=Path("/"), help="another file system root")
+    sub.add_argument("--meter", metavar="SPEC", help=METER_HELP)
+    sub.add_argument(
+        "--seconds", type=float, default=5.0, help="calibrate: length of each of its 9 windows"
+    )
     sub.add_argument("--json", action="store_true")
 
     sub = add("ledger", ledger, "What was generated and what it cost", "leangen ledger --last 5")
@@ -157,6 +177,7 @@ def _run_options(sub: argparse.ArgumentParser, *, as_json: bool = True) -> None:
     else:
         sub.add_argument("--threads", type=int, help="default: physical cores that we may use")
     sub.add_argument("--region", help="whose grid the carbon figure assumes, e.g. FR")
+    sub.add_argument("--meter", metavar="SPEC", help=METER_HELP)
     sub.add_argument(
         "--activations",
         choices=("int8", "fp32"),
@@ -195,6 +216,11 @@ _REQUEST_FIELDS = (
     *("ignore_eos", "phonemes", "phoneme_ids", "length_scale", "noise_scale", "count", "data"),
     *("steps", "conditions"),
 )
+
+
+def _share(text: str) -> float:
+    """`5%` or `0.05`."""
+    return float(text.removesuffix("%")) / 100 if text.endswith("%") else float(text)
 
 
 def _integers(text: str) -> list[int]:
@@ -239,6 +265,7 @@ def generate(args: argparse.Namespace) -> int:
         region=args.region,
         tag=args.tag,
         activations=args.activations,
+        meter=args.meter,
     )
     if args.output is not None:
         media.suffix_for(engine.family.MEDIA, args.output)  # before the work, not after it
@@ -309,9 +336,11 @@ def bench(args: argparse.Namespace) -> int:
         prompt=prompt,
         options=options,
         repeats=args.repeats,
+        precision=args.precision,
         threads=args.threads,
         activations=args.activations,
         region=args.region,
+        meter=args.meter,
         as_json=args.json,
     )
 
@@ -394,24 +423,39 @@ def verify(args: argparse.Namespace) -> int:
 
 def meters(args: argparse.Namespace) -> int:
     from leangen import meters as sensors
+    from leangen.meters import listing
 
-    rows = sensors.describe(args.root)
+    if not args.root.is_dir():
+        raise RequestError(f"--root {args.root} is not a folder")
+    if args.action == "calibrate":
+        return _calibrate(args)
+    rows = sensors.describe(args.root, meter=args.meter)
     if args.json:
         print_json(rows)
         return 0
-    table(
-        ["sensor", "status", "source", "scope", "tick", "why / what would enable it"],
-        [
-            [
-                row["sensor"],
-                row["status"],
-                row["source"] or "",
-                row["scope"] or "",
-                "" if row["tick_s"] is None else f"{row['tick_s'] * 1000:g} ms",
-                " ".join(text for text in (row["reason"], row["remedy"]) if text),
-            ]
-            for row in rows
-        ],
+    for line in listing.lines(rows):
+        print(line)
+    return 0
+
+
+def _calibrate(args: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from leangen import meters as sensors
+    from leangen.meters import calibrate, fit
+
+    if args.root != Path("/"):
+        raise RequestError("calibrate runs a load on this machine: it takes no --root")
+    selection = sensors.select(meter=args.meter)
+    found = calibrate.calibrate(selection, args.seconds)
+    path = fit.save(found)
+    if args.json:
+        print_json(asdict(found) | {"u_systematic": found.u_systematic, "path": str(path)})
+        return 0
+    print(
+        f"{found.idle_w:.3g} W idle + {found.core_w:.3g} W per busy core, fitted to "
+        f"{', '.join(found.reference)}: residual {found.residual:.1%}, the estimate is now within "
+        f"{found.u_systematic:.0%}; kept in {path}"
     )
     return 0
 
