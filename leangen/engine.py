@@ -17,7 +17,7 @@ import numpy as np
 from leangen import carbon, clock, energy, families, host, media, meters
 from leangen.bundle import Bundle
 from leangen.errors import RequestError
-from leangen.ledger import Ledger
+from leangen.ledger import Ledger, Ticket
 from leangen.records import Latency, MeterWindow, Output, Receipt, Runtime, Step, Units
 from leangen.session import Session
 
@@ -63,6 +63,7 @@ class Stream(Iterator[Step]):
 
     def __init__(self, engine: Engine, request: Any) -> None:
         self.receipt: Receipt | None = None
+        self._ticket: Ticket | None = None
         self._output: Output | None = None
         self._steps = self._run(engine, request)
 
@@ -78,11 +79,16 @@ class Stream(Iterator[Step]):
 
     @property
     def result(self) -> Result:
-        """Output and receipt; RequestError while steps are left to take."""
+        """Output and receipt, which is then on the disk if the engine keeps a ledger.
+
+        Raises RequestError while steps are left to take, StorageError if the ledger took it not.
+        """
         if self._output is None or self.receipt is None:
             raise RequestError(
                 "the stream is not finished: take all its steps, then ask for result"
             )
+        if self._ticket is not None:
+            self._ticket.wait()
         return Result(self._output, self.receipt)
 
     def _run(self, engine: Engine, request: Any) -> Generator[Step]:
@@ -111,7 +117,7 @@ class Stream(Iterator[Step]):
                     request, self._output, steps, started_at, window, duration_ns, windows
                 )
                 if engine.ledger is not None:
-                    engine.ledger.append(self.receipt)
+                    self._ticket = engine.ledger.append(self.receipt)
 
 
 class Engine:

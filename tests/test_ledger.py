@@ -81,6 +81,7 @@ def ledger(tmp_path):
 def fill(ledger, *receipts):
     for number, entry in enumerate(receipts):
         ledger.append(replace(entry, id=f"r{number}"))
+    ledger.flush()
 
 
 def test_what_goes_in_comes_out_newest_first(ledger):
@@ -251,8 +252,8 @@ def test_machine_energy_is_counted_once_in_any_order_of_arrival(tmp_path_factory
 
 def test_the_same_receipt_twice_is_refused_and_changes_nothing(ledger):
     ledger.append(receipt(1))
-    with pytest.raises(StorageError, match="holds this receipt already"):
-        ledger.append(receipt(1, gross_uj=9_000_000))
+    with pytest.raises(StorageError, match="holds receipt r1 already"):
+        ledger.append(receipt(1, gross_uj=9_000_000)).wait()
     assert [row.gross_uj for row in ledger.summary()] == [2_000_000]
 
 
@@ -268,7 +269,7 @@ FOREIGN = {
 def test_a_foreign_or_damaged_file_is_refused_and_left_alone(tmp_path, kind):
     path = tmp_path / "ledger.db"
     path.write_bytes(FOREIGN[kind])
-    for use in (lambda x: x.append(receipt()), lambda x: x.entries(), lambda x: x.summary()):
+    for use in (lambda x: x.append(receipt()).wait(), lambda x: x.entries(), lambda x: x.summary()):
         with Ledger(path) as ledger, pytest.raises(StorageError, match="ledger"):
             use(ledger)
     assert path.read_bytes() == FOREIGN[kind]
@@ -282,7 +283,7 @@ def test_another_programs_database_is_refused_and_left_alone(tmp_path):
     db.close()
     before = path.read_bytes()
     with Ledger(path) as ledger, pytest.raises(StorageError, match="of another program"):
-        ledger.append(receipt())
+        ledger.append(receipt()).wait()
     assert path.read_bytes() == before
 
 
@@ -292,7 +293,7 @@ def test_a_newer_ledger_is_refused(ledger):
     db = sqlite3.connect(ledger.path)
     db.execute("PRAGMA user_version=99")
     db.close()
-    with pytest.raises(StorageError, match="version 99, this leangen knows 1: update leangen"):
+    with pytest.raises(StorageError, match="version 99, this leangen knows 2: update leangen"):
         ledger.entries()
 
 
@@ -308,7 +309,7 @@ def test_a_ledger_cut_short_is_damaged_not_empty(ledger):
 
 def test_a_folder_in_place_of_the_file(tmp_path):
     with Ledger(tmp_path) as ledger, pytest.raises(StorageError, match="Is a directory"):
-        ledger.append(receipt())
+        ledger.append(receipt()).wait()
 
 
 FULL_DISK = """
@@ -319,13 +320,13 @@ from leangen.errors import StorageError
 from leangen.ledger import Ledger
 ledger = Ledger(Path(sys.argv[1]))
 for number in range(20):
-    ledger.append(test_ledger.receipt(number))
+    ledger.append(test_ledger.receipt(number)).wait()
 limit = Path(sys.argv[1] + "-wal").stat().st_size
 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 done = 20
 try:
     for number in range(20, 10_000):
-        ledger.append(test_ledger.receipt(number))
+        ledger.append(test_ledger.receipt(number)).wait()
         done += 1
 except StorageError as error:
     print(done, error)
@@ -353,7 +354,7 @@ def test_when_the_disk_takes_no_more_the_error_is_clear_and_old_rows_stay(ledger
     assert "ledger" in message
     # Whatever was acknowledged, and nothing else, is there and can be added to again.
     assert len(ledger.entries()) == int(done)
-    ledger.append(receipt(10_001))
+    ledger.append(receipt(10_001)).wait()
     assert len(ledger.entries()) == int(done) + 1
 
 
@@ -365,7 +366,7 @@ from leangen.ledger import Ledger
 name, count = sys.argv[2], int(sys.argv[3])
 ledger = Ledger(Path(sys.argv[1]))
 for number in range(count):
-    ledger.append(test_ledger.receipt(f"{name}-{number}"))
+    ledger.append(test_ledger.receipt(f"{name}-{number}")).wait()
     print(f"r{name}-{number}", flush=True)
 """
 
@@ -405,7 +406,7 @@ def test_many_threads_and_a_fork_share_one_ledger(ledger):
     pid = os.fork()
     if pid == 0:
         try:
-            ledger.append(receipt("child"))
+            ledger.append(receipt("child")).wait()
         except BaseException:
             os._exit(1)
         os._exit(0)

@@ -5,27 +5,18 @@ from __future__ import annotations
 import itertools
 import math
 import sqlite3
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from leangen.errors import RequestError
-from leangen.ledger.database import transaction
+from leangen.ledger.rows import Totals
 from leangen.records import Source, joules
 
-COLUMNS = {
-    "model": "model",
-    "scheme": "scheme",
-    "family": "family",
-    "source": "source",
-    "tag": "tag",
-    "host": "host",
-    "device": "device",
-    "unit": "unit",
-    "day": "substr(started_at, 1, 10)",
-}
-"""What a ledger can be filtered and grouped by."""
+COLUMNS = (
+    *("model", "scheme", "family", "source", "tag", "host", "device", "unit", "day", "month"),
+)
+"""What a ledger can be filtered and grouped by; days and months are UTC."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,10 +27,12 @@ class Sum:
     source: Source
     unit: str
     receipts: int
+    unmeasured: int
+    """How many of them have no figure; the sums below are over the others."""
     units: float
     duration_s: float
     gross_uj: int | None
-    """None when the source is `unavailable`: unknown is not 0."""
+    """None when none has a figure: unknown is not 0."""
     u_j: float | None
     """k=2: random parts in quadrature, systematic ones linearly."""
     carbon_g: float | None
@@ -60,6 +53,7 @@ class Sum:
             "source": self.source,
             "unit": self.unit,
             "receipts": self.receipts,
+            "unmeasured": self.unmeasured,
             "units": self.units,
             "duration_s": self.duration_s,
             "gross_j": joules(self.gross_uj),
@@ -73,64 +67,36 @@ class Sum:
 def summarize(
     db: sqlite3.Connection, by: Sequence[str], where: Mapping[str, str] | None
 ) -> list[Sum]:
-    """The sums that `Ledger.summary` gives."""
+    """The sums that `Ledger.summary` gives, from the rollups."""
     keys = ", ".join([*(column(name) for name in by), "source", "unit"])
     condition, values = condition_of(where)
-    db.execute("CREATE TEMP TABLE IF NOT EXISTS shares (seq INTEGER PRIMARY KEY, share REAL)")
-    with transaction(db, "DEFERRED"):
-        db.execute("DELETE FROM temp.shares")
-        db.executemany("INSERT INTO temp.shares VALUES (?, ?)", _shares(db).items())
-        rows = db.execute(
-            f"""
-            WITH counted AS (
-                SELECT receipts.*, COALESCE(share, 1.0) AS share
-                FROM receipts LEFT JOIN temp.shares USING (seq) {condition}
-            )
-            SELECT {keys}, COUNT(*), SUM(units), SUM(duration_ns), SUM(overlaps),
-                SUM(CAST(ROUND(gross_uj * share) AS INTEGER)),
-                SUM(u_random_j * share * u_random_j * share),
-                SUM(u_systematic_j * share),
-                SUM(carbon_g * share)
-            FROM counted GROUP BY {keys} ORDER BY {keys}
-            """,
-            values,
-        ).fetchall()
+    rows = db.execute(
+        f"SELECT {keys}, SUM(receipts), SUM(unmeasured), SUM(overlapping), TOTAL(units),"
+        " SUM(duration_ns), SUM(gross_uj), TOTAL(random_j2), TOTAL(systematic_j), TOTAL(carbon_g)"
+        f" FROM rollups {condition} GROUP BY {keys} ORDER BY {keys}",
+        values,
+    )
     return [_sum(row[: len(by)], row[len(by) :], by) for row in rows]
 
 
 def _sum(group: Sequence[str | None], row: Sequence[Any], by: Sequence[str]) -> Sum:
-    source, unit, receipts, units, duration_ns, overlapping, gross_uj, random_j2, sys_j, g = row
+    source, unit, *figures = row
+    totals = Totals(*figures)
+    known = totals.unmeasured < totals.receipts
+    u_j = math.hypot(math.sqrt(max(0.0, totals.random_j2)), totals.systematic_j)
     return Sum(
         group=dict(zip(by, group, strict=True)),
         source=source,
         unit=unit,
-        receipts=receipts,
-        units=units,
-        duration_s=duration_ns / 1e9,
-        gross_uj=gross_uj,
-        u_j=None if gross_uj is None else math.hypot(math.sqrt(random_j2 or 0.0), sys_j or 0.0),
-        carbon_g=g,
-        overlapping=overlapping,
+        receipts=totals.receipts,
+        unmeasured=totals.unmeasured,
+        units=totals.units,
+        duration_s=totals.duration_ns / 1e9,
+        gross_uj=totals.gross_uj if known else None,
+        u_j=u_j if known else None,
+        carbon_g=totals.carbon_g if known else None,
+        overlapping=totals.overlapping,
     )
-
-
-def _shares(db: sqlite3.Connection) -> dict[int, float]:
-    """For each receipt that overlaps others, the fraction of its energy that counts in sums."""
-    by_domain: dict[int, list[tuple[int, int, int]]] = defaultdict(list)
-    energy_uj: dict[int, list[tuple[int, int]]] = defaultdict(list)
-    for domain, seq, begin_ns, end_ns, window_uj in db.execute(
-        "SELECT domain, seq, begin_ns, end_ns, energy_uj FROM windows JOIN receipts USING (seq)"
-        " WHERE overlaps"
-    ):
-        by_domain[domain].append((seq, begin_ns, end_ns))
-        energy_uj[seq].append((domain, window_uj))
-    own = {domain: own_time(windows) for domain, windows in by_domain.items()}
-    shares = {}
-    for seq, windows in energy_uj.items():
-        gross_uj = sum(window_uj for _, window_uj in windows)
-        counted = math.fsum(window_uj * own[domain][seq] for domain, window_uj in windows)
-        shares[seq] = counted / gross_uj if gross_uj else 1.0
-    return shares
 
 
 def own_time(windows: Sequence[tuple[int, int, int]]) -> dict[int, float]:
@@ -158,10 +124,10 @@ def own_time(windows: Sequence[tuple[int, int, int]]) -> dict[int, float]:
 
 
 def column(name: str) -> str:
-    """The SQL of a key of `COLUMNS`; RequestError for another."""
+    """The SQL of one of `COLUMNS`; RequestError for another."""
     if name not in COLUMNS:
         raise RequestError(f"the ledger has no {name!r}: expected one of {', '.join(COLUMNS)}")
-    return COLUMNS[name]
+    return name
 
 
 def condition_of(where: Mapping[str, str] | None) -> tuple[str, list[str]]:
