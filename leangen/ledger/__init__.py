@@ -145,18 +145,23 @@ class Ledger:
             yield from (json.loads(text) for _, text in rows)
 
     def summary(
-        self, by: Sequence[str] = ("model", "scheme"), *, where: Mapping[str, str] | None = None
+        self,
+        by: Sequence[str] = ("model", "scheme"),
+        *,
+        where: Mapping[str, str] | None = None,
+        since: str | None = None,
     ) -> list[Sum]:
         """Sums over groups, one per source and unit within a group; none when there is no file.
 
-        `by` and the keys of `where` are of `COLUMNS`; RequestError for another. The energy and
+        `by` and the keys of `where` are of `COLUMNS`; RequestError for another. `since` is the
+        first UTC day that counts (`2026-11-21`). The energy and
         carbon of overlapping windows are counted once, also when a group holds only one of them.
         What a compaction removed is counted.
         """
         for name in [*by, *(where or {})]:
             column(name)
         with self._read() as db:
-            return [] if db is None else summarize(db, by, where)
+            return [] if db is None else summarize(db, by, where, since)
 
     def head(self) -> str:
         """The heads of all chains as one hash, to be noted elsewhere for `verify`."""

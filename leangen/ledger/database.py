@@ -50,6 +50,8 @@ CREATE TABLE receipts (
     gross_uj INTEGER,
     u_random_j REAL,
     u_systematic_j REAL,
+    idle_uj INTEGER,
+    idle_u_j REAL,
     carbon_g REAL,
     overlaps INTEGER NOT NULL DEFAULT 0,
     share REAL NOT NULL DEFAULT 1
@@ -90,6 +92,9 @@ CREATE TABLE rollups (
     gross_uj INTEGER NOT NULL,
     random_j2 REAL NOT NULL,
     systematic_j REAL NOT NULL,
+    idle_uj INTEGER NOT NULL,
+    idle_u_j REAL NOT NULL,
+    idle_of_uj INTEGER NOT NULL,
     carbon_g REAL NOT NULL
 ) STRICT;
 CREATE UNIQUE INDEX rollups_by_key

@@ -33,6 +33,8 @@ class Row(NamedTuple):
     gross_uj: int | None
     u_random_j: float | None
     u_systematic_j: float | None
+    idle_uj: int | None
+    idle_u_j: float | None
     carbon_g: float | None
 
     @property
@@ -66,6 +68,10 @@ class Totals(NamedTuple):
     gross_uj: int
     random_j2: float
     systematic_j: float
+    idle_uj: int
+    idle_u_j: float
+    idle_of_uj: int
+    """The gross energy of those receipts whose idle energy is known."""
     carbon_g: float
 
     def plus(self, other: Totals, sign: int = 1) -> Totals:
@@ -73,12 +79,14 @@ class Totals(NamedTuple):
         return Totals._make(a + sign * b for a, b in zip(self, other, strict=True))
 
 
-NOTHING = Totals(0, 0, 0, 0.0, 0, 0, 0.0, 0.0, 0.0)
+NOTHING = Totals(0, 0, 0, 0.0, 0, 0, 0.0, 0.0, 0, 0.0, 0, 0.0)
 
 SUMS = """
     COUNT(*), COUNT(*) - COUNT(gross_uj), SUM(overlaps), TOTAL(units), SUM(duration_ns),
     COALESCE(SUM(CAST(ROUND(gross_uj * share) AS INTEGER)), 0),
     TOTAL(u_random_j * share * u_random_j * share), TOTAL(u_systematic_j * share),
+    COALESCE(SUM(CAST(ROUND(idle_uj * share) AS INTEGER)), 0), TOTAL(idle_u_j * share),
+    COALESCE(SUM(CAST(ROUND(gross_uj * share) AS INTEGER)) FILTER (WHERE idle_uj IS NOT NULL), 0),
     TOTAL(carbon_g * share)
 """
 """`Totals` of a group of `receipts`, the twin in SQL of `part`."""
@@ -86,17 +94,25 @@ SUMS = """
 
 def part(row: Row, share: float = 1.0, overlaps: int = 0) -> Totals:
     """What one receipt adds to its rollup when `share` of its energy counts."""
+    gross_uj = _rounded((row.gross_uj or 0) * share)
     return Totals(
         receipts=1,
         unmeasured=int(row.gross_uj is None),
         overlapping=overlaps,
         units=row.units,
         duration_ns=row.duration_ns,
-        gross_uj=int((row.gross_uj or 0) * share + 0.5),  # as SQLite's ROUND, for 0 and more
+        gross_uj=gross_uj,
         random_j2=(row.u_random_j or 0.0) * share * (row.u_random_j or 0.0) * share,
         systematic_j=(row.u_systematic_j or 0.0) * share,
+        idle_uj=_rounded((row.idle_uj or 0) * share),
+        idle_u_j=(row.idle_u_j or 0.0) * share,
+        idle_of_uj=0 if row.idle_uj is None else gross_uj,
         carbon_g=(row.carbon_g or 0.0) * share,
     )
+
+
+def _rounded(energy_uj: float) -> int:
+    return int(energy_uj + 0.5)  # as SQLite's ROUND, for 0 and more
 
 
 def canonical(document: Any) -> str:
@@ -142,6 +158,8 @@ def _row(receipt: dict[str, Any]) -> Row:
         gross_uj=_microjoules(energy["gross_j"]),
         u_random_j=_optional(energy["u_random_j"]),
         u_systematic_j=_optional(energy["u_systematic_j"]),
+        idle_uj=_microjoules(energy.get("idle_j")),
+        idle_u_j=_optional(energy.get("idle_u_j")),
         carbon_g=_optional(receipt["carbon"]["g"]),
     )
 

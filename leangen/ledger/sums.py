@@ -35,6 +35,12 @@ class Sum:
     """None when none has a figure: unknown is not 0."""
     u_j: float | None
     """k=2: random parts in quadrature, systematic ones linearly."""
+    idle_uj: int | None
+    """What idling would have used in the same time; None when it is known of none."""
+    idle_u_j: float | None
+    """k=2, added linearly: generations of one process share their baseline."""
+    idle_of_uj: int
+    """The gross energy of those receipts whose idle energy is known."""
     carbon_g: float | None
     overlapping: int
     """How many of the receipts share their time with another on one domain; counted once."""
@@ -45,6 +51,13 @@ class Sum:
         if self.gross_uj is None or not self.units:
             return None
         return self.gross_uj / 1e6 / self.units
+
+    @property
+    def idle_share(self) -> float | None:
+        """Idle over gross energy, of the receipts where both are known."""
+        return (
+            None if self.idle_uj is None or not self.idle_of_uj else self.idle_uj / self.idle_of_uj
+        )
 
     def to_json(self) -> dict[str, Any]:
         """The sum as plain JSON types, energies in joules."""
@@ -59,20 +72,30 @@ class Sum:
             "gross_j": joules(self.gross_uj),
             "u_j": self.u_j,
             "per_unit_j": self.per_unit_j,
+            "idle_j": joules(self.idle_uj),
+            "idle_u_j": self.idle_u_j,
+            "idle_share": self.idle_share,
             "carbon_g": self.carbon_g,
             "overlapping": self.overlapping,
         }
 
 
 def summarize(
-    db: sqlite3.Connection, by: Sequence[str], where: Mapping[str, str] | None
+    db: sqlite3.Connection,
+    by: Sequence[str],
+    where: Mapping[str, str] | None,
+    since: str | None = None,
 ) -> list[Sum]:
     """The sums that `Ledger.summary` gives, from the rollups."""
     keys = ", ".join([*(column(name) for name in by), "source", "unit"])
     condition, values = condition_of(where)
+    if since is not None:
+        condition = f"{condition} AND day >= ?" if condition else "WHERE day >= ?"
+        values = [*values, since]
     rows = db.execute(
         f"SELECT {keys}, SUM(receipts), SUM(unmeasured), SUM(overlapping), TOTAL(units),"
-        " SUM(duration_ns), SUM(gross_uj), TOTAL(random_j2), TOTAL(systematic_j), TOTAL(carbon_g)"
+        " SUM(duration_ns), SUM(gross_uj), TOTAL(random_j2), TOTAL(systematic_j),"
+        " SUM(idle_uj), TOTAL(idle_u_j), SUM(idle_of_uj), TOTAL(carbon_g)"
         f" FROM rollups {condition} GROUP BY {keys} ORDER BY {keys}",
         values,
     )
@@ -94,6 +117,9 @@ def _sum(group: Sequence[str | None], row: Sequence[Any], by: Sequence[str]) -> 
         duration_s=totals.duration_ns / 1e9,
         gross_uj=totals.gross_uj if known else None,
         u_j=u_j if known else None,
+        idle_uj=totals.idle_uj if totals.idle_of_uj else None,
+        idle_u_j=totals.idle_u_j if totals.idle_of_uj else None,
+        idle_of_uj=totals.idle_of_uj,
         carbon_g=totals.carbon_g if known else None,
         overlapping=totals.overlapping,
     )
