@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from leangen import carbon
 from leangen.console import Progress, say
 from leangen.engine import BASELINE_S, Engine
 from leangen.ledger import Ledger
@@ -19,6 +20,8 @@ def load(
     home: Path | None = None,
     ledger: bool = True,
     region: str | None = None,
+    intensity: float | str | Path | None = None,
+    embodied: tuple[float, float] | None = None,
     tag: str | None = None,
     baseline_s: float = BASELINE_S,
     progress: Progress | None = None,
@@ -30,6 +33,8 @@ def load(
     home: the store; None is `$LEANGEN_HOME` or the platform's cache folder.
     ledger: keep the receipt of every generation in the store's ledger.
     region: whose grid the carbon figure assumes; None is `$LEANGEN_REGION` or the world's mean.
+    intensity: your own gCO2e/kWh, or a CSV file of it over time; goes before the region's.
+    embodied: kgCO2e of making the hardware and the years of its use; with it receipts carry SCI.
     baseline_s: how long idle power is measured, once, where a counter can tell.
     progress: called with (done, total, what) while something is fetched or quantized.
 
@@ -40,13 +45,14 @@ def load(
         r = m.generate("The capital of France is", max_new_tokens=8)
         print(r.text, r.receipt.energy.gross_j, r.receipt.energy.u_j)
     """
+    footprint = carbon.footprint(region, intensity=intensity, embodied=embodied)
     store = Store(home)
     bundle = store.resolve(str(ref), notify=say, progress=progress)
     session = Session(bundle, threads=threads, activations=activations)
     return Engine(
         session,
         ledger=Ledger(store.ledger_path) if ledger else None,
-        region=region,
+        footprint=footprint,
         tag=tag,
         baseline_s=baseline_s,
     )

@@ -90,6 +90,8 @@ def run(
     threads: int | None,
     activations: Any,
     region: str | None,
+    intensity: str | None,
+    embodied: tuple[float, float] | None,
     as_json: bool,
 ) -> int:
     """Measure the models and print one table or one JSON document; 0 when all were measured."""
@@ -97,7 +99,15 @@ def run(
         raise RequestError(f"repeats is {repeats}, expected 1 or more")
     before = environment.conditions()
     engines = [
-        api.load(model, threads=threads, activations=activations, region=region, tag="bench")
+        api.load(
+            model,
+            threads=threads,
+            activations=activations,
+            region=region,
+            intensity=intensity,
+            embodied=embodied,
+            tag="bench",
+        )
         for model in models
     ]
     requests = [engine.or_example(prompt, options) for engine in engines]

@@ -16,6 +16,8 @@ def run(args: argparse.Namespace) -> int:
         args.model,
         threads=args.threads,
         region=args.region,
+        intensity=args.intensity,
+        embodied=args.embodied,
         activations=args.activations,
         tag="chat",
     )

@@ -157,6 +157,10 @@ def _run_options(sub: argparse.ArgumentParser, *, as_json: bool = True) -> None:
     else:
         sub.add_argument("--threads", type=int, help="default: physical cores that we may use")
     sub.add_argument("--region", help="whose grid the carbon figure assumes, e.g. FR")
+    sub.add_argument("--intensity", metavar="G|FILE", help="gCO2e/kWh, or a CSV of time, gCO2e/kWh")
+    sub.add_argument(
+        "--embodied", type=_embodied, metavar="KG,YEARS", help="making the hardware; gives SCI"
+    )
     sub.add_argument(
         "--activations",
         choices=("int8", "fp32"),
@@ -206,6 +210,11 @@ def _condition(text: str) -> tuple[str, float]:
     return name, float(value)
 
 
+def _embodied(text: str) -> tuple[float, float]:
+    total_kg, lifetime_years = text.split(",")
+    return float(total_kg), float(lifetime_years)
+
+
 def _request(args: argparse.Namespace) -> tuple[str | None, dict[str, Any]]:
     """The prompt and the options that were given, under the names of the families' requests."""
     options = {
@@ -237,6 +246,8 @@ def generate(args: argparse.Namespace) -> int:
         args.model,
         threads=args.threads,
         region=args.region,
+        intensity=args.intensity,
+        embodied=args.embodied,
         tag=args.tag,
         activations=args.activations,
     )
@@ -286,6 +297,9 @@ def summary(receipt: Any) -> str:
         if energy.per_unit_j is not None
         else "",
         f"{receipt.carbon.g * 1000:.2g} mgCO2e" if receipt.carbon.g is not None else "",
+        f"SCI {receipt.carbon.sci_g_per_unit * 1000:.2g} mgCO2e/{units.kind}"
+        if receipt.carbon.sci_g_per_unit is not None
+        else "",
         f"{human_bytes(receipt.peak_rss_bytes)} peak",
     ]
     line = " · ".join(part for part in parts if part)
@@ -310,6 +324,8 @@ def bench(args: argparse.Namespace) -> int:
         threads=args.threads,
         activations=args.activations,
         region=args.region,
+        intensity=args.intensity,
+        embodied=args.embodied,
         as_json=args.json,
     )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import uuid
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +118,8 @@ class Stream(Iterator[Step]):
                 )
                 if engine.ledger is not None:
                     self._ticket = engine.ledger.append(self.receipt)
+                for tell in engine.on_receipt:
+                    tell(self.receipt)
 
 
 class Engine:
@@ -131,7 +133,7 @@ class Engine:
         session: Session,
         *,
         ledger: Ledger | None = None,
-        region: str | None = None,
+        footprint: carbon.Footprint | None = None,
         tag: str | None = None,
         baseline_s: float = BASELINE_S,
         root: Path = Path("/"),
@@ -139,12 +141,13 @@ class Engine:
         self.session = session
         self.family = families.of(session.bundle)
         self.ledger = ledger
-        self.region = region
+        self.footprint = footprint or carbon.footprint()
         self.tag = tag
+        self.on_receipt: list[Callable[[Receipt], None]] = []
+        """Called with each receipt after it went to the ledger, in the thread that generates."""
         self.selection = meters.select(root)
         self._baseline_s = baseline_s
         self._baseline: energy.Baseline | None = None
-        carbon.carbon_for(None, region=region)  # an unknown region fails here, not after the work
         self.family.prepare(session)
 
     @property
@@ -246,7 +249,13 @@ class Engine:
             ),
             energy=spent,
             latency=_latency(steps, duration_ns),
-            carbon=carbon.carbon_for(spent.gross_j, region=self.region),
+            carbon=self.footprint.of(
+                spent.gross_j,
+                spent.u_j,
+                started_at=started_at,
+                duration_s=duration_ns / 1e9,
+                units=count,
+            ),
             peak_rss_bytes=host.peak_rss_bytes(),
             runtime=Runtime(
                 provider=session.provider,
