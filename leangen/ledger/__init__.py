@@ -40,7 +40,7 @@ from leangen.ledger.database import connect, explain, transaction
 from leangen.ledger.derived import Derived
 from leangen.ledger.merging import Merged
 from leangen.ledger.rows import canonical, derive
-from leangen.ledger.sums import COLUMNS, Sum, column, condition_of, own_time, summarize
+from leangen.ledger.sums import COLUMNS, Sum, column, condition_of, own_time, summarize, total
 from leangen.ledger.verification import Verification
 from leangen.records import Receipt
 
@@ -53,6 +53,7 @@ __all__ = [
     "Ticket",
     "Verification",
     "own_time",
+    "total",
 ]
 
 BATCH = 500

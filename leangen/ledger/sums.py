@@ -33,8 +33,12 @@ class Sum:
     duration_s: float
     gross_uj: int | None
     """None when none has a figure: unknown is not 0."""
+    u_random_j: float | None
+    """k=2, of all receipts in quadrature."""
+    u_systematic_j: float | None
+    """k=2, added linearly."""
     u_j: float | None
-    """k=2: random parts in quadrature, systematic ones linearly."""
+    """Both parts in quadrature."""
     idle_uj: int | None
     """What idling would have used in the same time; None when it is known of none."""
     idle_u_j: float | None
@@ -106,7 +110,7 @@ def _sum(group: Sequence[str | None], row: Sequence[Any], by: Sequence[str]) -> 
     source, unit, *figures = row
     totals = Totals(*figures)
     known = totals.unmeasured < totals.receipts
-    u_j = math.hypot(math.sqrt(max(0.0, totals.random_j2)), totals.systematic_j)
+    random_j = math.sqrt(max(0.0, totals.random_j2))
     return Sum(
         group=dict(zip(by, group, strict=True)),
         source=source,
@@ -116,12 +120,44 @@ def _sum(group: Sequence[str | None], row: Sequence[Any], by: Sequence[str]) -> 
         units=totals.units,
         duration_s=totals.duration_ns / 1e9,
         gross_uj=totals.gross_uj if known else None,
-        u_j=u_j if known else None,
+        u_random_j=random_j if known else None,
+        u_systematic_j=totals.systematic_j if known else None,
+        u_j=math.hypot(random_j, totals.systematic_j) if known else None,
         idle_uj=totals.idle_uj if totals.idle_of_uj else None,
         idle_u_j=totals.idle_u_j if totals.idle_of_uj else None,
         idle_of_uj=totals.idle_of_uj,
         carbon_g=totals.carbon_g if known else None,
         overlapping=totals.overlapping,
+    )
+
+
+def total(sums: Sequence[Sum], group: Mapping[str, str | None]) -> Sum:
+    """Several sums of one source as one; `unit` is empty and `units` 0 when their units differ.
+
+    `sums` must not be empty and their receipts distinct.
+    """
+    units = {row.unit for row in sums}
+    known = [row for row in sums if row.gross_uj is not None]
+    random_j = math.hypot(*(row.u_random_j or 0.0 for row in known))
+    systematic_j = math.fsum(row.u_systematic_j or 0.0 for row in known)
+    idle_of_uj = sum(row.idle_of_uj for row in sums)
+    return Sum(
+        group=group,
+        source=sums[0].source,
+        unit=units.pop() if len(units) == 1 else "",
+        receipts=sum(row.receipts for row in sums),
+        unmeasured=sum(row.unmeasured for row in sums),
+        units=math.fsum(row.units for row in sums) if not units else 0.0,
+        duration_s=math.fsum(row.duration_s for row in sums),
+        gross_uj=sum(row.gross_uj or 0 for row in known) if known else None,
+        u_random_j=random_j if known else None,
+        u_systematic_j=systematic_j if known else None,
+        u_j=math.hypot(random_j, systematic_j) if known else None,
+        idle_uj=sum(row.idle_uj or 0 for row in sums) if idle_of_uj else None,
+        idle_u_j=math.fsum(row.idle_u_j or 0.0 for row in sums) if idle_of_uj else None,
+        idle_of_uj=idle_of_uj,
+        carbon_g=math.fsum(row.carbon_g or 0.0 for row in known) if known else None,
+        overlapping=sum(row.overlapping for row in sums),
     )
 
 
