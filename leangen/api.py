@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from leangen.budget import Budget, Guard
 from leangen.console import Progress, say
 from leangen.engine import BASELINE_S, Engine
 from leangen.ledger import Ledger
@@ -20,6 +22,7 @@ def load(
     ledger: bool = True,
     region: str | None = None,
     tag: str | None = None,
+    budget: Budget | Sequence[Budget] = (),
     baseline_s: float = BASELINE_S,
     progress: Progress | None = None,
 ) -> Engine:
@@ -30,6 +33,7 @@ def load(
     home: the store; None is `$LEANGEN_HOME` or the platform's cache folder.
     ledger: keep the receipt of every generation in the store's ledger.
     region: whose grid the carbon figure assumes; None is `$LEANGEN_REGION` or the world's mean.
+    budget: limits on top of those that the store keeps (`leangen budget`).
     baseline_s: how long idle power is measured, once, where a counter can tell.
     progress: called with (done, total, what) while something is fetched or quantized.
 
@@ -43,10 +47,13 @@ def load(
     store = Store(home)
     bundle = store.resolve(str(ref), notify=say, progress=progress)
     session = Session(bundle, threads=threads, activations=activations)
+    book = Ledger(store.ledger_path)
+    budgets = (budget,) if isinstance(budget, Budget) else tuple(budget)
     return Engine(
         session,
-        ledger=Ledger(store.ledger_path) if ledger else None,
+        ledger=book if ledger else None,
         region=region,
         tag=tag,
+        guard=Guard(store.home, book, budgets),
         baseline_s=baseline_s,
     )

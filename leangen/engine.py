@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from leangen import carbon, clock, energy, families, host, media, meters
+from leangen.budget import Guard
 from leangen.bundle import Bundle
 from leangen.errors import RequestError
 from leangen.ledger import Ledger, Ticket
@@ -118,6 +119,8 @@ class Stream(Iterator[Step]):
                 )
                 if engine.ledger is not None:
                     self._ticket = engine.ledger.append(self.receipt)
+                if engine.guard is not None:
+                    engine.guard.after(self.receipt)
 
 
 class Engine:
@@ -133,6 +136,7 @@ class Engine:
         ledger: Ledger | None = None,
         region: str | None = None,
         tag: str | None = None,
+        guard: Guard | None = None,
         baseline_s: float = BASELINE_S,
         root: Path = Path("/"),
     ) -> None:
@@ -141,6 +145,7 @@ class Engine:
         self.ledger = ledger
         self.region = region
         self.tag = tag
+        self.guard = guard
         self.selection = meters.select(root)
         self._baseline_s = baseline_s
         self._baseline: energy.Baseline | None = None
@@ -171,8 +176,14 @@ class Engine:
         return kind(**options)
 
     def stream(self, prompt: Any = None, /, **options: Any) -> Stream:
-        """Generate step by step; options as the family's `Request` documents them."""
-        return Stream(self, self.request(prompt, **options))
+        """Generate step by step; options as the family's `Request` documents them.
+
+        Raises RequestError also when a budget that refuses is used up.
+        """
+        request = self.request(prompt, **options)
+        if self.guard is not None:
+            self.guard.before(self.tag)
+        return Stream(self, request)
 
     def generate(self, prompt: Any = None, /, **options: Any) -> Result:
         """Generate to the end."""
