@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from leangen import carbon
+from leangen.budget import Budget, Guard
 from leangen.console import Progress, say
 from leangen.engine import BASELINE_S, Engine
 from leangen.ledger import Ledger
@@ -23,6 +25,7 @@ def load(
     intensity: float | str | Path | None = None,
     embodied: tuple[float, float] | None = None,
     tag: str | None = None,
+    budget: Budget | Sequence[Budget] = (),
     baseline_s: float = BASELINE_S,
     progress: Progress | None = None,
 ) -> Engine:
@@ -35,6 +38,7 @@ def load(
     region: whose grid the carbon figure assumes; None is `$LEANGEN_REGION` or the world's mean.
     intensity: your own gCO2e/kWh, or a CSV file of it over time; goes before the region's.
     embodied: kgCO2e of making the hardware and the years of its use; with it receipts carry SCI.
+    budget: limits on top of those that the store keeps (`leangen budget`).
     baseline_s: how long idle power is measured, once, where a counter can tell.
     progress: called with (done, total, what) while something is fetched or quantized.
 
@@ -49,10 +53,13 @@ def load(
     store = Store(home)
     bundle = store.resolve(str(ref), notify=say, progress=progress)
     session = Session(bundle, threads=threads, activations=activations)
+    book = Ledger(store.ledger_path)
+    budgets = (budget,) if isinstance(budget, Budget) else tuple(budget)
     return Engine(
         session,
-        ledger=Ledger(store.ledger_path) if ledger else None,
+        ledger=book if ledger else None,
         footprint=footprint,
         tag=tag,
+        guard=Guard(store.home, book, budgets),
         baseline_s=baseline_s,
     )

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from leangen import carbon, clock, energy, families, host, media, meters
+from leangen.budget import Guard
 from leangen.bundle import Bundle
 from leangen.errors import RequestError
 from leangen.ledger import Ledger, Ticket
@@ -118,6 +119,8 @@ class Stream(Iterator[Step]):
                 )
                 if engine.ledger is not None:
                     self._ticket = engine.ledger.append(self.receipt)
+                if engine.guard is not None:
+                    engine.guard.after(self.receipt)
                 for tell in engine.on_receipt:
                     tell(self.receipt)
 
@@ -135,6 +138,7 @@ class Engine:
         ledger: Ledger | None = None,
         footprint: carbon.Footprint | None = None,
         tag: str | None = None,
+        guard: Guard | None = None,
         baseline_s: float = BASELINE_S,
         root: Path = Path("/"),
     ) -> None:
@@ -143,6 +147,7 @@ class Engine:
         self.ledger = ledger
         self.footprint = footprint or carbon.footprint()
         self.tag = tag
+        self.guard = guard
         self.on_receipt: list[Callable[[Receipt], None]] = []
         """Called with each receipt after it went to the ledger, in the thread that generates."""
         self.selection = meters.select(root)
@@ -189,8 +194,14 @@ class Engine:
         )
 
     def stream(self, prompt: Any = None, /, **options: Any) -> Stream:
-        """Generate step by step; options as the family's `Request` documents them."""
-        return Stream(self, self.request(prompt, **options))
+        """Generate step by step; options as the family's `Request` documents them.
+
+        Raises RequestError also when a budget that refuses is used up.
+        """
+        request = self.request(prompt, **options)
+        if self.guard is not None:
+            self.guard.before(self.tag)
+        return Stream(self, request)
 
     def generate(self, prompt: Any = None, /, **options: Any) -> Result:
         """Generate to the end."""

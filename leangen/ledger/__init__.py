@@ -194,11 +194,12 @@ class Ledger:
             with self._use() as db, transaction(db):
                 return merging.merge(their_db, db, str(other))
 
-    def add(self, receipts: Iterable[dict[str, Any]]) -> Merged:
+    def add(self, receipts: Iterable[dict[str, Any]], *, partial: bool = False) -> Merged:
         """Append receipts given as JSON dicts, all or none; skip those that are here already.
 
         Raises StorageError for a different receipt under an id that is here already, and ValueError
-        for what is not a receipt.
+        for what is not a receipt. With `partial` the receipts come from a form that drops part of
+        them, so one whose id is here is taken as known, whatever it says.
         """
         with self._use() as db, transaction(db):
             writer, derived = chain.Writer(db), Derived(db)
@@ -207,7 +208,7 @@ class Ledger:
             for receipt in receipts:
                 row, windows = derive(receipt)
                 document = canonical(receipt)
-                if merging.is_known(db, row.id, document, "the file to import"):
+                if merging.is_known(db, row.id, None if partial else document, "the file"):
                     known += 1
                 else:
                     derived.add(writer.append(own, document), row, windows)

@@ -23,12 +23,15 @@ class Merged:
     """Rows that were here already."""
 
 
-def is_known(db: sqlite3.Connection, id: str, document: str, origin: str) -> bool:
-    """Whether the receipt is in the ledger; StorageError when another one has its id."""
+def is_known(db: sqlite3.Connection, id: str, document: str | None, origin: str) -> bool:
+    """Whether the receipt is in the ledger.
+
+    Raises StorageError when another one has its id, unless `document` is None: not to be compared.
+    """
     row = db.execute(
         "SELECT document FROM receipts JOIN entries USING (entry) WHERE id = ?", (id,)
     ).fetchone()
-    if row and row[0] != document:
+    if row and document is not None and row[0] != document:
         raise StorageError(
             f"conflict: receipt {id} of {origin} differs from the one that the ledger holds; "
             "one of them was changed, nothing was added"
