@@ -144,6 +144,31 @@ def _parser() -> argparse.ArgumentParser:
     )
     _budget_actions(sub)
 
+    sub = add(
+        "report",
+        report,
+        "What was generated and what it cost: trend, models, idle, budgets",
+        "leangen report -o report.html --since 30d",
+    )
+    sub.add_argument("-o", "--output", type=Path, metavar="FILE", help="write one HTML page")
+    sub.add_argument("--since", metavar="DAY", help="2026-11-01, or 30d for the last 30 days")
+    sub.add_argument("--by", default="model,scheme", help="default: model,scheme")
+    sub.add_argument("--json", action="store_true")
+
+    sub = add(
+        "metrics",
+        metrics,
+        "The ledger's sums in Prometheus' text format",
+        "leangen metrics --listen 127.0.0.1:9464",
+    )
+    sub.add_argument(
+        "--listen",
+        nargs="?",
+        const="127.0.0.1:9464",
+        metavar="HOST:PORT",
+        help="serve them until interrupted; default 127.0.0.1:9464",
+    )
+
     sub = add("rm", remove, "Remove a model from the store", "leangen rm smollm2-135m:int8")
     sub.add_argument("model", metavar="NAME[:SCHEME]")
 
@@ -541,6 +566,49 @@ def budget(args: argparse.Namespace) -> int:
         print(f"budget {limit.name}: {limit.limit:g} {limit.unit} a request (warn)")
     if not kept:
         say("there are no budgets: `leangen budget set day --joules 5000` makes one")
+    return 0
+
+
+def report(args: argparse.Namespace) -> int:
+    from leangen import budget, clock
+    from leangen import report as reports
+    from leangen.ledger import Ledger
+    from leangen.store import Store
+
+    store = Store()
+    book = Ledger(store.ledger_path)
+    limits = [limit for limit in budget.read(store.home) if limit.per != "request"]
+    view = reports.overview(
+        book,
+        by=[name.strip() for name in args.by.split(",")],
+        since=None if args.since is None else reports.since_day(args.since),
+        budgets=[budget.spent(limit, book, clock.utc_now()).to_json() for limit in limits],
+    )
+    if view is None:
+        since = f" since {args.since}" if args.since else ""
+        raise RequestError(f"the ledger holds no generation{since}: `leangen generate` adds to it")
+    if args.output is not None:
+        from leangen import page
+
+        page.write_overview(args.output, view)
+        say(f"wrote {args.output}")
+    if args.json:
+        print_json(view.to_json())
+    elif args.output is None:
+        reports.print_overview(view)
+    return 0
+
+
+def metrics(args: argparse.Namespace) -> int:
+    from leangen import metrics as exposition
+    from leangen.ledger import Ledger
+    from leangen.store import Store
+
+    book = Ledger(Store().ledger_path)
+    if args.listen is None:
+        print(exposition.text(book), end="")
+    else:
+        exposition.serve(book, args.listen)
     return 0
 
 

@@ -136,7 +136,7 @@ def total(sums: Sequence[Sum], group: Mapping[str, str | None]) -> Sum:
 
     `sums` must not be empty and their receipts distinct.
     """
-    units = {row.unit for row in sums}
+    one_unit = len({row.unit for row in sums}) == 1
     known = [row for row in sums if row.gross_uj is not None]
     random_j = math.hypot(*(row.u_random_j or 0.0 for row in known))
     systematic_j = math.fsum(row.u_systematic_j or 0.0 for row in known)
@@ -144,10 +144,10 @@ def total(sums: Sequence[Sum], group: Mapping[str, str | None]) -> Sum:
     return Sum(
         group=group,
         source=sums[0].source,
-        unit=units.pop() if len(units) == 1 else "",
+        unit=sums[0].unit if one_unit else "",
         receipts=sum(row.receipts for row in sums),
         unmeasured=sum(row.unmeasured for row in sums),
-        units=math.fsum(row.units for row in sums) if not units else 0.0,
+        units=math.fsum(row.units for row in sums) if one_unit else 0.0,
         duration_s=math.fsum(row.duration_s for row in sums),
         gross_uj=sum(row.gross_uj or 0 for row in known) if known else None,
         u_random_j=random_j if known else None,
