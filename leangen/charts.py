@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from leangen.console import with_u
 
 PREFIXES = ((1e6, "M"), (1e3, "k"), (1.0, ""), (1e-3, "m"), (1e-6, "µ"))
-MOST_LABELS = 8
+MOST_LABELS = 7
 """Labels below a column chart that still fit a narrow window."""
 
 
@@ -31,7 +31,8 @@ class Bar:
     idle: float | None = None
     """The part of the value that idling would have taken as well."""
     note: str = ""
-    """Shown in place of a figure where there is none, or after it."""
+    missing: int = 0
+    """Generations without a figure, which the value does not hold."""
 
 
 def si(value: float | None, u: float | None, unit: str) -> str:
@@ -65,6 +66,7 @@ def _bar(bar: Bar, unit: str | None, top: float) -> dict[str, Any]:
     return _lengths(bar, top) | {
         "name": bar.name,
         "note": bar.note,
+        "missing": bar.missing,
         "text": with_u(bar.value, bar.u, "").strip()
         if unit is None
         else si(bar.value, bar.u, unit),
@@ -92,12 +94,18 @@ class Column:
     """What stands side by side over one label of a column chart."""
 
     label: str
-    bars: Sequence[Bar] = field(default_factory=tuple)
+    bars: Sequence[Bar | None]
+    """None keeps a place free, so that a source stands at the same place in every column."""
 
 
 def columns(title: str, unit: str, over: Sequence[Column]) -> dict[str, Any]:
     """A chart of columns with error bars over an axis of round numbers, in SI-prefixed units."""
-    highs = [b.value + (b.u or 0.0) for c in over for b in c.bars if b.value is not None]
+    highs = [
+        bar.value + (bar.u or 0.0)
+        for column in over
+        for bar in column.bars
+        if bar is not None and bar.value is not None
+    ]
     ticks = round_ticks(max(highs, default=0.0))
     top = ticks[-1]
     every = math.ceil(len(over) / MOST_LABELS)
@@ -110,8 +118,9 @@ def columns(title: str, unit: str, over: Sequence[Column]) -> dict[str, Any]:
             {
                 "label": column.label if index % every == 0 else "",
                 "bars": [
-                    _lengths(bar, top)
-                    | {"hint": f"{column.label}: {bar.note or si(bar.value, bar.u, unit)}"}
+                    bar
+                    and _lengths(bar, top)
+                    | {"hint": f"{bar.name}: {si(bar.value, bar.u, unit)} {bar.note}".strip()}
                     for bar in column.bars
                 ],
             }

@@ -7,8 +7,7 @@ ledger's own sum, as text and as the `value` of its HTML `data` element.
 from __future__ import annotations
 
 import base64
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from leangen.files import write_atomic
 from leangen.ledger import Sum
 from leangen.records import joules
 from leangen.report import (
-    SOURCES,
     Overview,
     brains_text,
     carbon_text,
@@ -26,6 +24,7 @@ from leangen.report import (
     idle_share,
     idle_text,
     name_of,
+    over_units,
     per_unit_text,
     power_text,
     yardstick,
@@ -48,7 +47,7 @@ def write_overview(path: Path, view: Overview) -> None:
         "trend": _trend(view),
         "per_unit": list(_per_unit_charts(view)),
         "gross": bars(
-            "Energy by " + ", ".join(view.by),
+            f"Energy by {' and '.join(view.by)}",
             "J",
             [
                 Bar(
@@ -56,10 +55,11 @@ def write_overview(path: Path, view: Overview) -> None:
                     value=joules(row.gross_uj),
                     u=row.u_j,
                     source=row.source,
-                    idle=None if row.idle_share is None else _gross_idle_j(row),
-                    note=_why_none(row) if row.gross_uj is None else _idle_note(row),
+                    idle=_idle_j(row),
+                    note=_idle_note(row),
+                    missing=missing,
                 )
-                for row in view.groups
+                for row, missing in _folded(list(over_units(view.groups)))
             ],
             prefixed=True,
         ),
@@ -69,17 +69,29 @@ def write_overview(path: Path, view: Overview) -> None:
     _write("ledger.html.j2", path, content)
 
 
-def _gross_idle_j(row: Sum) -> float:
+def _folded(groups: Sequence[Sum]) -> list[tuple[Sum, int]]:
+    """The rows with a figure, each with how many of its group have none; then groups without any.
+
+    The second is counted on the first row of a group only.
+    """
+    missing = {name_of(row): row for row in groups if row.gross_uj is None}
+    known = [row for row in groups if row.gross_uj is not None]
+    rows = []
+    for row in known:
+        without = missing.pop(name_of(row), None)
+        rows.append((row, row.unmeasured + (without.receipts if without else 0)))
+    return rows + [(row, row.receipts) for row in missing.values()]
+
+
+def _idle_j(row: Sum) -> float | None:
     """The idle share of the whole bar."""
-    return (row.idle_share or 0.0) * (row.gross_uj or 0) / 1e6
+    return None if row.idle_share is None else row.idle_share * (row.gross_uj or 0) / 1e6
 
 
 def _idle_note(row: Sum) -> str:
+    if row.gross_uj is None:
+        return ""
     return f"{idle_text(row)} idle" if row.idle_share is not None else "idle unknown"
-
-
-def _why_none(row: Sum) -> str:
-    return f"{row.receipts} without a figure"
 
 
 def _figure(value: float | None, text: str) -> dict[str, Any]:
@@ -110,28 +122,29 @@ def _figures(row: Sum) -> dict[str, Any]:
 
 def _trend(view: Overview) -> dict[str, Any]:
     """Columns for every day or month from the first to the last, empty ones included."""
-    found: dict[str, list[Sum]] = defaultdict(list)
-    for row in view.trend:
-        found[str(row.group[view.period])].append(row)
+    found = {(str(row.group[view.period]), row.source): row for row in view.trend}
     return columns(
-        f"Energy per {view.period}",
+        f"Energy per {view.period}, {view.first} to {view.last}",
         "J",
         [
             Column(
-                label=when,
-                bars=[
-                    Bar(
-                        name=when,
-                        value=joules(row.gross_uj),
-                        u=row.u_j,
-                        source=row.source,
-                        note=_why_none(row) if row.gross_uj is None else "",
-                    )
-                    for row in sorted(found[when], key=lambda row: SOURCES.index(row.source))
-                ],
+                label=when[5:] if view.period == "day" else when,
+                bars=[_trend_bar(when, found.get((when, row.source))) for row in view.totals],
             )
             for when in _periods(view)
         ],
+    )
+
+
+def _trend_bar(when: str, row: Sum | None) -> Bar | None:
+    if row is None:
+        return None
+    return Bar(
+        name=when,
+        value=joules(row.gross_uj),
+        u=row.u_j,
+        source=row.source,
+        note=f"{row.source}, {row.receipts} generations",
     )
 
 
@@ -153,10 +166,9 @@ def _per_unit_charts(view: Overview) -> Iterator[dict[str, Any]]:
                     value=row.per_unit_j,
                     u=None if row.per_unit_j is None else (row.u_j or 0.0) / row.units,
                     source=row.source,
-                    note=_why_none(row) if row.per_unit_j is None else "",
+                    missing=missing,
                 )
-                for row in view.groups
-                if row.unit == unit
+                for row, missing in _folded([row for row in view.groups if row.unit == unit])
             ],
             prefixed=True,
         )

@@ -22,6 +22,8 @@ from leangen.records import joules
 SOURCES = ("measured", "integrated", "estimated", "unavailable")
 MOST_DAYS = 92
 """A longer trend goes by month."""
+MOST_PERIODS = 14
+"""Days or months listed on a terminal; the page has all."""
 BAR_WIDTH = 24
 
 
@@ -95,7 +97,7 @@ def overview(
         head=ledger.head(),
         totals=[total([row for row in groups if row.source == s], {}) for s in sources],
         groups=groups,
-        trend=list(_over_units(trend, period)),
+        trend=list(over_units(trend)),
         period=period,
         reasons={s: reason for s in sources if s != "measured" and (reason := _reason(ledger, s))},
         budgets=budgets,
@@ -135,12 +137,13 @@ def yardstick(row: Sum) -> dict[str, float | None]:
     }
 
 
-def _over_units(sums: Sequence[Sum], period: str) -> Iterator[Sum]:
-    groups: dict[tuple[str | None, str], list[Sum]] = defaultdict(list)
+def over_units(sums: Sequence[Sum]) -> Iterator[Sum]:
+    """The sums of each group and source, whatever their units of work."""
+    groups: dict[tuple[object, ...], list[Sum]] = defaultdict(list)
     for row in sums:
-        groups[row.group[period], row.source].append(row)
-    for (when, _), rows in groups.items():
-        yield total(rows, {period: when})
+        groups[*row.group.values(), row.source].append(row)
+    for rows in groups.values():
+        yield total(rows, rows[0].group)
 
 
 def _reason(ledger: Ledger, source: str) -> str | None:
@@ -174,7 +177,7 @@ def print_overview(view: Overview) -> None:
         ],
     )
     table(
-        (*view.by, "runs", "units", "time", "energy", "J per unit", "idle", "gCO2e", "source"),
+        (*view.by, "runs", "units", "time", "energy", "per unit", "idle", "gCO2e", "source"),
         [
             [str(row.group[name] or "") for name in view.by]
             + [str(row.receipts), f"{row.units:.4g} {row.unit}s", _seconds(row), energy_text(row)]
@@ -182,7 +185,9 @@ def print_overview(view: Overview) -> None:
             for row in view.groups
         ],
     )
-    top = max((row.gross_uj for row in view.trend if row.gross_uj is not None), default=0)
+    recent = sorted({str(row.group[view.period]) for row in view.trend})[-MOST_PERIODS:]
+    trend = [row for row in view.trend if row.group[view.period] in recent]
+    top = max((row.gross_uj for row in trend if row.gross_uj is not None), default=0)
     table(
         (view.period, "runs", "energy", "", "source"),
         [
@@ -194,8 +199,9 @@ def print_overview(view: Overview) -> None:
                 * (round(BAR_WIDTH * (row.gross_uj or 0) / top) if top else 0),
                 row.source,
             ]
-            for row in view.trend
+            for row in trend
         ],
+        title=f"last {len(recent)} {view.period}s",
     )
     for budget in view.budgets:
         limit = budget["budget"]
@@ -216,7 +222,7 @@ def per_unit_text(row: Sum) -> str:
     """Energy per unit of work with its u; empty without one."""
     if row.per_unit_j is None:
         return ""
-    return f"{si(row.per_unit_j, (row.u_j or 0.0) / row.units, 'J')}/{row.unit}"
+    return si(row.per_unit_j, (row.u_j or 0.0) / row.units, "J")
 
 
 def _seconds(row: Sum) -> str:
