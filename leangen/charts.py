@@ -15,6 +15,8 @@ from typing import Any
 from leangen.console import with_u
 
 PREFIXES = ((1e6, "M"), (1e3, "k"), (1.0, ""), (1e-3, "m"), (1e-6, "µ"))
+FAR = 1e4
+"""Figures this many times apart get prefixes of their own."""
 MOST_LABELS = 7
 """Labels below a column chart that still fit a narrow window."""
 
@@ -35,15 +37,16 @@ class Bar:
     """Generations without a figure, which the value does not hold."""
 
 
-def si(value: float | None, u: float | None, unit: str) -> str:
-    """A figure with its uncertainty under one SI prefix.
+def si(value: float | None, u: float | None, unit: str, *, size: float | None = None) -> str:
+    """A figure with its uncertainty under one SI prefix: that of `size`, else its own.
 
     >>> si(41_200.0, 2_100.0, "J"), si(0.0631, 0.038, "J"), si(None, None, "J")
     ('41.2 ± 2.1 kJ', '63 ± 38 mJ', 'not measured')
     """
     if value is None:
         return with_u(None, None, unit)
-    size = max(abs(value), u or 0.0)
+    if size is None:
+        size = max(abs(value), u or 0.0)
     factor, prefix = next(
         (p for p in PREFIXES if size >= p[0]), PREFIXES[-1] if size else (1.0, "")
     )
@@ -53,23 +56,26 @@ def si(value: float | None, u: float | None, unit: str) -> str:
 def bars(title: str, unit: str, rows: Sequence[Bar], *, prefixed: bool = False) -> dict[str, Any]:
     """A chart of horizontal bars with error bars.
 
-    `prefixed` writes each figure with the unit and an SI prefix; else the unit stands in the title.
+    `prefixed` writes each figure with the unit and an SI prefix, where they are not too far apart
+    the same for all; else the unit stands in the title.
     """
+    least = min((bar.value for bar in rows if bar.value), default=0.0)
     top = max((bar.value + (bar.u or 0.0) for bar in rows if bar.value is not None), default=0.0)
     return {
         "title": title if prefixed or not unit else f"{title} ({unit})",
-        "rows": [_bar(bar, unit if prefixed else None, top) for bar in rows],
+        "rows": [_bar(bar, unit if prefixed else None, top, least) for bar in rows],
     }
 
 
-def _bar(bar: Bar, unit: str | None, top: float) -> dict[str, Any]:
+def _bar(bar: Bar, unit: str | None, top: float, least: float) -> dict[str, Any]:
+    size = least if 0 < top < FAR * least else None
     return _lengths(bar, top) | {
         "name": bar.name,
         "note": bar.note,
         "missing": bar.missing,
         "text": with_u(bar.value, bar.u, "").strip()
         if unit is None
-        else si(bar.value, bar.u, unit),
+        else si(bar.value, bar.u, unit, size=size),
     }
 
 
@@ -84,7 +90,7 @@ def _lengths(bar: Bar, top: float) -> dict[str, Any]:
         "style": "unavailable" if bar.value is None else bar.source,
         "length": percent(value),
         "idle": None if bar.idle is None else percent(bar.idle),
-        "low": low if bar.u else None,
+        "low": low if bar.u and bar.value is not None else None,
         "spread": round(percent(value + (bar.u or 0.0)) - low, 2),
     }
 
