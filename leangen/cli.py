@@ -327,6 +327,8 @@ def generate(args: argparse.Namespace) -> int:
         tag=args.tag,
         activations=args.activations,
     )
+    if args.output is not None:
+        media.suffix_for(engine.family.MEDIA, args.output)  # before the work, not after it
     stream = engine.stream(prompt, **options)
     for step in stream:
         if not args.json:

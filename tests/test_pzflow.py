@@ -6,8 +6,9 @@ from collections import OrderedDict
 import numpy as np
 import onnx
 import pytest
-from flow_models import coupling_info, drain, flow_state, weights
+from flow_models import coupling_info, drain, flow_state
 from flow_reference import log_prob
+from real_models import source
 
 from leangen import families
 from leangen.errors import SourceError, StorageError, UnsupportedError
@@ -250,7 +251,7 @@ def galaxies():
         ("pandas.core.indexes.base", "_new_Index"): Frame,
         ("builtins", "slice"): slice,
     }
-    path = weights("pzflow/example_files/galaxy-data.pkl")
+    path = source("galaxy-data")
     state = restricted_pickle.read(path, stand_ins).state
     manager = next(v for v in state.values() if isinstance(v, Frame))
     return manager.state[-1]["0.14.1"]["blocks"][0]["values"].T
@@ -258,7 +259,7 @@ def galaxies():
 
 @pytest.mark.slow
 def test_galaxy_flow(tmp_path):
-    path = weights("pzflow/example_files/example-flow.pzflow.pkl")
+    path = source("galaxy-flow")
     session = Session(pzflow.export(path, tmp_path / "bundle"))
     state = restricted_pickle.read(path, pzflow.STAND_INS)
     x = galaxies()

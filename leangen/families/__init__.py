@@ -3,6 +3,7 @@
 A family is one module with
 
     UNIT: str                its unit of work: `token`, `audio-second`, `sample`
+    MEDIA: str               what its outputs are: `text`, `audio`, `image` or `table`
     INPUTS: tuple[str, ...]  the fields of Request one of which says what to generate from; a
                              positional prompt fills the first; empty where nothing is needed
     EXAMPLE: Mapping         options of a request for when no input is given: benchmarks, the demo
@@ -23,7 +24,7 @@ from typing import Any, Protocol, cast
 
 from leangen.bundle import Bundle
 from leangen.errors import BundleError
-from leangen.records import Output, Step
+from leangen.records import Media, Output, Step
 from leangen.session import Session
 
 
@@ -39,6 +40,7 @@ class Family(Protocol):
     """The attributes of a family's module."""
 
     UNIT: str
+    MEDIA: Media
     INPUTS: tuple[str, ...]
     EXAMPLE: Mapping[str, Any]
 

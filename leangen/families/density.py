@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 
 from leangen.errors import RequestError
-from leangen.records import Output, Step
+from leangen.records import Media, Output, Step
 from leangen.session import Session
 
 UNIT = "sample"
+MEDIA: Media = "table"
 INPUTS = ("count", "data")
 EXAMPLE = {"count": 1000}
 
@@ -85,7 +86,7 @@ def run(session: Session, request: Request) -> Generator[Step, None, Output]:
     for batch in batches:
         parts += session.run(role, {feed: batch}, [result])
         yield Step(kind="flow", units=len(batch))
-    return Output(array=np.concatenate(parts), media="table", extra={"columns": columns})
+    return Output(array=np.concatenate(parts), media=MEDIA, extra={"columns": columns})
 
 
 def calibration_requests(session: Session) -> list[Request]:

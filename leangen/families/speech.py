@@ -18,10 +18,11 @@ import numpy as np
 
 from leangen import phonemes as grapheme
 from leangen.errors import RequestError
-from leangen.records import Output, Step
+from leangen.records import Media, Output, Step
 from leangen.session import Session
 
 UNIT = "audio-second"
+MEDIA: Media = "audio"
 INPUTS = ("text", "phonemes", "phoneme_ids")
 EXAMPLE = {"phonemes": grapheme.DEMO_IPA}
 
@@ -145,7 +146,7 @@ def run(session: Session, request: Request) -> Generator[Step, None, Output]:
     return Output(
         prompt_units=sum(map(len, utterances)),
         array=np.concatenate(audio),
-        media="audio",
+        media=MEDIA,
         sample_rate_hz=rate,
         extra={"phoneme_ids": [i for ids in utterances for i in ids], "durations": spoken},
     )
