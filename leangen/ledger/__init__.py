@@ -220,8 +220,8 @@ class Ledger:
             with transaction(db):
                 result = compaction.compact(db, before, chain.own_chain(db, self.path))
             if result.receipts:
-                db.execute("PRAGMA incremental_vacuum").fetchall()
-                db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+                # `execute` would take one step of it, which is one page
+                db.executescript("PRAGMA incremental_vacuum; PRAGMA wal_checkpoint(TRUNCATE)")
         return result
 
     def _commit(self, tickets: Sequence[Ticket]) -> None:
@@ -282,9 +282,26 @@ class Ledger:
 _open: weakref.WeakSet[Ledger] = weakref.WeakSet()
 
 
-def _after_fork() -> None:
-    for ledger in list(_open):
+_held: list[Ledger] = []
+
+
+def _before_fork() -> None:
+    # No transaction may be under way: the child would inherit SQLite's note of its lock, for ever.
+    _held[:] = list(_open)
+    for ledger in _held:
+        ledger._lock.acquire()
+
+
+def _after_fork_in_parent() -> None:
+    for ledger in _held:
+        ledger._lock.release()
+    _held.clear()
+
+
+def _after_fork_in_child() -> None:
+    for ledger in _held:
         ledger._forked()
+    _held.clear()
 
 
 def _at_exit() -> None:
@@ -294,5 +311,9 @@ def _at_exit() -> None:
             say(f"leangen: error: {error}")
 
 
-os.register_at_fork(after_in_child=_after_fork)
+os.register_at_fork(
+    before=_before_fork,
+    after_in_parent=_after_fork_in_parent,
+    after_in_child=_after_fork_in_child,
+)
 atexit.register(_at_exit)
