@@ -96,9 +96,11 @@ class Ledger:
         raises StorageError also for a receipt that is in the ledger already.
         """
         try:
-            return self._committer.submit(canonical(receipt.to_json()))
+            document = receipt.to_json()
+            ticket = Ticket(canonical(document), *derive(document))
         except (ValueError, TypeError) as error:
             raise RequestError(f"receipt {receipt.id} cannot be kept: {error}") from error
+        return self._committer.submit(ticket)
 
     def flush(self) -> None:
         """Wait until all that was appended is on the disk.
@@ -232,14 +234,14 @@ class Ledger:
                 own = chain.own_chain(db, self.path)
                 refused: dict[Ticket, StorageError] = {}
                 for ticket in tickets:
-                    row, windows = derive(json.loads(ticket.document))
+                    row = ticket.row
                     if db.execute("SELECT 1 FROM receipts WHERE id = ?", (row.id,)).fetchone():
                         refused[ticket] = StorageError(
                             f"the ledger {self.path} holds receipt {row.id} already; "
                             "it was not added again"
                         )
                     else:
-                        derived.add(writer.append(own, ticket.document), row, windows)
+                        derived.add(writer.append(own, ticket.document), row, ticket.windows)
                 derived.finish()
             for ticket in tickets:
                 ticket.settle(refused.get(ticket))
