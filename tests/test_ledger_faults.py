@@ -17,7 +17,7 @@ from leangen.errors import RequestError, StorageError
 from leangen.ledger import Ledger
 
 WRITER = """
-import sys
+import sys, time
 from pathlib import Path
 import ledger_fakes
 from leangen.ledger import Ledger
@@ -25,7 +25,9 @@ name, group = sys.argv[2], int(sys.argv[3])
 ledger = Ledger(Path(sys.argv[1]))
 for number in range(100_000):
     ids = [f"{name}-{number}-{part}" for part in range(group)]
-    for ticket in [ledger.append(ledger_fakes.receipt(id, begin_ns=number * 10**9)) for id in ids]:
+    begin_ns = time.monotonic_ns()  # a few windows of the processes overlap
+    receipts = [ledger_fakes.receipt(id, begin_ns=begin_ns, duration_ns=10**6) for id in ids]
+    for ticket in [ledger.append(receipt) for receipt in receipts]:
         ticket.wait()
     print(*("r" + id for id in ids), flush=True)
 """
