@@ -25,6 +25,7 @@ from leangen.ledger import Ledger
 from leangen.records import Carbon, Energy, Host, Latency, MeterWindow, Receipt, Runtime, Units
 
 GROUP = 2000
+ONE_BY_ONE = 1000
 
 
 def receipts(count: int) -> Iterator[Receipt]:
@@ -100,8 +101,8 @@ def measure(path: Path, rows: int) -> dict[str, float]:
     with Ledger(path) as ledger:
         source = receipts(rows)
         fill_s = 0.0
-        for _ in range(0, rows - 1000, GROUP):
-            group = list(itertools.islice(source, GROUP))
+        in_groups = itertools.islice(source, max(rows - ONE_BY_ONE, 0))
+        while group := list(itertools.islice(in_groups, GROUP)):
             start_ns = time.monotonic_ns()
             for receipt in group:
                 ledger.append(receipt)

@@ -97,9 +97,11 @@ class Ledger:
         raises StorageError also for a receipt that is in the ledger already.
         """
         try:
-            return self._committer.submit(canonical(receipt.to_json()))
+            document = receipt.to_json()
+            ticket = Ticket(canonical(document), *derive(document))
         except (ValueError, TypeError) as error:
             raise RequestError(f"receipt {receipt.id} cannot be kept: {error}") from error
+        return self._committer.submit(ticket)
 
     def flush(self) -> None:
         """Wait until all that was appended is on the disk.
@@ -226,8 +228,8 @@ class Ledger:
             with transaction(db):
                 result = compaction.compact(db, before, chain.own_chain(db, self.path))
             if result.receipts:
-                db.execute("PRAGMA incremental_vacuum").fetchall()
-                db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+                # `execute` would take one step of it, which is one page
+                db.executescript("PRAGMA incremental_vacuum; PRAGMA wal_checkpoint(TRUNCATE)")
         return result
 
     def _commit(self, tickets: Sequence[Ticket]) -> None:
@@ -238,14 +240,14 @@ class Ledger:
                 own = chain.own_chain(db, self.path)
                 refused: dict[Ticket, StorageError] = {}
                 for ticket in tickets:
-                    row, windows = derive(json.loads(ticket.document))
+                    row = ticket.row
                     if db.execute("SELECT 1 FROM receipts WHERE id = ?", (row.id,)).fetchone():
                         refused[ticket] = StorageError(
                             f"the ledger {self.path} holds receipt {row.id} already; "
                             "it was not added again"
                         )
                     else:
-                        derived.add(writer.append(own, ticket.document), row, windows)
+                        derived.add(writer.append(own, ticket.document), row, ticket.windows)
                 derived.finish()
             for ticket in tickets:
                 ticket.settle(refused.get(ticket))
@@ -288,9 +290,26 @@ class Ledger:
 _open: weakref.WeakSet[Ledger] = weakref.WeakSet()
 
 
-def _after_fork() -> None:
-    for ledger in list(_open):
+_held: list[Ledger] = []
+
+
+def _before_fork() -> None:
+    # No transaction may be under way: the child would inherit SQLite's note of its lock, for ever.
+    _held[:] = list(_open)
+    for ledger in _held:
+        ledger._lock.acquire()
+
+
+def _after_fork_in_parent() -> None:
+    for ledger in _held:
+        ledger._lock.release()
+    _held.clear()
+
+
+def _after_fork_in_child() -> None:
+    for ledger in _held:
         ledger._forked()
+    _held.clear()
 
 
 def _at_exit() -> None:
@@ -300,5 +319,9 @@ def _at_exit() -> None:
             say(f"leangen: error: {error}")
 
 
-os.register_at_fork(after_in_child=_after_fork)
+os.register_at_fork(
+    before=_before_fork,
+    after_in_parent=_after_fork_in_parent,
+    after_in_child=_after_fork_in_child,
+)
 atexit.register(_at_exit)

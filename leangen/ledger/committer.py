@@ -6,13 +6,18 @@ import threading
 from collections.abc import Callable, Sequence
 
 from leangen.errors import LeangenError, StorageError
+from leangen.ledger.rows import Row, Window
+
+STOPPED = StorageError("the ledger's writer stopped unexpectedly")
 
 
 class Ticket:
     """Stands for one receipt on its way to the disk."""
 
-    def __init__(self, document: str) -> None:
+    def __init__(self, document: str, row: Row, windows: Sequence[Window]) -> None:
         self.document = document
+        self.row = row
+        self.windows = windows
         self._event = threading.Event()
         self._error: LeangenError | None = None
         self._told = False
@@ -65,9 +70,8 @@ class Committer:
         self._failed: list[Ticket] = []
         self._busy = False
 
-    def submit(self, document: str) -> Ticket:
-        """Queue a document."""
-        ticket = Ticket(document)
+    def submit(self, ticket: Ticket) -> Ticket:
+        """Queue a receipt."""
         with self._lock:
             self._queue.append(ticket)
             start, self._busy = not self._busy, True
@@ -96,20 +100,34 @@ class Committer:
         return [error for ticket in failed if (error := ticket.untold) is not None]
 
     def _run(self) -> None:
-        while True:
+        try:
+            while self._write_group():
+                pass
+        except BaseException:  # a mistake in leangen: nobody may wait for ever because of it
             with self._lock:
-                group, self._queue = self._queue, []
-                if not group:
-                    self._busy = False
-                    self._idle.notify_all()
-                    return
-            error: LeangenError = StorageError("the ledger's writer stopped unexpectedly")
-            try:
-                self._commit(group)
-            except LeangenError as known:
-                error = known
-            finally:
-                for ticket in group:
-                    ticket.settle(error)  # those that `commit` has settled stay as they are
-                with self._lock:
-                    self._failed += [ticket for ticket in group if ticket.untold is not None]
+                self._busy = False
+                for ticket in self._queue:
+                    ticket.settle(STOPPED)
+                self._queue.clear()
+                self._idle.notify_all()
+            raise
+
+    def _write_group(self) -> bool:
+        """Write what is queued; False when that was nothing."""
+        with self._lock:
+            group, self._queue = self._queue, []
+            if not group:
+                self._busy = False
+                self._idle.notify_all()
+                return False
+        error: LeangenError = STOPPED
+        try:
+            self._commit(group)
+        except LeangenError as known:
+            error = known
+        finally:
+            for ticket in group:
+                ticket.settle(error)  # those that `commit` has settled stay as they are
+            with self._lock:
+                self._failed += [ticket for ticket in group if ticket.untold is not None]
+        return True

@@ -165,8 +165,12 @@ def _to_codecarbon(receipts: Receipts, file: BinaryIO) -> None:
 
 def _from_csv(file: BinaryIO, path: Path) -> tuple[Receipts, bool]:
     csv.field_size_limit(LONGEST_FIELD)
-    reader = csv.DictReader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), strict=True)
-    columns = reader.fieldnames or ()
+    lines = (line.decode("utf-8" if at else "utf-8-sig") for at, line in enumerate(file))
+    reader = csv.DictReader(lines, strict=True)
+    try:
+        columns = reader.fieldnames or ()
+    except (UnicodeDecodeError, csv.Error):
+        columns = ()
     if "receipt" in columns:
         return (_parse(row["receipt"] or "") for row in reader), False
     if codecarbon.NEEDED <= set(columns):

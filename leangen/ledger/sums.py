@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import sqlite3
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -170,19 +170,21 @@ def own_time(windows: Sequence[tuple[int, int, int]]) -> dict[int, float]:
     >>> own_time([(1, 0, 10), (2, 5, 15), (3, 20, 30)])
     {1: 0.75, 2: 0.75, 3: 1.0}
     """
-    edges = sorted({edge for _, *edges in windows for edge in edges})
-    starts = sorted(windows, key=lambda window: window[1])
-    own_ns = dict.fromkeys((key for key, _, _ in windows), 0.0)
-    active: list[tuple[int, int, int]] = []
-    position = 0
-    for left, right in itertools.pairwise(edges):
-        active = [window for window in active if window[2] > left]
-        while position < len(starts) and starts[position][1] <= left:
-            active.append(starts[position])
-            position += 1
-        for key, _, _ in active:
-            own_ns[key] += (right - left) / len(active)
-    return {key: own_ns[key] / (end_ns - begin_ns) for key, begin_ns, end_ns in windows}
+    steps: dict[int, int] = defaultdict(int)  # by how much the number of windows changes there
+    for _, begin_ns, end_ns in windows:
+        steps[begin_ns] += 1
+        steps[end_ns] -= 1
+    own_ns, covering, last_ns = 0.0, 0, 0
+    until: dict[int, float] = {}  # what one window would own if it lasted from the first edge on
+    for edge_ns in sorted(steps):
+        own_ns += (edge_ns - last_ns) / covering if covering else 0.0
+        until[edge_ns] = own_ns
+        covering += steps[edge_ns]
+        last_ns = edge_ns
+    return {
+        key: (until[end_ns] - until[begin_ns]) / (end_ns - begin_ns)
+        for key, begin_ns, end_ns in windows
+    }
 
 
 def column(name: str) -> str:

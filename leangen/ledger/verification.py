@@ -16,7 +16,7 @@ from leangen.ledger.rows import KEYS, NOTHING, SUMS, Key, Row, Totals, Window, d
 from leangen.ledger.sums import own_time
 
 MOST_PROBLEMS = 20
-TOLERANCE = 1e-6  # of sums of floats, which depend on the order of adding
+TOLERANCE = 1e-6  # of floats, whose last digits depend on the order of adding
 
 
 @dataclass(slots=True)
@@ -198,7 +198,7 @@ def _shares(db: sqlite3.Connection, result: Verification) -> None:
         "SELECT entry, overlaps, share FROM receipts WHERE overlaps != 0 OR share != 1"
     ):
         right = counted(energies.pop(entry, []))
-        if overlaps != int(entry in met) or not math.isclose(share, right, abs_tol=1e-9):
+        if overlaps != int(entry in met) or not math.isclose(share, right, abs_tol=TOLERANCE):
             result.found(f"receipt {entry}: the share of it that counts is {share}, not {right}")
     for entry in energies:
         result.found(f"receipt {entry} overlaps others, and is counted whole")
