@@ -127,6 +127,8 @@ def run(
     threads: int | None,
     activations: Any,
     region: str | None,
+    intensity: str | None,
+    embodied: tuple[float, float] | None,
     meter: str | None = None,
     as_json: bool,
 ) -> int:
@@ -142,8 +144,10 @@ def run(
             threads=threads,
             activations=activations,
             region=region,
-            tag="bench",
+            intensity=intensity,
+            embodied=embodied,
             meter=meter,
+            tag="bench",
         )
         for model in models
     ]

@@ -17,6 +17,8 @@ def run(args: argparse.Namespace) -> int:
         threads=args.threads,
         region=args.region,
         meter=args.meter,
+        intensity=args.intensity,
+        embodied=args.embodied,
         activations=args.activations,
         tag="chat",
     )

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from leangen import api, benchmark, environment, quality, report
+from leangen import api, benchmark, charts, environment, page, quality
 from leangen.catalog import CATALOG
 from leangen.cli import summary
 from leangen.console import print_json, progress_bar, say, table, with_u
@@ -139,7 +139,7 @@ def _write_page(out: Path, rows: Sequence[dict[str, Any]], notes: Sequence[str])
                 "outputs": [_output(out, row) for row in group],
             }
         )
-    report.write_page(
+    page.write_page(
         out / "report.html",
         title="leangen demo",
         lead="Three published models of three families at three precisions on ONNX Runtime, "
@@ -152,46 +152,42 @@ def _write_page(out: Path, rows: Sequence[dict[str, Any]], notes: Sequence[str])
 
 
 def _plots(group: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    def spread(row: dict[str, Any], key: str, scale: float) -> tuple[str, float, float, str]:
-        figure = row[key]
-        half = max(figure["p95"] - figure["median"], figure["median"] - figure["p5"])
-        return row["scheme"], figure["median"] * scale, half * scale, "measured"
+    """Charts of one model over its schemes."""
+
+    def bar(row: dict[str, Any], value: Any, u: Any = None, source: str = "measured") -> charts.Bar:
+        return charts.Bar(name=row["scheme"], value=value, u=u, source=source)
 
     unit = group[0]["unit"]
     plots = [
-        report.plot(
-            "Energy",
-            f"joules per {unit}",
-            [
-                (
-                    row["scheme"],
-                    row["j_per_unit"],
-                    row["j_per_unit_u"],
-                    "measured" if row["energy_source"] == "measured" else "estimated",
-                )
-                for row in group
-            ],
+        charts.bars(
+            f"Energy per {unit}",
+            "J",
+            [bar(r, r["j_per_unit"], r["j_per_unit_u"], r["energy_source"]) for r in group],
+            prefixed=True,
         ),
-        report.plot("Time of one generation", "ms", [spread(r, "total_s", 1e3) for r in group]),
-        report.plot(
-            "Size on disk",
-            "MB",
-            [(r["scheme"], r["size_bytes"] / 1e6, None, "measured") for r in group],
-        ),
+        charts.bars("Time of one generation", "ms", [bar(r, *_spread_ms(r)) for r in group]),
+        charts.bars("Size on disk", "MB", [bar(r, r["size_bytes"] / 1e6) for r in group]),
     ]
     for index, measure in enumerate(group[-1]["quality"]):
-        figures = [row["quality"][index] for row in group if row["quality"]]
         plots.append(
-            report.plot(
+            charts.bars(
                 f"{measure['name']} against fp32",
                 measure["unit"],
                 [
-                    (row["scheme"], figure["value"], figure["u"], "measured")
-                    for row, figure in zip(group[1:], figures, strict=True)
+                    bar(row, row["quality"][index]["value"], row["quality"][index]["u"])
+                    for row in group
+                    if row["quality"]
                 ],
             )
         )
     return plots
+
+
+def _spread_ms(row: dict[str, Any]) -> tuple[float, float]:
+    """Median, and the larger distance from it to p5 or p95."""
+    figure = row["total_s"]
+    half = max(figure["p95"] - figure["median"], figure["median"] - figure["p5"])
+    return figure["median"] * 1e3, half * 1e3
 
 
 def _output(out: Path, row: dict[str, Any]) -> dict[str, Any]:
@@ -199,7 +195,7 @@ def _output(out: Path, row: dict[str, Any]) -> dict[str, Any]:
     return {
         "scheme": row["scheme"],
         "text": row["text"],
-        "audio": report.data_uri(path, "audio/wav") if path.suffix == ".wav" else None,
-        "image": report.data_uri(path, "image/png") if path.suffix == ".png" else None,
+        "audio": page.data_uri(path, "audio/wav") if path.suffix == ".wav" else None,
+        "image": page.data_uri(path, "image/png") if path.suffix == ".png" else None,
         "cost": row["cost"],
     }

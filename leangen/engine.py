@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import uuid
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from leangen import attribution, carbon, clock, energy, families, host, media, meters
+from leangen.budget import Guard
 from leangen.bundle import Bundle
 from leangen.errors import RequestError
-from leangen.ledger import Ledger
+from leangen.ledger import Ledger, Ticket
 from leangen.records import Latency, MeterWindow, Output, Receipt, Runtime, Step, Units
 from leangen.session import Session
 
@@ -66,6 +67,7 @@ class Stream(Iterator[Step]):
         self, engine: Engine, request: Any, *, repeats: int = 1, aligned: bool = False
     ) -> None:
         self.receipt: Receipt | None = None
+        self._ticket: Ticket | None = None
         self._output: Output | None = None
         self._steps = self._run(engine, request, repeats, aligned)
 
@@ -81,11 +83,16 @@ class Stream(Iterator[Step]):
 
     @property
     def result(self) -> Result:
-        """Output and receipt; RequestError while steps are left to take."""
+        """Output and receipt, which is then on the disk if the engine keeps a ledger.
+
+        Raises RequestError while steps are left to take, StorageError if the ledger took it not.
+        """
         if self._output is None or self.receipt is None:
             raise RequestError(
                 "the stream is not finished: take all its steps, then ask for result"
             )
+        if self._ticket is not None:
+            self._ticket.wait()
         return Result(self._output, self.receipt)
 
     def _run(self, engine: Engine, request: Any, repeats: int, aligned: bool) -> Generator[Step]:
@@ -130,7 +137,11 @@ class Stream(Iterator[Step]):
                 )
                 self.receipt = engine._receipt(request, self._output, measured)
                 if engine.ledger is not None:
-                    engine.ledger.append(self.receipt)
+                    self._ticket = engine.ledger.append(self.receipt)
+                if engine.guard is not None:
+                    engine.guard.after(self.receipt)
+                for tell in engine.on_receipt:
+                    tell(self.receipt)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,8 +172,9 @@ class Engine:
         session: Session,
         *,
         ledger: Ledger | None = None,
-        region: str | None = None,
+        footprint: carbon.Footprint | None = None,
         tag: str | None = None,
+        guard: Guard | None = None,
         baseline_s: float = BASELINE_S,
         meter: str | None = None,
         probes: Path | None = None,
@@ -171,8 +183,11 @@ class Engine:
         self.session = session
         self.family = families.of(session.bundle)
         self.ledger = ledger
-        self.region = region
+        self.footprint = footprint or carbon.footprint()
         self.tag = tag
+        self.guard = guard
+        self.on_receipt: list[Callable[[Receipt], None]] = []
+        """Called with each receipt after it went to the ledger, in the thread that generates."""
         self.selection = meters.probed(
             meters.select(root, meter=meter),
             boot_id=host.host(root=root).boot_id,
@@ -180,7 +195,6 @@ class Engine:
         )
         self._baseline_s = baseline_s
         self._baseline: energy.Baseline | None = None
-        carbon.carbon_for(None, region=region)  # an unknown region fails here, not after the work
         self.family.prepare(session)
 
     @property
@@ -222,8 +236,11 @@ class Engine:
         )
 
     def stream(self, prompt: Any = None, /, **options: Any) -> Stream:
-        """Generate step by step; options as the family's `Request` documents them."""
-        return Stream(self, self.request(prompt, **options))
+        """Generate step by step; options as the family's `Request` documents them.
+
+        Raises RequestError also when a budget that refuses is used up.
+        """
+        return self._stream(self.request(prompt, **options))
 
     def generate(self, prompt: Any = None, /, **options: Any) -> Result:
         """Generate to the end."""
@@ -240,10 +257,16 @@ class Engine:
         """
         if repeats < 1:
             raise RequestError(f"repeats is {repeats}, expected 1 or more")
-        stream = Stream(self, self.request(prompt, **options), repeats=repeats, aligned=True)
+        request = self.request(prompt, **options)
+        stream = self._stream(request, repeats=repeats, aligned=True)
         for _ in stream:
             pass
         return stream.result
+
+    def _stream(self, request: Any, *, repeats: int = 1, aligned: bool = False) -> Stream:
+        if self.guard is not None:
+            self.guard.before(self.tag)
+        return Stream(self, request, repeats=repeats, aligned=aligned)
 
     def baseline(self) -> energy.Baseline | None:
         """Idle power with this model loaded: measured once, after the first generation.
@@ -299,7 +322,13 @@ class Engine:
             ),
             energy=spent,
             latency=_latency(measured.steps, measured.duration_ns, measured.repeats),
-            carbon=carbon.carbon_for(spent.gross_j, region=self.region),
+            carbon=self.footprint.of(
+                spent.gross_j,
+                spent.u_j,
+                started_at=measured.started_at,
+                duration_s=measured.duration_ns / 1e9,
+                units=count,
+            ),
             peak_rss_bytes=host.peak_rss_bytes(),
             runtime=Runtime(
                 provider=session.provider,

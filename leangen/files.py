@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from leangen.errors import StorageError
 
@@ -79,8 +80,13 @@ def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
         raise
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write `data` to `path` through a sibling temporary file and a rename."""
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write into, a sibling of `path` that takes its name when the block succeeds.
+
+    On any exception it is removed and `path` is as it was. Raises StorageError for a full or
+    read-only disk.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         fd, name = tempfile.mkstemp(prefix=f".{path.name}.tmp-", dir=path.parent)
@@ -88,7 +94,7 @@ def write_atomic(path: Path, data: bytes) -> None:
         raise _explain(error, path) from error
     try:
         with os.fdopen(fd, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.chmod(name, 0o644)
@@ -99,3 +105,9 @@ def write_atomic(path: Path, data: bytes) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write `data` to `path` through a sibling temporary file and a rename."""
+    with atomic_file(path) as file:
+        file.write(data)

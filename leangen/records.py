@@ -216,15 +216,43 @@ class Units:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Embodied:
+    """The emissions of making the hardware, spread evenly over the time that it is used."""
+
+    total_kg: float
+    lifetime_years: float
+    g_per_s: float
+
+    def to_json(self) -> dict[str, Any]:
+        """The receipt's `carbon.embodied`."""
+        return {
+            "total_kg": self.total_kg,
+            "lifetime_years": self.lifetime_years,
+            "g_per_s": self.g_per_s,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Carbon:
-    """Operational emissions of one generation."""
+    """Emissions of one generation: operational, and the hardware's share where it is known."""
 
     g: float | None
-    """gCO2e; None when the energy is unavailable."""
-    intensity_g_per_kwh: float
+    """Operational gCO2e; None when the energy or the intensity is unavailable."""
+    intensity_g_per_kwh: float | None
     region: str
-    year: int
+    year: int | None
     source: str
+    u_g: float | None = None
+    """The energy's uncertainty in gCO2e (k = 2); the intensity is taken as given."""
+    reason: str | None = None
+    """Why `g` is None."""
+    embodied: Embodied | None = None
+    embodied_g: float | None = None
+    """The hardware's share by duration, in gCO2e; not part of `g`."""
+    sci_g_per_unit: float | None = None
+    """Software carbon intensity (ISO/IEC 21031), (g + embodied_g) per unit of work; None where the
+    embodied share is not given."""
+    sci_u_g_per_unit: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The receipt's `carbon`."""
@@ -234,6 +262,12 @@ class Carbon:
             "region": self.region,
             "year": self.year,
             "source": self.source,
+            "u_g": self.u_g,
+            "reason": self.reason,
+            "embodied": None if self.embodied is None else self.embodied.to_json(),
+            "embodied_g": self.embodied_g,
+            "sci_g_per_unit": self.sci_g_per_unit,
+            "sci_u_g_per_unit": self.sci_u_g_per_unit,
         }
 
 

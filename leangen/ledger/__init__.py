@@ -1,54 +1,78 @@
-"""The ledger: an append-only SQLite file of receipts.
+"""The ledger: an append-only SQLite file of receipts in hash chains.
 
-    receipts    one narrow row per generation: what sums and filters need
-    documents   the receipt's JSON
-    windows     when each domain of a receipt's total was measured, and its energy
-    domains     what was measured: one domain (`package-0`) of one machine in one boot
+    entries      the receipts' JSON, numbered and chained (`ledger.chain`): the truth
+    checkpoints  what a compaction kept of the rows that it removed (`ledger.compaction`)
 
-What `append` has returned from is on the disk: each receipt is one transaction in WAL mode with
-`synchronous=FULL`, as NORMAL may lose the last transactions in a power cut. Any number of
-processes may append at once. Rows are never changed, but for `overlaps`.
+and, derived from these within the same transaction (`ledger.derived`), so that questions are quick:
 
-Energy is summed by source: an estimate is never added to a measurement. Where windows on one domain
-overlap in time (two processes generating at once), each of them measured the whole domain, so
-their plain sum would count that time twice; a window then counts by the part of its time that falls
-to it when every instant is split evenly among the windows that cover it.
+    receipts     one narrow row per generation
+    domains, windows   when each domain of a receipt's total was measured, and its energy
+    rollups      sums by day, model, scheme, family, source, tag, host, device and unit
 
-Reading a ledger loads neither ONNX Runtime nor NumPy.
+`append` queues a receipt and returns at once; a thread writes what has gathered as one transaction
+in WAL mode with `synchronous=FULL` (NORMAL may lose the last transactions in a power cut). When the
+ticket's `wait`, `flush` or `close` has returned, the receipt is on the disk: acknowledged. Reading
+waits for what was appended before. Any number of processes may append at once.
+
+Energy is summed by source: an estimate is never added to a measurement. Overlapping windows on one
+domain are counted once. Reading a ledger loads neither ONNX Runtime nor NumPy.
 """
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import sqlite3
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from leangen.errors import StorageError
+from leangen.console import say
+from leangen.errors import RequestError, StorageError
+from leangen.ledger import chain, compaction, merging, verification
+from leangen.ledger.committer import Committer, Ticket
+from leangen.ledger.compaction import Compaction
 from leangen.ledger.database import connect, explain, transaction
-from leangen.ledger.sums import COLUMNS, Sum, column, condition_of, own_time, summarize
+from leangen.ledger.derived import Derived
+from leangen.ledger.merging import Merged
+from leangen.ledger.rows import canonical, derive
+from leangen.ledger.sums import COLUMNS, Sum, column, condition_of, own_time, summarize, total
+from leangen.ledger.verification import Verification
 from leangen.records import Receipt
 
-__all__ = ["COLUMNS", "Ledger", "Sum", "own_time"]
+__all__ = [
+    "COLUMNS",
+    "Compaction",
+    "Ledger",
+    "Merged",
+    "Sum",
+    "Ticket",
+    "Verification",
+    "own_time",
+    "total",
+]
+
+BATCH = 500
 
 
 class Ledger:
     """The ledger in the file `path`, which the first `append` makes. Usable from many threads.
 
-    Every method raises StorageError for a file that is damaged, foreign, locked for long, or of a
-    newer leangen, and for a full or read-only disk; such a file is left as it is.
+    Every method raises StorageError for a file that is damaged, foreign, locked for long, or of
+    another version, and for a full or read-only disk; such a file is left as it is.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._committer = Committer(self._commit)
         self._lock = threading.RLock()
         self._db: sqlite3.Connection | None = None
-        self._pid = os.getpid()
         self._inherited: list[sqlite3.Connection] = []
+        _open.add(self)
 
     def __enter__(self) -> Ledger:
         return self
@@ -57,59 +81,195 @@ class Ledger:
         self.close()
 
     def close(self) -> None:
-        """Close the file; the next use opens it again."""
-        with self._lock:
-            if self._db is not None and self._pid == os.getpid():
-                self._db.close()
-                self._db = None
+        """Write what is queued and close the file; the next use opens it again."""
+        try:
+            self.flush()
+        finally:
+            with self._lock:
+                if self._db is not None:
+                    self._db.close()
+                    self._db = None
 
-    def append(self, receipt: Receipt) -> None:
-        """Add a receipt; when this returns, it is on the disk.
+    def append(self, receipt: Receipt) -> Ticket:
+        """Queue a receipt; it is on the disk when the ticket's `wait` has returned.
 
-        Raises StorageError also for a receipt that is in the ledger already.
+        Raises RequestError for a receipt that JSON cannot hold, such as one with a NaN. The ticket
+        raises StorageError also for a receipt that is in the ledger already.
         """
-        with self._use() as db, transaction(db):
-            _insert(db, receipt)
+        try:
+            document = receipt.to_json()
+            ticket = Ticket(canonical(document), *derive(document))
+        except (ValueError, TypeError) as error:
+            raise RequestError(f"receipt {receipt.id} cannot be kept: {error}") from error
+        return self._committer.submit(ticket)
+
+    def flush(self) -> None:
+        """Wait until all that was appended is on the disk.
+
+        Raises the first failure that no ticket's `wait` and no earlier `flush` has raised.
+        """
+        self._committer.flush()
 
     def entries(
         self, where: Mapping[str, str] | None = None, *, limit: int | None = None
     ) -> list[dict[str, Any]]:
         """Receipts as JSON dicts, the newest first; none when there is no file yet.
 
-        `where` maps keys of `COLUMNS` to the value wanted. Raises RequestError for another key.
+        `where` maps names of `COLUMNS` to the value wanted. Raises RequestError for another name.
         """
         condition, values = condition_of(where)
-        if not self.path.exists():
-            return []
-        with self._use() as db:
+        with self._read() as db:
+            if db is None:
+                return []
             rows = db.execute(
-                f"SELECT receipt FROM receipts JOIN documents USING (seq) {condition}"
-                " ORDER BY seq DESC LIMIT ?",
+                f"SELECT document FROM receipts JOIN entries USING (entry) {condition}"
+                " ORDER BY started_at DESC, entry DESC LIMIT ?",
                 [*values, -1 if limit is None else limit],
             )
             return [json.loads(text) for (text,) in rows]
 
+    def documents(self) -> Iterator[dict[str, Any]]:
+        """All receipts as JSON dicts in the order of arrival, without holding all at once."""
+        last = 0
+        while True:
+            with self._read() as db:
+                rows = (
+                    []
+                    if db is None
+                    else db.execute(
+                        "SELECT entry, document FROM receipts JOIN entries USING (entry)"
+                        " WHERE entry > ? ORDER BY entry LIMIT ?",
+                        (last, BATCH),
+                    ).fetchall()
+                )
+            if not rows:
+                return
+            last = rows[-1][0]
+            yield from (json.loads(text) for _, text in rows)
+
     def summary(
-        self, by: Sequence[str] = ("model", "scheme"), *, where: Mapping[str, str] | None = None
+        self,
+        by: Sequence[str] = ("model", "scheme"),
+        *,
+        where: Mapping[str, str] | None = None,
+        since: str | None = None,
     ) -> list[Sum]:
         """Sums over groups, one per source and unit within a group; none when there is no file.
 
-        `by` and the keys of `where` are keys of `COLUMNS`; RequestError for another. The energy and
+        `by` and the keys of `where` are of `COLUMNS`; RequestError for another. `since` is the
+        first UTC day that counts (`2026-11-21`). The energy and
         carbon of overlapping windows are counted once, also when a group holds only one of them.
+        What a compaction removed is counted.
         """
         for name in [*by, *(where or {})]:
             column(name)
-        if not self.path.exists():
-            return []
+        with self._read() as db:
+            return [] if db is None else summarize(db, by, where, since)
+
+    def head(self) -> str:
+        """The heads of all chains as one hash, to be noted elsewhere for `verify`."""
+        with self._read() as db:
+            return chain.combined({} if db is None else chain.heads(db))
+
+    def verify(self, head: str | None = None) -> Verification:
+        """Check every row against its chain, and all that is derived against the rows.
+
+        `head` is what `head()` gave once: then it is a problem, too, if the ledger has never been,
+        or is no longer, in a state with that head, as when rows were cut off its end.
+        """
+        with self._read() as db:
+            return verification.verify(db, head)
+
+    def merge(self, other: Path) -> Merged:
+        """Take in all rows of another ledger that this one lacks; chains stay apart.
+
+        Merging twice changes nothing. Raises StorageError, and changes nothing, when `other` does
+        not verify, or when the two hold different rows under the same number or receipt.
+        """
+        if not other.exists():
+            raise StorageError(f"there is no ledger {other}: give the path of a ledger's file")
+        with Ledger(other) as source, source._read() as their_db:
+            assert their_db is not None
+            checked = verification.verify(their_db, None)
+            if checked.problems:
+                raise StorageError(f"cannot merge {other}, it is damaged: {checked.problems[0]}")
+            with self._use() as db, transaction(db):
+                return merging.merge(their_db, db, str(other))
+
+    def add(self, receipts: Iterable[dict[str, Any]], *, partial: bool = False) -> Merged:
+        """Append receipts given as JSON dicts, all or none; skip those that are here already.
+
+        Raises StorageError for a different receipt under an id that is here already, and ValueError
+        for what is not a receipt. With `partial` the receipts come from a form that drops part of
+        them, so one whose id is here is taken as known, whatever it says.
+        """
+        with self._use() as db, transaction(db):
+            writer, derived = chain.Writer(db), Derived(db)
+            own = chain.own_chain(db, self.path)
+            added = known = 0
+            for receipt in receipts:
+                row, windows = derive(receipt)
+                document = canonical(receipt)
+                if merging.is_known(db, row.id, None if partial else document, "the file"):
+                    known += 1
+                else:
+                    derived.add(writer.append(own, document), row, windows)
+                    added += 1
+            derived.finish()
+        return Merged(added=added, known=known)
+
+    def compact(self, before: str) -> Compaction:
+        """Remove receipts that started before the UTC day `before` (`2026-11-21`); keep their sums.
+
+        Rows are removed from the start of each chain up to the first younger one, or the first that
+        overlaps one that stays. Totals and the chain's head stay as a checkpoint.
+        """
         with self._use() as db:
-            return summarize(db, by, where)
+            with transaction(db):
+                result = compaction.compact(db, before, chain.own_chain(db, self.path))
+            if result.receipts:
+                # `execute` would take one step of it, which is one page
+                db.executescript("PRAGMA incremental_vacuum; PRAGMA wal_checkpoint(TRUNCATE)")
+        return result
+
+    def _commit(self, tickets: Sequence[Ticket]) -> None:
+        """Write a group as one transaction, and settle its tickets."""
+        with self._use() as db:
+            with transaction(db):
+                writer, derived = chain.Writer(db), Derived(db)
+                own = chain.own_chain(db, self.path)
+                refused: dict[Ticket, StorageError] = {}
+                for ticket in tickets:
+                    row = ticket.row
+                    if db.execute("SELECT 1 FROM receipts WHERE id = ?", (row.id,)).fetchone():
+                        refused[ticket] = StorageError(
+                            f"the ledger {self.path} holds receipt {row.id} already; "
+                            "it was not added again"
+                        )
+                    else:
+                        derived.add(writer.append(own, ticket.document), row, ticket.windows)
+                derived.finish()
+            for ticket in tickets:
+                ticket.settle(refused.get(ticket))
+
+    @contextmanager
+    def _read(self) -> Iterator[sqlite3.Connection | None]:
+        """One state of the database, with all that was appended before; None without a file."""
+        self._committer.drain()
+        if not self.path.exists():
+            yield None
+            return
+        with self._use() as db, transaction(db, "DEFERRED"):
+            yield db
 
     @contextmanager
     def _use(self) -> Iterator[sqlite3.Connection]:
         """The open database, held by this thread; what SQLite raises becomes a StorageError."""
         with self._lock:
             try:
-                yield self._connect()
+                if self._db is None:
+                    self._db = connect(self.path)
+                yield self._db
             except sqlite3.Error as error:
                 raise explain(error, self.path) from error
             except OSError as error:
@@ -117,61 +277,51 @@ class Ledger:
                     f"cannot use the ledger {self.path}: {error.strerror}; choose another place"
                 ) from error
 
-    def _connect(self) -> sqlite3.Connection:
-        if self._db is not None and self._pid != os.getpid():
+    def _forked(self) -> None:
+        """Start afresh in a fork's child."""
+        self._committer.forget()
+        self._lock = threading.RLock()
+        if self._db is not None:
             # A connection must not cross a fork, not even to be closed (sqlite.org/howtocorrupt).
             self._inherited.append(self._db)
             self._db = None
-        if self._db is None:
-            self._db, self._pid = connect(self.path), os.getpid()
-        return self._db
 
 
-def _insert(db: sqlite3.Connection, receipt: Receipt) -> None:
-    energy = receipt.energy
-    seq = db.execute(
-        "INSERT INTO receipts (id, started_at, host, device, model, scheme, family, tag, unit,"
-        " units, duration_ns, source, gross_uj, u_random_j, u_systematic_j, carbon_g)"
-        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        (
-            receipt.id,
-            receipt.started_at,
-            receipt.host.id,
-            receipt.host.device,
-            receipt.model,
-            receipt.scheme,
-            receipt.family,
-            receipt.tag,
-            receipt.units.kind,
-            receipt.units.count,
-            receipt.duration_ns,
-            energy.source,
-            energy.gross_uj,
-            energy.u_random_j,
-            energy.u_systematic_j,
-            receipt.carbon.g,
-        ),
-    ).lastrowid
-    text = json.dumps(receipt.to_json(), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    db.execute("INSERT INTO documents VALUES (?, ?)", (seq, text))
-    begin_ns = receipt.begin_boottime_ns
-    if energy.gross_uj is None or begin_ns is None or receipt.duration_ns <= 0:
-        return
-    end_ns = begin_ns + receipt.duration_ns
-    for scope, window in zip(energy.scope, energy.meters, strict=True):
-        key = (receipt.host.id, receipt.host.boot_id, scope)
-        db.execute("INSERT OR IGNORE INTO domains (host, boot_id, scope) VALUES (?, ?, ?)", key)
-        (domain,) = db.execute(
-            "SELECT domain FROM domains WHERE (host, boot_id, scope) = (?, ?, ?)", key
-        ).fetchone()
-        met = db.execute(
-            "SELECT seq FROM windows WHERE domain = ? AND end_ns > ? AND begin_ns < ?",
-            (domain, begin_ns, end_ns),
-        ).fetchall()
-        db.executemany(
-            "UPDATE receipts SET overlaps = 1 WHERE seq = ?", [*met, (seq,)] if met else []
-        )
-        db.execute(
-            "INSERT INTO windows VALUES (?, ?, ?, ?, ?)",
-            (domain, end_ns, begin_ns, seq, window.energy_uj),
-        )
+_open: weakref.WeakSet[Ledger] = weakref.WeakSet()
+
+
+_held: list[Ledger] = []
+
+
+def _before_fork() -> None:
+    # No transaction may be under way: the child would inherit SQLite's note of its lock, for ever.
+    _held[:] = list(_open)
+    for ledger in _held:
+        ledger._lock.acquire()
+
+
+def _after_fork_in_parent() -> None:
+    for ledger in _held:
+        ledger._lock.release()
+    _held.clear()
+
+
+def _after_fork_in_child() -> None:
+    for ledger in _held:
+        ledger._forked()
+    _held.clear()
+
+
+def _at_exit() -> None:
+    """Say what could not be written and nobody has heard of."""
+    for ledger in list(_open):
+        for error in ledger._committer.failures():
+            say(f"leangen: error: {error}")
+
+
+os.register_at_fork(
+    before=_before_fork,
+    after_in_parent=_after_fork_in_parent,
+    after_in_child=_after_fork_in_child,
+)
+atexit.register(_at_exit)

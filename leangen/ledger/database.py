@@ -10,53 +10,95 @@ from pathlib import Path
 from leangen.errors import StorageError
 
 APPLICATION_ID = 0x6C67656E  # "lgen": tells a ledger from any other SQLite file
-VERSION = 1
+VERSION = 2
 BUSY_S = 30.0
 HEADER = b"SQLite format 3\0"
 
 SCHEMA = """
+CREATE TABLE entries (
+    entry INTEGER PRIMARY KEY,
+    chain TEXT NOT NULL,
+    seq INTEGER NOT NULL,
+    prev BLOB NOT NULL,
+    hash BLOB NOT NULL,
+    document TEXT NOT NULL,
+    UNIQUE (chain, seq)
+) STRICT;
+CREATE TABLE checkpoints (
+    chain TEXT NOT NULL,
+    seq INTEGER NOT NULL,
+    head BLOB NOT NULL,
+    totals TEXT NOT NULL,
+    PRIMARY KEY (chain, seq)
+) STRICT, WITHOUT ROWID;
 CREATE TABLE receipts (
-    seq INTEGER PRIMARY KEY,
+    entry INTEGER PRIMARY KEY REFERENCES entries (entry),
     id TEXT NOT NULL UNIQUE,
     started_at TEXT NOT NULL,
-    host TEXT NOT NULL,
-    device TEXT NOT NULL,
+    day TEXT AS (substr(started_at, 1, 10)),
+    month TEXT AS (substr(started_at, 1, 7)),
     model TEXT NOT NULL,
     scheme TEXT NOT NULL,
     family TEXT NOT NULL,
+    source TEXT NOT NULL,
     tag TEXT,
+    host TEXT NOT NULL,
+    device TEXT NOT NULL,
     unit TEXT NOT NULL,
     units REAL NOT NULL,
     duration_ns INTEGER NOT NULL,
-    source TEXT NOT NULL,
     gross_uj INTEGER,
     u_random_j REAL,
     u_systematic_j REAL,
+    idle_uj INTEGER,
+    idle_u_j REAL,
     carbon_g REAL,
-    overlaps INTEGER NOT NULL DEFAULT 0
-);
+    overlaps INTEGER NOT NULL DEFAULT 0,
+    share REAL NOT NULL DEFAULT 1
+) STRICT;
 CREATE INDEX receipts_by_time ON receipts (started_at);
-CREATE INDEX receipts_by_overlap ON receipts (seq) WHERE overlaps;
-CREATE TABLE documents (
-    seq INTEGER PRIMARY KEY REFERENCES receipts (seq),
-    receipt TEXT NOT NULL
-);
 CREATE TABLE domains (
     domain INTEGER PRIMARY KEY,
     host TEXT NOT NULL,
     boot_id TEXT NOT NULL,
     scope TEXT NOT NULL,
     UNIQUE (host, boot_id, scope)
-);
+) STRICT;
 CREATE TABLE windows (
     domain INTEGER NOT NULL REFERENCES domains (domain),
     end_ns INTEGER NOT NULL,
     begin_ns INTEGER NOT NULL,
-    seq INTEGER NOT NULL REFERENCES receipts (seq),
+    entry INTEGER NOT NULL REFERENCES receipts (entry),
     energy_uj INTEGER NOT NULL,
-    PRIMARY KEY (domain, end_ns, seq)
-) WITHOUT ROWID;
-CREATE INDEX windows_by_receipt ON windows (seq);
+    PRIMARY KEY (domain, end_ns, entry)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX windows_by_entry ON windows (entry);
+CREATE TABLE rollups (
+    day TEXT NOT NULL,
+    month TEXT AS (substr(day, 1, 7)),
+    model TEXT NOT NULL,
+    scheme TEXT NOT NULL,
+    family TEXT NOT NULL,
+    source TEXT NOT NULL,
+    tag TEXT,
+    host TEXT NOT NULL,
+    device TEXT NOT NULL,
+    unit TEXT NOT NULL,
+    receipts INTEGER NOT NULL,
+    unmeasured INTEGER NOT NULL,
+    overlapping INTEGER NOT NULL,
+    units REAL NOT NULL,
+    duration_ns INTEGER NOT NULL,
+    gross_uj INTEGER NOT NULL,
+    random_j2 REAL NOT NULL,
+    systematic_j REAL NOT NULL,
+    idle_uj INTEGER NOT NULL,
+    idle_u_j REAL NOT NULL,
+    idle_of_uj INTEGER NOT NULL,
+    carbon_g REAL NOT NULL
+) STRICT;
+CREATE UNIQUE INDEX rollups_by_key
+    ON rollups (day, model, scheme, family, source, tag, host, device, unit);
 """
 
 
@@ -94,6 +136,7 @@ def _prepare(db: sqlite3.Connection, path: Path) -> None:
     db.execute("PRAGMA synchronous=FULL")
     db.execute("PRAGMA temp_store=MEMORY")
     if _identity(db) == (0, 0):
+        db.execute("PRAGMA auto_vacuum=INCREMENTAL")  # compaction gives space back without a copy
         with transaction(db):
             empty = db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone() == (0,)
             if empty and _identity(db) == (0, 0):  # no other process was quicker
@@ -109,6 +152,11 @@ def _prepare(db: sqlite3.Connection, path: Path) -> None:
     if version > VERSION:
         raise StorageError(
             f"{path} is a ledger of version {version}, this leangen knows {VERSION}: update leangen"
+        )
+    if version < VERSION:
+        raise StorageError(
+            f"{path} is a ledger of version {version}, from before the first release, which this "
+            f"leangen does not read (it knows {VERSION}): move it away, a new one is made on use"
         )
     if db.execute("PRAGMA journal_mode").fetchone() != ("wal",):
         try:
@@ -160,6 +208,4 @@ def explain(error: sqlite3.Error, path: Path) -> StorageError:
         return StorageError(
             f"the ledger {path} was locked by another process for {BUSY_S:g} s: try again"
         )
-    if name == "SQLITE_CONSTRAINT_UNIQUE":
-        return StorageError(f"the ledger {path} holds this receipt already; it was not added again")
     return StorageError(f"cannot use the ledger {path}: {error}; choose a writable place")

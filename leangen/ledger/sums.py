@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import sqlite3
 from collections import defaultdict
@@ -11,21 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from leangen.errors import RequestError
-from leangen.ledger.database import transaction
+from leangen.ledger.rows import Totals
 from leangen.records import Source, joules
 
-COLUMNS = {
-    "model": "model",
-    "scheme": "scheme",
-    "family": "family",
-    "source": "source",
-    "tag": "tag",
-    "host": "host",
-    "device": "device",
-    "unit": "unit",
-    "day": "substr(started_at, 1, 10)",
-}
-"""What a ledger can be filtered and grouped by."""
+COLUMNS = (
+    *("model", "scheme", "family", "source", "tag", "host", "device", "unit", "day", "month"),
+)
+"""What a ledger can be filtered and grouped by; days and months are UTC."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,12 +27,24 @@ class Sum:
     source: Source
     unit: str
     receipts: int
+    unmeasured: int
+    """How many of them have no figure; the sums below are over the others."""
     units: float
     duration_s: float
     gross_uj: int | None
-    """None when the source is `unavailable`: unknown is not 0."""
+    """None when none has a figure: unknown is not 0."""
+    u_random_j: float | None
+    """k=2, of all receipts in quadrature."""
+    u_systematic_j: float | None
+    """k=2, added linearly."""
     u_j: float | None
-    """k=2: random parts in quadrature, systematic ones linearly."""
+    """Both parts in quadrature."""
+    idle_uj: int | None
+    """What idling would have used in the same time; None when it is known of none."""
+    idle_u_j: float | None
+    """k=2, added linearly: generations of one process share their baseline."""
+    idle_of_uj: int
+    """The gross energy of those receipts whose idle energy is known."""
     carbon_g: float | None
     overlapping: int
     """How many of the receipts share their time with another on one domain; counted once."""
@@ -53,6 +56,13 @@ class Sum:
             return None
         return self.gross_uj / 1e6 / self.units
 
+    @property
+    def idle_share(self) -> float | None:
+        """Idle over gross energy, of the receipts where both are known."""
+        return (
+            None if self.idle_uj is None or not self.idle_of_uj else self.idle_uj / self.idle_of_uj
+        )
+
     def to_json(self) -> dict[str, Any]:
         """The sum as plain JSON types, energies in joules."""
         return {
@@ -60,77 +70,95 @@ class Sum:
             "source": self.source,
             "unit": self.unit,
             "receipts": self.receipts,
+            "unmeasured": self.unmeasured,
             "units": self.units,
             "duration_s": self.duration_s,
             "gross_j": joules(self.gross_uj),
             "u_j": self.u_j,
             "per_unit_j": self.per_unit_j,
+            "idle_j": joules(self.idle_uj),
+            "idle_u_j": self.idle_u_j,
+            "idle_share": self.idle_share,
             "carbon_g": self.carbon_g,
             "overlapping": self.overlapping,
         }
 
 
 def summarize(
-    db: sqlite3.Connection, by: Sequence[str], where: Mapping[str, str] | None
+    db: sqlite3.Connection,
+    by: Sequence[str],
+    where: Mapping[str, str] | None,
+    since: str | None = None,
 ) -> list[Sum]:
-    """The sums that `Ledger.summary` gives."""
+    """The sums that `Ledger.summary` gives, from the rollups."""
     keys = ", ".join([*(column(name) for name in by), "source", "unit"])
     condition, values = condition_of(where)
-    db.execute("CREATE TEMP TABLE IF NOT EXISTS shares (seq INTEGER PRIMARY KEY, share REAL)")
-    with transaction(db, "DEFERRED"):
-        db.execute("DELETE FROM temp.shares")
-        db.executemany("INSERT INTO temp.shares VALUES (?, ?)", _shares(db).items())
-        rows = db.execute(
-            f"""
-            WITH counted AS (
-                SELECT receipts.*, COALESCE(share, 1.0) AS share
-                FROM receipts LEFT JOIN temp.shares USING (seq) {condition}
-            )
-            SELECT {keys}, COUNT(*), SUM(units), SUM(duration_ns), SUM(overlaps),
-                SUM(CAST(ROUND(gross_uj * share) AS INTEGER)),
-                SUM(u_random_j * share * u_random_j * share),
-                SUM(u_systematic_j * share),
-                SUM(carbon_g * share)
-            FROM counted GROUP BY {keys} ORDER BY {keys}
-            """,
-            values,
-        ).fetchall()
+    if since is not None:
+        condition = f"{condition} AND day >= ?" if condition else "WHERE day >= ?"
+        values = [*values, since]
+    rows = db.execute(
+        f"SELECT {keys}, SUM(receipts), SUM(unmeasured), SUM(overlapping), TOTAL(units),"
+        " SUM(duration_ns), SUM(gross_uj), TOTAL(random_j2), TOTAL(systematic_j),"
+        " SUM(idle_uj), TOTAL(idle_u_j), SUM(idle_of_uj), TOTAL(carbon_g)"
+        f" FROM rollups {condition} GROUP BY {keys} ORDER BY {keys}",
+        values,
+    )
     return [_sum(row[: len(by)], row[len(by) :], by) for row in rows]
 
 
 def _sum(group: Sequence[str | None], row: Sequence[Any], by: Sequence[str]) -> Sum:
-    source, unit, receipts, units, duration_ns, overlapping, gross_uj, random_j2, sys_j, g = row
+    source, unit, *figures = row
+    totals = Totals(*figures)
+    known = totals.unmeasured < totals.receipts
+    random_j = math.sqrt(max(0.0, totals.random_j2))
     return Sum(
         group=dict(zip(by, group, strict=True)),
         source=source,
         unit=unit,
-        receipts=receipts,
-        units=units,
-        duration_s=duration_ns / 1e9,
-        gross_uj=gross_uj,
-        u_j=None if gross_uj is None else math.hypot(math.sqrt(random_j2 or 0.0), sys_j or 0.0),
-        carbon_g=g,
-        overlapping=overlapping,
+        receipts=totals.receipts,
+        unmeasured=totals.unmeasured,
+        units=totals.units,
+        duration_s=totals.duration_ns / 1e9,
+        gross_uj=totals.gross_uj if known else None,
+        u_random_j=random_j if known else None,
+        u_systematic_j=totals.systematic_j if known else None,
+        u_j=math.hypot(random_j, totals.systematic_j) if known else None,
+        idle_uj=totals.idle_uj if totals.idle_of_uj else None,
+        idle_u_j=totals.idle_u_j if totals.idle_of_uj else None,
+        idle_of_uj=totals.idle_of_uj,
+        carbon_g=totals.carbon_g if known else None,
+        overlapping=totals.overlapping,
     )
 
 
-def _shares(db: sqlite3.Connection) -> dict[int, float]:
-    """For each receipt that overlaps others, the fraction of its energy that counts in sums."""
-    by_domain: dict[int, list[tuple[int, int, int]]] = defaultdict(list)
-    energy_uj: dict[int, list[tuple[int, int]]] = defaultdict(list)
-    for domain, seq, begin_ns, end_ns, window_uj in db.execute(
-        "SELECT domain, seq, begin_ns, end_ns, energy_uj FROM windows JOIN receipts USING (seq)"
-        " WHERE overlaps"
-    ):
-        by_domain[domain].append((seq, begin_ns, end_ns))
-        energy_uj[seq].append((domain, window_uj))
-    own = {domain: own_time(windows) for domain, windows in by_domain.items()}
-    shares = {}
-    for seq, windows in energy_uj.items():
-        gross_uj = sum(window_uj for _, window_uj in windows)
-        counted = math.fsum(window_uj * own[domain][seq] for domain, window_uj in windows)
-        shares[seq] = counted / gross_uj if gross_uj else 1.0
-    return shares
+def total(sums: Sequence[Sum], group: Mapping[str, str | None]) -> Sum:
+    """Several sums of one source as one; `unit` is empty and `units` 0 when their units differ.
+
+    `sums` must not be empty and their receipts distinct.
+    """
+    one_unit = len({row.unit for row in sums}) == 1
+    known = [row for row in sums if row.gross_uj is not None]
+    random_j = math.hypot(*(row.u_random_j or 0.0 for row in known))
+    systematic_j = math.fsum(row.u_systematic_j or 0.0 for row in known)
+    idle_of_uj = sum(row.idle_of_uj for row in sums)
+    return Sum(
+        group=group,
+        source=sums[0].source,
+        unit=sums[0].unit if one_unit else "",
+        receipts=sum(row.receipts for row in sums),
+        unmeasured=sum(row.unmeasured for row in sums),
+        units=math.fsum(row.units for row in sums) if one_unit else 0.0,
+        duration_s=math.fsum(row.duration_s for row in sums),
+        gross_uj=sum(row.gross_uj or 0 for row in known) if known else None,
+        u_random_j=random_j if known else None,
+        u_systematic_j=systematic_j if known else None,
+        u_j=math.hypot(random_j, systematic_j) if known else None,
+        idle_uj=sum(row.idle_uj or 0 for row in sums) if idle_of_uj else None,
+        idle_u_j=math.fsum(row.idle_u_j or 0.0 for row in sums) if idle_of_uj else None,
+        idle_of_uj=idle_of_uj,
+        carbon_g=math.fsum(row.carbon_g or 0.0 for row in known) if known else None,
+        overlapping=sum(row.overlapping for row in sums),
+    )
 
 
 def own_time(windows: Sequence[tuple[int, int, int]]) -> dict[int, float]:
@@ -142,26 +170,28 @@ def own_time(windows: Sequence[tuple[int, int, int]]) -> dict[int, float]:
     >>> own_time([(1, 0, 10), (2, 5, 15), (3, 20, 30)])
     {1: 0.75, 2: 0.75, 3: 1.0}
     """
-    edges = sorted({edge for _, *edges in windows for edge in edges})
-    starts = sorted(windows, key=lambda window: window[1])
-    own_ns = dict.fromkeys((key for key, _, _ in windows), 0.0)
-    active: list[tuple[int, int, int]] = []
-    position = 0
-    for left, right in itertools.pairwise(edges):
-        active = [window for window in active if window[2] > left]
-        while position < len(starts) and starts[position][1] <= left:
-            active.append(starts[position])
-            position += 1
-        for key, _, _ in active:
-            own_ns[key] += (right - left) / len(active)
-    return {key: own_ns[key] / (end_ns - begin_ns) for key, begin_ns, end_ns in windows}
+    steps: dict[int, int] = defaultdict(int)  # by how much the number of windows changes there
+    for _, begin_ns, end_ns in windows:
+        steps[begin_ns] += 1
+        steps[end_ns] -= 1
+    own_ns, covering, last_ns = 0.0, 0, 0
+    until: dict[int, float] = {}  # what one window would own if it lasted from the first edge on
+    for edge_ns in sorted(steps):
+        own_ns += (edge_ns - last_ns) / covering if covering else 0.0
+        until[edge_ns] = own_ns
+        covering += steps[edge_ns]
+        last_ns = edge_ns
+    return {
+        key: (until[end_ns] - until[begin_ns]) / (end_ns - begin_ns)
+        for key, begin_ns, end_ns in windows
+    }
 
 
 def column(name: str) -> str:
-    """The SQL of a key of `COLUMNS`; RequestError for another."""
+    """The SQL of one of `COLUMNS`; RequestError for another."""
     if name not in COLUMNS:
         raise RequestError(f"the ledger has no {name!r}: expected one of {', '.join(COLUMNS)}")
-    return COLUMNS[name]
+    return name
 
 
 def condition_of(where: Mapping[str, str] | None) -> tuple[str, list[str]]:
