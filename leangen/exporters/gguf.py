@@ -90,7 +90,7 @@ def export(
             "weights": f"as stored in the GGUF file: {', '.join(stored_as)}",
         }
         if form == "gguf":
-            draft.quantization = _quantization(nodes)
+            draft.quantization = _quantization(nodes, tied_head=config.tied_head)
     return open_bundle(out)
 
 
@@ -99,19 +99,24 @@ def _default_source(path: Path, metadata: Mapping[str, Any]) -> dict[str, Any]:
     return {"kind": "gguf", "file": path.name, "sha256": sha256_file(path), "licence": licence}
 
 
-def _quantization(nodes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def _quantization(nodes: Mapping[str, Mapping[str, Any]], *, tied_head: bool) -> dict[str, Any]:
     """The manifest's account: each node's form, its cost and the reason."""
     account = {}
     for path, held in nodes.items():
-        scheme, bits = held["form"], held["bits_per_weight"]
         reason = (
-            "a float tensor in the file: kept, no blocks to carry over"
-            if scheme == "fp32"
-            else f"{scheme} blocks of the file carried over bit for bit"
+            "a float tensor in the file: no blocks to carry over"
+            if held["form"] == "fp32"
+            else f"{held['form']} blocks of the file carried over bit for bit"
         )
-        account[path] = {"scheme": scheme, "bits_per_weight": bits, "reason": reason}
-    weights = sum(held["weights"] for held in nodes.values())
-    bits = sum(held["weights"] * held["bits_per_weight"] for held in nodes.values())
+        account[path] = {
+            "scheme": held["form"],
+            "bits_per_weight": held["bits_per_weight"],
+            "activations": held["activations"],
+            "reason": reason,
+        }
+    stored = [held for path, held in nodes.items() if not (tied_head and path == "/lm_head")]
+    weights = sum(held["weights"] for held in stored)
+    bits = sum(held["weights"] * held["bits_per_weight"] for held in stored)
     return {"method": "gguf", "bits_per_weight": round(bits / weights, 3), "nodes": account}
 
 
@@ -223,7 +228,7 @@ def read_config(file: GgufFile) -> LlamaConfig:
             f"{file.path} is a GGUF of architecture {architecture!r}: leangen exports "
             f"{ARCHITECTURE!r} only; choose a llama-architecture file"
         )
-    heads, kv_heads = file.hyper("attention.head_count"), None
+    heads = file.hyper("attention.head_count")
     kv_heads = file.hyper("attention.head_count_kv", heads)
     if not (isinstance(heads, int) and isinstance(kv_heads, int)):
         raise _unsupported(file, "head counts that differ from layer to layer")
@@ -240,10 +245,6 @@ def read_config(file: GgufFile) -> LlamaConfig:
     scaling = file.hyper("rope.scaling.type", "none")
     if scaling not in ("none", "linear"):
         raise _unsupported(file, f"rope scaling of type {scaling!r}")
-    if "output.weight" in file.tensors:
-        tied_head = False
-    else:
-        tied_head = True
     embedding = file.tensors.get("token_embd.weight")
     return LlamaConfig(
         layers=int(file.hyper("block_count")),
@@ -252,10 +253,12 @@ def read_config(file: GgufFile) -> LlamaConfig:
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        vocab=len(file.value("tokenizer.ggml.tokens")) if embedding is None else int(embedding.shape[1]),
+        vocab=len(file.value("tokenizer.ggml.tokens"))
+        if embedding is None
+        else int(embedding.shape[1]),
         context=int(file.hyper("context_length")),
         rms_epsilon=float(file.hyper("attention.layer_norm_rms_epsilon")),
-        tied_head=tied_head,
+        tied_head="output.weight" not in file.tensors,
     )
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+Bytes = np.ndarray[Any, Any]  # uint8; NumPy's stubs lose that in `codes & 15`
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 
 
@@ -105,7 +105,8 @@ def _nibbles(field: Bytes, run: int = 16) -> Bytes:
 def _pack4(codes: Bytes, block_size: int) -> Bytes:
     """Codes 0..15 to ORT's order: neighbours share a byte, the even one low."""
     pairs = codes.reshape(codes.shape[0], -1, block_size // 2, 2)
-    return pairs[..., 0] | (pairs[..., 1] << 4)
+    packed: Bytes = pairs[..., 0] | (pairs[..., 1] << 4)
+    return packed
 
 
 def _q4_0(data: Bytes) -> Blocks:

@@ -10,8 +10,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
-from tokenizers import pre_tokenizers, processors
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 
 from leangen.errors import SourceError, UnsupportedError
 
@@ -96,17 +104,15 @@ def _required(metadata: Mapping[str, Any], key: str) -> Any:
     return metadata[key]
 
 
-def _end_ids(
-    tokens: Sequence[str], types: Sequence[int], metadata: Mapping[str, Any]
-) -> list[int]:
-    """Tokens that end a generation: those the file names, and control tokens known to."""
+def _end_ids(tokens: Sequence[str], types: Sequence[int], metadata: Mapping[str, Any]) -> list[int]:
+    """Tokens that end a generation: the file's own first, then control tokens known to."""
     named = [metadata.get(f"tokenizer.ggml.{end}_token_id") for end in ("eos", "eot", "eom")]
     known = [
         i
         for i, (token, token_type) in enumerate(zip(tokens, types, strict=False))
         if token_type == _CONTROL and token in _END_OF_TURN
     ]
-    return sorted({i for i in [*named, *known] if i is not None})
+    return list(dict.fromkeys(i for i in [*named, *known] if i is not None))
 
 
 def _byte_level(tokens: Sequence[str], metadata: Mapping[str, Any]) -> tuple[Tokenizer, bool]:
@@ -138,12 +144,13 @@ def _sentencepiece(tokens: Sequence[str], metadata: Mapping[str, Any]) -> tuple[
             byte_fallback=True,
         )
     )
-    spaces = [normalizers.Replace(" ", "▁")]
+    escape = normalizers.Replace(" ", "▁")
     to_text = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     if metadata.get("tokenizer.ggml.add_space_prefix", True):
-        spaces.insert(0, normalizers.Prepend("▁"))
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), escape])
         to_text.append(decoders.Strip(" ", 1, 0))
-    tokenizer.normalizer = normalizers.Sequence(spaces)
+    else:
+        tokenizer.normalizer = escape
     tokenizer.decoder = decoders.Sequence(to_text)
     return tokenizer, True
 

@@ -18,8 +18,6 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from leangen import clock
 from leangen.errors import BundleError, RequestError
 
-ROLES = ("system", "user", "assistant", "tool")
-
 Render = Callable[[Sequence[Mapping[str, str]]], str]
 
 
@@ -37,7 +35,9 @@ def compile_template(source: str, *, bos_token: str = "", eos_token: str = "") -
     try:
         template = environment.from_string(source)
     except TemplateError as error:
-        raise BundleError(f"the chat template does not parse ({error}): use a plain prompt") from None
+        raise BundleError(
+            f"the chat template does not parse ({error}): use a plain prompt"
+        ) from None
 
     def render(messages: Sequence[Mapping[str, str]]) -> str:
         try:

@@ -60,7 +60,7 @@ class Decoder:
         return logits
 
     def feed_all(self, tokens: Sequence[int]) -> Floats:
-        """Append at most `CHUNK` tokens; logits [n, vocab] after each, valid until the next call."""
+        """Append up to `CHUNK` tokens; logits [n, vocab] after each, valid until the next call."""
         return self._run(tokens, all_logits=True)
 
     def _run(self, tokens: Sequence[int], *, all_logits: bool) -> Floats:
@@ -110,7 +110,8 @@ class _Cache:
         self._total[...] = total
         self._logits_from[0] = 0 if all_logits else -1
         self._graph.run_with_iobinding(self._binding)
-        return self._logits[0]
+        logits: Floats = self._logits[0]
+        return logits
 
     def _input(self, name: str, array: np.ndarray[Any, Any]) -> None:
         # The OrtValue is a window on the array's memory: later changes to the array are seen.

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 from leangen.errors import BundleError, RequestError
 from leangen.families import sampling
 from leangen.families.decoder import CHUNK, Decoder, Floats
+from leangen.families.text_stream import TextStream
 from leangen.records import Output, Step
 from leangen.session import Session
 
@@ -50,7 +51,9 @@ class Request:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        given = [name for name in ("prompt", "messages", "tokens") if getattr(self, name) is not None]
+        given = [
+            name for name in ("prompt", "messages", "tokens") if getattr(self, name) is not None
+        ]
         if len(given) != 1:
             raise RequestError(
                 f"got {' and '.join(given) or 'no prompt'}, expected exactly one of prompt, "
@@ -58,18 +61,35 @@ class Request:
             )
         if self.messages is not None:
             _check_messages(self.messages)
-        _expect(isinstance(self.max_new_tokens, int) and self.max_new_tokens >= 1,
-                "max_new_tokens", self.max_new_tokens, "a whole number, 1 or more")
-        _expect(math.isfinite(self.temperature) and self.temperature >= 0,
-                "temperature", self.temperature, "0 (greedy) or more")
-        _expect(isinstance(self.top_k, int) and self.top_k >= 0,
-                "top_k", self.top_k, "0 (off) or more")
+        _expect(
+            isinstance(self.max_new_tokens, int) and self.max_new_tokens >= 1,
+            "max_new_tokens",
+            self.max_new_tokens,
+            "a whole number, 1 or more",
+        )
+        _expect(
+            math.isfinite(self.temperature) and self.temperature >= 0,
+            "temperature",
+            self.temperature,
+            "0 (greedy) or more",
+        )
+        _expect(
+            isinstance(self.top_k, int) and self.top_k >= 0, "top_k", self.top_k, "0 (off) or more"
+        )
         _expect(0 < self.top_p <= 1, "top_p", self.top_p, "more than 0 and at most 1")
-        _expect(math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0,
-                "repetition_penalty", self.repetition_penalty, "more than 0 (1 is off)")
+        _expect(
+            math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0,
+            "repetition_penalty",
+            self.repetition_penalty,
+            "more than 0 (1 is off)",
+        )
         _expect(isinstance(self.seed, int) and self.seed >= 0, "seed", self.seed, "0 or more")
-        _expect(not isinstance(self.stop, str) and all(self.stop),
-                "stop", self.stop, "a list of strings, none of them empty")
+        _expect(
+            not isinstance(self.stop, str) and all(self.stop),
+            "stop",
+            self.stop,
+            "a list of strings, none of them empty",
+        )
 
     def describe(self) -> dict[str, Any]:
         """The options as plain JSON types; neither the prompt nor the messages."""
@@ -115,7 +135,7 @@ def run(session: Session, request: Request) -> Generator[Step, None, Output]:
     limit = min(request.max_new_tokens, config["context_length"] - len(prompt))
     ends = () if request.ignore_eos else config["eos_ids"]
     rng = np.random.default_rng(request.seed)
-    text = _TextStream(tokenizer(session), prompt, request.stop)
+    text = TextStream(tokenizer(session), prompt, request.stop)
     seen = set(prompt)
     tokens: list[int] = []
     pieces: list[str] = []
@@ -222,11 +242,15 @@ def _chat(session: Session) -> Any:
         config, bundle = session.bundle.config, session.bundle
         if config["chat_template"] is None:
             raise RequestError("this model has no chat template: give a prompt, not messages")
-        name = tokenizer(session).id_to_token
+        bos, eos = config["bos_id"], next(iter(config["eos_ids"]), None)
+
+        def token(i: int | None) -> str:
+            return "" if i is None else tokenizer(session).id_to_token(i) or ""
+
         return chat.compile_template(
             bundle.asset(config["chat_template"]).read_text(encoding="utf-8"),
-            bos_token=name(config["bos_id"]) if config["bos_id"] is not None else "",
-            eos_token=name(config["eos_ids"][0]) if config["eos_ids"] else "",
+            bos_token=token(bos),
+            eos_token=token(eos),
         )
 
     return session.keep("language.chat", build)
