@@ -222,6 +222,15 @@ def _tensor_name(name: str) -> str:
 
 def read_config(file: GgufFile) -> LlamaConfig:
     """The model's shape; UnsupportedError for another architecture or variants not built."""
+    try:
+        return _read_config(file)
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise SourceError(
+            f"{file.path} has metadata of a wrong type or value ({error}): convert it again"
+        ) from error
+
+
+def _read_config(file: GgufFile) -> LlamaConfig:
     architecture = file.value("general.architecture")
     if architecture != ARCHITECTURE:
         raise UnsupportedError(
@@ -245,7 +254,6 @@ def read_config(file: GgufFile) -> LlamaConfig:
     scaling = file.hyper("rope.scaling.type", "none")
     if scaling not in ("none", "linear"):
         raise _unsupported(file, f"rope scaling of type {scaling!r}")
-    embedding = file.tensors.get("token_embd.weight")
     return LlamaConfig(
         layers=int(file.hyper("block_count")),
         width=width,
@@ -253,9 +261,7 @@ def read_config(file: GgufFile) -> LlamaConfig:
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        vocab=len(file.value("tokenizer.ggml.tokens"))
-        if embedding is None
-        else int(embedding.shape[1]),
+        vocab=len(file.value("tokenizer.ggml.tokens")),
         context=int(file.hyper("context_length")),
         rms_epsilon=float(file.hyper("attention.layer_norm_rms_epsilon")),
         tied_head="output.weight" not in file.tensors,

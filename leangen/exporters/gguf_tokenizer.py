@@ -6,7 +6,7 @@ by `tokenizer.ggml.pre`, and SentencePiece BPE (`llama`), which merges by score.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from tokenizers import (
     processors,
 )
 
-from leangen.errors import SourceError, UnsupportedError
+from leangen.errors import LeangenError, SourceError, UnsupportedError
 
 TOKENIZER_FILE = "tokenizer.json"
 TEMPLATE_FILE = "chat_template.jinja"
@@ -67,15 +67,22 @@ def write(folder: Path, metadata: Mapping[str, Any]) -> dict[str, Any]:
     Returns the bundle's config keys: `bos_id` (or None), `eos_ids`, `chat_template` (or None).
     """
     tokens: list[str] = _required(metadata, "tokenizer.ggml.tokens")
+    for name in ("bos", "eos", "eot", "eom", "unknown"):
+        if not 0 <= metadata.get(f"tokenizer.ggml.{name}_token_id", 0) < len(tokens):
+            raise SourceError(f"the GGUF file's {name} token is not among its {len(tokens)} tokens")
     kind = _required(metadata, "tokenizer.ggml.model")
-    if kind == "gpt2":
-        tokenizer, adds_bos = _byte_level(tokens, metadata)
-    elif kind == "llama":
-        tokenizer, adds_bos = _sentencepiece(tokens, metadata)
-    else:
+    if kind not in _KINDS:
         raise UnsupportedError(
-            f"the GGUF file has a tokenizer of model {kind!r}: leangen reads 'gpt2' and 'llama'"
+            f"the GGUF file has a tokenizer of model {kind!r}: leangen reads {', '.join(_KINDS)}"
         )
+    try:
+        tokenizer, adds_bos = _KINDS[kind](tokens, metadata)
+    except LeangenError:
+        raise
+    except Exception as error:  # the tokenizers library raises plain Exception
+        raise SourceError(
+            f"the GGUF file's tokenizer does not fit together ({error}): convert it again"
+        ) from error
     types = metadata.get("tokenizer.ggml.token_type", [])
     for token, token_type in zip(tokens, types, strict=False):
         if token_type in (_CONTROL, _UNKNOWN):
@@ -164,3 +171,10 @@ def _merges(vocab: Mapping[str, int], scores: Sequence[float]) -> list[tuple[str
         if piece[:cut] in vocab and piece[cut:] in vocab
     ]
     return [(left, right) for *_, left, right in sorted(merges)]
+
+
+_KINDS: dict[str, Callable[[Sequence[str], Mapping[str, Any]], tuple[Tokenizer, bool]]] = {
+    "gpt2": _byte_level,
+    "llama": _sentencepiece,
+}
+"""By `tokenizer.ggml.model`: the tokenizer, and whether it starts prompts with BOS by default."""
