@@ -1,5 +1,6 @@
 """A tokenizer read out of a GGUF splits text as the tokenizer that went into it."""
 
+import itertools
 import json
 
 import pytest
@@ -108,7 +109,7 @@ def sentencepiece_reference(text, pieces):
     while True:
         joints = [
             (pieces[a + b], -i)
-            for i, (a, b) in enumerate(zip(symbols, symbols[1:]))
+            for i, (a, b) in enumerate(itertools.pairwise(symbols))
             if a + b in pieces
         ]
         if not joints:
