@@ -106,11 +106,11 @@ def serve(engine: str, model: str, threads: int, context: int) -> None:
         print(json.dumps(answer), flush=True)
 
 
-def peak_rss_bytes() -> int:
+def peak_rss_bytes() -> int | None:
     """This process's own peak; getrusage's survives exec and would show the parent's."""
-    status = Path("/proc/self/status").read_text()
-    found = re.search(r"VmHWM:\s*(\d+) kB", status)
-    return int(found[1]) * 1024 if found else 0
+    status = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.exists() else None
+    return int(found[1]) * 1024 if found else None
 
 
 class Engine:
@@ -130,7 +130,7 @@ class Engine:
         )
         self.version = self._answer()["version"]
 
-    def round(self, prompt: list[int], new_tokens: int) -> dict[str, float]:
+    def round(self, prompt: list[int], new_tokens: int) -> dict[str, Any]:
         """Run one round; its seconds and the process's peak memory so far."""
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps({"prompt": prompt, "new_tokens": new_tokens}) + "\n")
@@ -168,7 +168,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
             Engine(name, pythons[name], models[name], args.threads, context) for name in ENGINES
         ]
         load_before = os.getloadavg()[0]
-        rounds: dict[str, list[dict[str, float]]] = {name: [] for name in ENGINES}
+        rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in ENGINES}
         for number in range(args.rounds + 1):
             for engine in engines if number % 2 else engines[::-1]:
                 rounds[engine.name].append(engine.round(prompt, args.new_tokens))
@@ -194,7 +194,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def summary(rounds: list[dict[str, float]], args: argparse.Namespace) -> dict[str, Any]:
+def summary(rounds: list[dict[str, Any]], args: argparse.Namespace) -> dict[str, Any]:
     """Median and range of the speeds; the peak memory of the process."""
     speeds = {
         "decode_tokens_per_s": [(args.new_tokens - 1) / r["decode_s"] for r in rounds],
@@ -205,7 +205,7 @@ def summary(rounds: list[dict[str, float]], args: argparse.Namespace) -> dict[st
             key: {"median": statistics.median(each), "min": min(each), "max": max(each)}
             for key, each in speeds.items()
         },
-        "peak_rss_bytes": max(int(r["peak_rss_bytes"]) for r in rounds),
+        "peak_rss_bytes": rounds[-1]["peak_rss_bytes"],  # a high-water mark: the last is highest
     }
 
 
@@ -217,9 +217,9 @@ def table(result: dict[str, Any]) -> str:
             "{median:.1f} ({min:.1f}-{max:.1f})".format(**engine[key])
             for key in ("decode_tokens_per_s", "prefill_tokens_per_s")
         ]
-        lines.append(
-            f"{name:10} {cells[0]:>24} {cells[1]:>24} {engine['peak_rss_bytes'] / 1e6:12.0f}"
-        )
+        peak = engine["peak_rss_bytes"]
+        memory = "unknown" if peak is None else f"{peak / 1e6:.0f}"
+        lines.append(f"{name:10} {cells[0]:>24} {cells[1]:>24} {memory:>12}")
     return "\n".join(lines)
 
 

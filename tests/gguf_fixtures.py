@@ -43,6 +43,7 @@ class Tiny:
     default_type: str = "F32"
     skip: tuple[str, ...] = ()
     extra: dict[str, np.ndarray] = field(default_factory=dict)
+    metadata: dict[str, int | str] = field(default_factory=dict)
     template: str | None = TEMPLATE
     seed: int = 0
 
@@ -83,9 +84,18 @@ def random_blocks(rng: np.random.Generator, shape: tuple[int, int], form: str) -
     block, size = GGML_QUANT_SIZES[Type[form]]
     n, k = shape
     data = rng.integers(0, 256, (n, k // block, size), dtype=np.uint8)
-    halves = {"Q4_0": [0], "Q4_1": [0, 2], "Q8_0": [0], "Q4_K": [0, 2], "Q5_K": [0, 2]}
-    span = {"Q4_0": 8, "Q4_1": 8, "Q8_0": 128, "Q4_K": 500, "Q5_K": 1000, "Q6_K": 3000}[form]
-    for place in halves.get(form, [208]):
+    halves = {"Q4_1": [0, 2], "Q5_1": [0, 2], "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208]}
+    span = {
+        "Q4_0": 8,
+        "Q4_1": 8,
+        "Q5_0": 16,
+        "Q5_1": 16,
+        "Q8_0": 128,
+        "Q4_K": 500,
+        "Q5_K": 1000,
+        "Q6_K": 3000,
+    }[form]
+    for place in halves.get(form, [0]):
         value = rng.normal(size=(n, k // block, 1)) / np.sqrt(k) / span * 2
         data[:, :, place : place + 2] = value.astype(np.float16).view(np.uint8)
     return data.reshape(n, -1)
@@ -120,6 +130,9 @@ def write(path: Path, tiny: Tiny) -> Path:
     writer.add_add_bos_token(False)
     if tiny.template is not None:
         writer.add_chat_template(tiny.template)
+    for key, value in tiny.metadata.items():
+        writer.kv_data[0].pop(key, None)
+        (writer.add_string if isinstance(value, str) else writer.add_uint32)(key, value)
     for name, shape in tiny.shapes().items():
         if f"{name}.weight" in tiny.skip:
             continue
@@ -128,7 +141,7 @@ def write(path: Path, tiny: Tiny) -> Path:
             writer.add_tensor(f"{name}.weight", gain.astype(np.float32))
             continue
         form = tiny.types.get(name, tiny.default_type)
-        if form in ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q8_0"):
+        if form in ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"):
             scale = 3.0 if name == "token_embd" else 1 / np.sqrt(shape[1])
             w = (rng.normal(size=shape) * scale).astype(np.float32)
             data = quants.quantize(w, Type[form])

@@ -10,7 +10,7 @@ from gguf_fixtures import Tiny, write
 from leangen import exporters
 from leangen.bundle import open_bundle, verify
 from leangen.errors import SourceError, StorageError, UnsupportedError
-from leangen.exporters import gguf
+from leangen.exporters import gguf, gguf_checkpoint
 
 
 def refused(tmp_path, tiny, error, *patterns):
@@ -40,7 +40,7 @@ def test_not_a_gguf_file(tmp_path):
     path.write_bytes(b"PK\x03\x04 something else")
     assert not gguf.accepts(path)
     assert not gguf.accepts(tmp_path / "missing")
-    with pytest.raises(SourceError, match="not a readable GGUF file"):
+    with pytest.raises(SourceError, match="is not a GGUF file .*PK"):
         gguf.export(path, tmp_path / "out")
 
 
@@ -69,8 +69,27 @@ def test_unknown_tensors_are_not_ignored(tmp_path):
     refused(tmp_path, Tiny(extra=extra), UnsupportedError, "attn_q_norm")
 
 
+@pytest.mark.parametrize(
+    ("more", "what"),
+    [
+        ({"llama.expert_count": 8}, "mixture of experts"),
+        ({"llama.rope.scaling.type": "yarn"}, "rope scaling of type 'yarn'"),
+        ({"llama.attention.sliding_window": 32}, "sliding window"),
+        ({"llama.rope.dimension_count": 8}, "rotation of a part"),
+        ({"split.count": 3}, "one of 3 parts"),
+    ],
+)
+def test_variants_that_would_compute_wrongly_are_refused(tmp_path, more, what):
+    refused(tmp_path, Tiny(metadata=more), UnsupportedError, what)
+
+
+def test_metadata_of_a_wrong_type_is_refused(tmp_path):
+    more = {"llama.block_count": "two"}
+    refused(tmp_path, Tiny(metadata=more), SourceError, "wrong type or value")
+
+
 def test_an_unsupported_quantization_names_it_and_the_supported_ones(tmp_path, monkeypatch):
-    monkeypatch.setattr(gguf, "TYPES", ("F32", "Q8_0"))
+    monkeypatch.setattr(gguf_checkpoint, "TYPES", ("F32", "Q8_0"))
     tiny = Tiny(types={"blk.0.attn_q": "Q4_0"})
     refused(tmp_path, tiny, UnsupportedError, r"Q4_0 \(1 tensors, such as blk.0.attn_q", "Q8_0")
 

@@ -1,5 +1,6 @@
 """What a generation promises, on tiny random models."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -8,7 +9,7 @@ from gguf_fixtures import Tiny, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from leangen.errors import RequestError
+from leangen.errors import BundleError, RequestError
 from leangen.exporters import gguf
 from leangen.families import language
 from leangen.families.language import Request
@@ -183,6 +184,8 @@ def test_without_a_template_messages_are_refused(tmp_path):
         ({"prompt": "a", "seed": -1}, "seed is -1"),
         ({"prompt": "a", "stop": "end"}, "stop is 'end'"),
         ({"prompt": "a", "stop": [""]}, "stop is"),
+        ({"prompt": "a", "temperature": "hot"}, "temperature is 'hot'"),
+        ({"prompt": b"a"}, "prompt is of type bytes"),
         ({"messages": []}, "messages is empty"),
         ({"messages": [{"role": "wizard", "content": "a"}]}, "role is 'wizard'.*system, user"),
         ({"messages": [{"role": "user"}]}, "lacks role or content"),
@@ -199,8 +202,16 @@ def test_prompts_that_cannot_run_are_refused(session):
         generate(session, "")
     with pytest.raises(RequestError, match="token 9999 is not in the vocabulary"):
         generate(session, tokens=[1, 9999])
+    with pytest.raises(RequestError, match="token 'a' is not in the vocabulary"):
+        generate(session, tokens=["a"])
     with pytest.raises(RequestError, match="got 0 tokens"):
         language.logits(session, [])
+
+
+def test_a_bundle_without_its_config_is_refused(session):
+    damaged = Session(dataclasses.replace(session.bundle, config={"layers": 2}))
+    with pytest.raises(BundleError, match="lacks context_length.* export the model again"):
+        generate(damaged, "hello")
 
 
 def test_the_description_has_the_options_and_not_the_prompt():

@@ -5,7 +5,7 @@ import onnx
 import pytest
 from gguf_fixtures import Tiny, write
 
-from leangen.exporters import gguf
+from leangen.exporters import gguf, gguf_checkpoint
 from leangen.families import decoder, language
 from leangen.families.decoder import Decoder
 from leangen.session import Session
@@ -33,7 +33,7 @@ VARIANTS = {
     "low bit": Tiny(default_type="Q4_1", types={"token_embd": "Q8_0"}),
 }
 LOW_BIT = {
-    **{form: Tiny(default_type=form) for form in ("Q4_0", "Q4_1", "Q8_0")},
+    **{form: Tiny(default_type=form) for form in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")},
     **{
         form: Tiny(width=256, mlp_width=512, head_dim=64, default_type=form)
         for form in ("Q4_K", "Q5_K", "Q6_K")
@@ -57,8 +57,8 @@ def transformers_logits(path, tokens):
     """Llama from transformers in float64, with the weights and the rope of the file."""
     torch = pytest.importorskip("torch", reason="the export extra is not installed")
     transformers = pytest.importorskip("transformers", reason="the export extra is not installed")
-    file = gguf.GgufFile(path)
-    weights = gguf.Checkpoint(file, keep_blocks=False)
+    file = gguf_checkpoint.GgufFile(path)
+    weights = gguf_checkpoint.Checkpoint(file, keep_blocks=False)
     config = weights.config
     biased = "blk.0.attn_q.bias" in file.tensors
     model = transformers.LlamaForCausalLM(

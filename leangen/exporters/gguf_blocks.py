@@ -121,6 +121,25 @@ def _q4_1(data: Bytes) -> Blocks:
     return Blocks("Q4_1", 4, 32, _pack4(_nibbles(qs), 32), scale, offset)
 
 
+def _fifth_bits(qh: Bytes, qs: Bytes) -> Bytes:
+    """Codes 0..31 of Q5_0 and Q5_1, centred on 128: nibbles, and a bit field of fifth bits."""
+    high = np.unpackbits(np.ascontiguousarray(qh), axis=2, bitorder="little")
+    codes: Bytes = (_nibbles(qs) | (high << 4)) + np.uint8(128 - 16)
+    return codes
+
+
+def _q5_0(data: Bytes) -> Blocks:
+    d, qh, qs = _fields(data, 2, 4, 16)
+    return Blocks("Q5_0", 8, 32, _fifth_bits(qh, qs), _half(d)[..., 0], None)
+
+
+def _q5_1(data: Bytes) -> Blocks:
+    d, m, qh, qs = _fields(data, 2, 2, 4, 16)
+    scale = _half(d)[..., 0]
+    offset = _half(m)[..., 0] + 16 * scale
+    return Blocks("Q5_1", 8, 32, _fifth_bits(qh, qs), scale, offset)
+
+
 def _q8_0(data: Bytes) -> Blocks:
     d, qs = _fields(data, 2, 32)
     return Blocks("Q8_0", 8, 32, qs ^ 128, _half(d)[..., 0], None)
@@ -172,6 +191,8 @@ def _q6_k(data: Bytes) -> Blocks:
 FORMS: dict[str, Callable[[Bytes], Blocks]] = {
     "Q4_0": _q4_0,
     "Q4_1": _q4_1,
+    "Q5_0": _q5_0,
+    "Q5_1": _q5_1,
     "Q8_0": _q8_0,
     "Q4_K": _q4_k,
     "Q5_K": _q5_k,

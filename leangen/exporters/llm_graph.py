@@ -17,63 +17,18 @@ is what lets one `Gemm` both multiply and add.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from onnx import TensorProto, ValueInfoProto, helper
 
 from leangen.exporters.gguf_blocks import Blocks, Floats, stack
+from leangen.exporters.llama import LlamaConfig, Matrix, Weights
 from leangen.exporters.onnx_writer import GraphWriter
 
 INT8_ACTIVATIONS, FP32_ACTIVATIONS = 4, 1  # MatMulNBits' accuracy_level
-
-Matrix = Floats | Blocks
-"""A weight [n, k], rows are outputs: float32, or low-bit blocks."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LlamaConfig:
-    """The shape of the model."""
-
-    layers: int
-    width: int
-    mlp_width: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocab: int
-    context: int
-    rms_epsilon: float
-    tied_head: bool
-
-
-class Weights(Protocol):
-    """Where the weights come from, one at a time, so that few are in memory at once.
-
-    Names are `embed`, `head`, `norm` and, for each layer I, `layers.I.` with `attn_norm`, `q`,
-    `k`, `v`, `o`, `mlp_norm`, `gate`, `up`, `down`. Rows of q and k stand in half-rotation order
-    (not interleaved).
-    """
-
-    def gain(self, name: str) -> Floats:
-        """A norm's gain [width]."""
-        ...
-
-    def matrix(self, name: str) -> Matrix:
-        """A linear layer's weight [n, k], or the embedding [vocab, width]."""
-        ...
-
-    def bias(self, name: str) -> Floats | None:
-        """A linear layer's bias [n], if it has one."""
-        ...
-
-    def inverse_frequencies(self) -> np.ndarray[Any, np.dtype[np.float64]]:
-        """Radians per position of each rotated pair [head_dim / 2]."""
-        ...
 
 
 def write(folder: Path, config: LlamaConfig, weights: Weights) -> dict[str, dict[str, Any]]:
@@ -121,7 +76,7 @@ class _Graph:
 
     def _shapes_and_rotations(self) -> None:
         config, node, constant = self.config, self.writer.node, self._ints
-        constant("end", sys.maxsize)
+        constant("end", np.iinfo(np.int64).max)
         constant("axis_1", 1)
         constant("axis_last", -1)
         constant("any", -1)
@@ -305,12 +260,13 @@ class _Graph:
         """Logits [batch * wanted, vocab]; a tied head computes with the embedding's bytes."""
         if not self.config.tied_head:
             return self._product("/lm_head", x, self.weights.matrix("head"))
+        if self.held["/embed"]["form"] == "fp32":
+            self.held["/lm_head"] = self.held["/embed"]
+            return self.writer.microsoft("FusedMatMul", "/lm_head", [x, "embed.weight"], transB=1)
         weight = self.weights.matrix("embed")
-        if isinstance(weight, Blocks):
-            codes = self.writer.view("lm_head.codes", weight.codes, of="embed.codes")
-            return self._low_bit_product("/lm_head", x, weight, codes, "embed.scales", None)
-        self._hold("/lm_head", weight)
-        return self.writer.microsoft("FusedMatMul", "/lm_head", [x, "embed.weight"], transB=1)
+        assert isinstance(weight, Blocks)  # its form is not fp32
+        codes = self.writer.view("lm_head.codes", weight.codes, of="embed.codes")
+        return self._low_bit_product("/lm_head", x, weight, codes, "embed.scales", None)
 
     def _hold(self, path: str, weight: Matrix, *, activations: str = "fp32") -> None:
         self.held[path] = {

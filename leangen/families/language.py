@@ -23,6 +23,16 @@ from leangen.records import Output, Step
 from leangen.session import Session
 
 UNIT = "token"
+CONFIG_KEYS = (
+    "context_length",
+    "layers",
+    "kv_heads",
+    "head_dim",
+    "vocab_size",
+    "bos_id",
+    "eos_ids",
+    "chat_template",
+)
 ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -59,37 +69,22 @@ class Request:
                 f"got {' and '.join(given) or 'no prompt'}, expected exactly one of prompt, "
                 "messages and tokens"
             )
+        if not isinstance(self.prompt, str | None):
+            raise RequestError(f"prompt is of type {type(self.prompt).__name__}, expected a string")
         if self.messages is not None:
             _check_messages(self.messages)
-        _expect(
-            isinstance(self.max_new_tokens, int) and self.max_new_tokens >= 1,
-            "max_new_tokens",
-            self.max_new_tokens,
-            "a whole number, 1 or more",
-        )
-        _expect(
-            math.isfinite(self.temperature) and self.temperature >= 0,
-            "temperature",
-            self.temperature,
-            "0 (greedy) or more",
-        )
-        _expect(
-            isinstance(self.top_k, int) and self.top_k >= 0, "top_k", self.top_k, "0 (off) or more"
-        )
-        _expect(0 < self.top_p <= 1, "top_p", self.top_p, "more than 0 and at most 1")
-        _expect(
-            math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0,
-            "repetition_penalty",
-            self.repetition_penalty,
-            "more than 0 (1 is off)",
-        )
-        _expect(isinstance(self.seed, int) and self.seed >= 0, "seed", self.seed, "0 or more")
-        _expect(
-            not isinstance(self.stop, str) and all(self.stop),
-            "stop",
-            self.stop,
-            "a list of strings, none of them empty",
-        )
+        temperature, top_p, penalty = self.temperature, self.top_p, self.repetition_penalty
+        for name, holds, expected in (
+            ("max_new_tokens", _whole(self.max_new_tokens, 1), "a whole number, 1 or more"),
+            ("temperature", _real(temperature) and temperature >= 0, "0 (greedy) or more"),
+            ("top_k", _whole(self.top_k, 0), "a whole number, 0 (off) or more"),
+            ("top_p", _real(top_p) and 0 < top_p <= 1, "more than 0 and at most 1"),
+            ("repetition_penalty", _real(penalty) and penalty > 0, "more than 0 (1 is off)"),
+            ("seed", _whole(self.seed, 0), "a whole number, 0 or more"),
+            ("stop", _texts(self.stop), "a list of strings, none of them empty"),
+        ):
+            if not holds:
+                raise RequestError(f"{name} is {getattr(self, name)!r}, expected {expected}")
 
     def describe(self) -> dict[str, Any]:
         """The options as plain JSON types; neither the prompt nor the messages."""
@@ -105,9 +100,16 @@ class Request:
         }
 
 
-def _expect(holds: bool, name: str, value: object, expected: str) -> None:
-    if not holds:
-        raise RequestError(f"{name} is {value!r}, expected {expected}")
+def _whole(value: object, least: int) -> bool:
+    return isinstance(value, int) and value >= least
+
+
+def _real(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _texts(value: object) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(v, str) and v for v in value)
 
 
 def _check_messages(messages: Sequence[Mapping[str, str]]) -> None:
@@ -130,7 +132,7 @@ def run(session: Session, request: Request) -> Generator[Step, None, Output]:
     The steps' texts join to the output's text; `tokens` ends with the end token if there was one.
     Same seed, same output. Raises RequestError for a prompt that does not fit the context.
     """
-    config = session.bundle.config
+    config = _config(session)
     prompt = encode(session, request)
     limit = min(request.max_new_tokens, config["context_length"] - len(prompt))
     ends = () if request.ignore_eos else config["eos_ids"]
@@ -190,7 +192,7 @@ def tokenizer(session: Session) -> Tokenizer:
 
 def encode(session: Session, request: Request) -> list[int]:
     """The request's prompt as tokens; RequestError when there are none, or too many."""
-    config = session.bundle.config
+    config = _config(session)
     if request.tokens is not None:
         tokens = _checked(request.tokens, config["vocab_size"])
     elif request.messages is not None:
@@ -214,7 +216,7 @@ def logits(session: Session, tokens: Sequence[int]) -> Floats:
 
     Computed in chunks, so that the result is what takes memory: 4 n vocab bytes.
     """
-    config = session.bundle.config
+    config = _config(session)
     tokens = _checked(tokens, config["vocab_size"])
     if not 0 < len(tokens) <= config["context_length"]:
         raise RequestError(
@@ -228,10 +230,23 @@ def logits(session: Session, tokens: Sequence[int]) -> Floats:
     return out
 
 
+def _config(session: Session) -> Mapping[str, Any]:
+    config = session.bundle.config
+    missing = [key for key in CONFIG_KEYS if key not in config]
+    if missing:
+        raise BundleError(
+            f"bundle {session.bundle.path} lacks {', '.join(missing)} in its config: "
+            "export the model again"
+        )
+    return config
+
+
 def _checked(tokens: Sequence[int], vocab: int) -> list[int]:
-    wrong = [token for token in tokens if not 0 <= token < vocab]
-    if wrong:
-        raise RequestError(f"token {wrong[0]} is not in the vocabulary, expected 0 to {vocab - 1}")
+    for token in tokens:
+        if not isinstance(token, int | np.integer) or not 0 <= token < vocab:
+            raise RequestError(
+                f"token {token!r} is not in the vocabulary, expected 0 to {vocab - 1}"
+            )
     return [int(token) for token in tokens]
 
 
