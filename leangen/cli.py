@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from leangen import __version__
-from leangen.console import human_bytes, print_json, progress_bar, say, table, with_u
+from leangen.console import human_bytes, print_json, progress_bar, say, table
 from leangen.errors import LeangenError, RequestError
 
 Command = Callable[[argparse.Namespace], int]
@@ -341,7 +341,7 @@ def demo(args: argparse.Namespace) -> int:
 
 
 def generate(args: argparse.Namespace) -> int:
-    from leangen import api, media
+    from leangen import api, media, report
 
     prompt, options = _request(args)
     engine = api.load(
@@ -377,7 +377,7 @@ def generate(args: argparse.Namespace) -> int:
         print()
     if saved is not None:
         print(saved)
-    say(summary(result.receipt))
+    say(report.summary(result.receipt))
     return 0
 
 
@@ -389,26 +389,6 @@ def _unused(stem: str, suffix: str) -> Path:
         number += 1
         path = Path(f"{stem}-{number}{suffix}")
     return path
-
-
-def summary(receipt: Any) -> str:
-    """One line: units, seconds, joules with their error bar and how they were got, carbon."""
-    energy, latency, units = receipt.energy, receipt.latency, receipt.units
-    parts = [
-        f"{units.count:.4g} {units.kind}s in {latency.total_s:.2f} s",
-        f"first after {latency.ttft_s:.2f} s" if latency.ttft_s is not None else "",
-        f"{with_u(energy.gross_j, energy.u_j, 'J')} ({energy.source})",
-        f"{with_u(energy.per_unit_j, energy.per_unit_u_j, 'J')}/{units.kind}"
-        if energy.per_unit_j is not None
-        else "",
-        f"{receipt.carbon.g * 1000:.2g} mgCO2e" if receipt.carbon.g is not None else "",
-        f"SCI {receipt.carbon.sci_g_per_unit * 1000:.2g} mgCO2e/{units.kind}"
-        if receipt.carbon.sci_g_per_unit is not None
-        else "",
-        f"{human_bytes(receipt.peak_rss_bytes)} peak",
-    ]
-    line = " · ".join(part for part in parts if part)
-    return line if energy.source == "measured" else f"{line}\n{energy.reason}"
 
 
 def chat(args: argparse.Namespace) -> int:
