@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from leangen import api, benchmark, charts, environment, page, quality
+from leangen import api, benchmark, charts, environment, page, quality, report
 from leangen.catalog import CATALOG
 from leangen.console import print_json, progress_bar, say, table, with_u
 from leangen.engine import Engine, Result
