@@ -18,7 +18,7 @@ INT4_ERROR = 0.08
 """Relative RMSE of a graph's output that 4-bit weights may add; worse nodes get 8 bits ..."""
 INT4_BITS = 4.95
 """... up to this many bits a parameter on average, scales and what stays fp32 included."""
-_WORTH_STATIC = 0.95
+_WORTH_STATIC = 0.9
 """Share of a graph's multiply-adds whose nodes are considered for int8 arithmetic; the rest is
 too small for the cost of quantizing its inputs."""
 # A group of nodes whose error is this share of the allowance is not looked into further.
