@@ -22,7 +22,7 @@ _WORTH_STATIC = 0.9
 """Share of a graph's multiply-adds whose nodes are considered for int8 arithmetic; the rest is
 too small for the cost of quantizing its inputs."""
 # A group of nodes whose error is this share of the allowance is not looked into further.
-_NEGLIGIBLE = 1 / 8
+_NEGLIGIBLE = 1 / 4
 
 
 @dataclass(frozen=True, slots=True)
