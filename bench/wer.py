@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from leangen.bundle import open_bundle
-from leangen.errors import LeangenError, SourceError
+from leangen.errors import DependencyError, LeangenError, SourceError
 from leangen.families import speech
 from leangen.session import Session
 
@@ -140,8 +140,14 @@ def measure(path: Path, hear: Callable[[np.ndarray[Any, Any]], str], seeds: int)
 
 def whisper(folder: Path) -> Callable[[np.ndarray[Any, Any]], str]:
     """A function that transcribes 16 kHz samples with the CTranslate2 model in `folder`."""
-    from faster_whisper import WhisperModel
-
+    try:
+        from faster_whisper import WhisperModel
+    except ModuleNotFoundError as error:
+        if error.name != "faster_whisper":
+            raise
+        raise DependencyError("this bench needs Whisper: pip install faster-whisper") from None
+    if not (folder / "model.bin").is_file():
+        raise SourceError(f"{folder} has no model.bin: expected a CTranslate2 Whisper model")
     model = WhisperModel(str(folder), device="cpu", compute_type="float32")
 
     def hear(samples: np.ndarray[Any, Any]) -> str:

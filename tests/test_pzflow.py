@@ -77,7 +77,10 @@ def test_the_two_graphs_are_inverse(name, tmp_path):
 def test_density_integrates_to_one(tmp_path):
     state = flow_state([bounds(2, 5), coupling_info(bins=4), ("Reverse", ()), coupling_info()], 2)
     session = export(state, tmp_path)
-    axes = [np.linspace(low, high, 400) for low, high in zip(LOW[:2].tolist(), HIGH[:2].tolist(), strict=True)]
+    axes = [
+        np.linspace(low, high, 400)
+        for low, high in zip(LOW[:2].tolist(), HIGH[:2].tolist(), strict=True)
+    ]
     grid = np.stack(np.meshgrid(*axes), axis=-1).reshape(-1, 2)
     (log_density,) = session.run("log_prob", {"x": grid}, ["log_prob"])
     cell = np.prod([axis[1] - axis[0] for axis in axes])

@@ -17,9 +17,9 @@ import onnx
 from leangen.bundle import Bundle, create, open_bundle, sha256_file
 from leangen.errors import SourceError, UnsupportedError
 from leangen.exporters import restricted_pickle
+from leangen.exporters.graph_writer import Array
 from leangen.exporters.spline_graph import (
     Affine,
-    Array,
     Coupling,
     Permute,
     Transform,

@@ -3,8 +3,8 @@
 Standard operators only, opset 21, dynamic batch. The conditioners (the dense layers that hold all
 the weights) are float32 `MatMul` + `Add` with [K, N] constants under stable names such as
 `/coupling.0/dense.1/MatMul`. Everything that accumulates (the state, knots, splines, log
-determinants) is float64: with float32 there, the log-density of the galaxy flow is off by up to
-0.0026 nats, with float64 by 0.0006.
+determinants) is float64: with float32 there, the log-density of the galaxy flow's 100,000 rows is
+off by up to 0.0033 nats, with float64 by 0.0007.
 
 Splines: Durkan et al., Neural Spline Flows, arXiv:1906.04032, appendix A.
 """
@@ -12,19 +12,15 @@ Splines: Durkan et al., Neural Spline Flows, arXiv:1906.04032, appendix A.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto
 
-OPSET = 21
-IR_VERSION = 10
-
-Array: TypeAlias = np.ndarray[Any, Any]
+from leangen.exporters.graph_writer import Array, GraphWriter
 
 # softplus(ONE_LOGIT) = 1: the derivative at the outermost knots, where the spline meets the
 # identity.
@@ -64,69 +60,6 @@ class Coupling:
 Transform: TypeAlias = Affine | Permute | Coupling
 
 
-class _Graph:
-    """An ONNX graph being written, operator by operator."""
-
-    def __init__(self) -> None:
-        self.scope = ""
-        self._nodes: list[onnx.NodeProto] = []
-        self._names: Counter[str] = Counter()
-        self._constants: dict[tuple[str, tuple[int, ...], bytes], onnx.TensorProto] = {}
-
-    def op(self, kind: str, *inputs: str, output: str = "", **attributes: Any) -> str:
-        """Append a node named `scope/Kind` (numbered from the second on); its output's name."""
-        return self._append(kind, inputs, [output] if output else None, attributes)[0]
-
-    def split(self, x: str, sizes: Sequence[int], axis: int = -1) -> list[str]:
-        """Cut an axis into parts of the given sizes."""
-        outputs = [f"{self.scope}/part_{self._names['Split']}_{i}" for i in range(len(sizes))]
-        self._names["Split"] += 1
-        return self._append("Split", [x, self.constant(sizes, np.int64)], outputs, {"axis": axis})
-
-    def _append(
-        self,
-        kind: str,
-        inputs: Sequence[str],
-        outputs: list[str] | None,
-        attributes: dict[str, Any],
-    ) -> list[str]:
-        stem = f"{self.scope}/{kind}"
-        name = f"{stem}_{self._names[stem]}" if self._names[stem] else stem
-        self._names[stem] += 1
-        outputs = outputs or [f"{name}_output_0"]
-        self._nodes.append(helper.make_node(kind, inputs, outputs, name=name, **attributes))
-        return outputs
-
-    def constant(self, value: Any, dtype: type = np.float64, name: str = "") -> str:
-        """The name of an initializer with this value; equal unnamed ones are stored once."""
-        array: Array = np.asarray(value, dtype)
-        key = (name or array.dtype.name, array.shape, array.tobytes())
-        if key not in self._constants:
-            name = name or f"constant_{len(self._constants)}"
-            self._constants[key] = numpy_helper.from_array(array, name)
-        return self._constants[key].name
-
-    def model(
-        self, inputs: dict[str, list[str | int]], outputs: dict[str, list[str | int]]
-    ) -> onnx.ModelProto:
-        """The finished model, checked; inputs and outputs are float64 with these shapes."""
-        graph = helper.make_graph(
-            self._nodes,
-            "flow",
-            [helper.make_tensor_value_info(n, TensorProto.DOUBLE, s) for n, s in inputs.items()],
-            [helper.make_tensor_value_info(n, TensorProto.DOUBLE, s) for n, s in outputs.items()],
-            list(self._constants.values()),
-        )
-        model = helper.make_model(
-            graph,
-            opset_imports=[helper.make_opsetid("", OPSET)],
-            ir_version=IR_VERSION,
-            producer_name="leangen",
-        )
-        onnx.checker.check_model(model, full_check=True)
-        return model
-
-
 def log_prob_model(
     transforms: Sequence[Transform], dim: int, latent: Literal["uniform", "normal"], bound: float
 ) -> onnx.ModelProto:
@@ -134,7 +67,7 @@ def log_prob_model(
 
     The latent is uniform on (-bound, bound)^d, or a standard normal (`bound` is not used).
     """
-    graph = _Graph()
+    graph = GraphWriter()
     state, log_slopes, volume, number = "x", [], 0.0, 0
     for transform in transforms:
         if isinstance(transform, Coupling):
@@ -151,14 +84,15 @@ def log_prob_model(
             volume += float(np.log(np.abs(transform.scale)).sum())
     graph.scope = "/latent"
     density = _latent_log_prob(graph, state, dim, latent, bound)
-    graph.op("Sum", density, *log_slopes, graph.constant(volume), output="log_prob")
-    graph.op("Identity", state, output="latent")
+    total = graph.op("Sum", density, *log_slopes, graph.constant(volume))
+    graph.result(total, "log_prob")
+    graph.result(state, "latent")
     return graph.model({"x": ["n", dim]}, {"log_prob": ["n"], "latent": ["n", dim]})
 
 
 def sample_model(transforms: Sequence[Transform], dim: int) -> onnx.ModelProto:
     """latent [n, d] -> x [n, d], float64: the same transforms inverted, last first."""
-    graph = _Graph()
+    graph = GraphWriter()
     state, number = "latent", sum(isinstance(t, Coupling) for t in transforms)
     for transform in reversed(transforms):
         if isinstance(transform, Coupling):
@@ -171,17 +105,16 @@ def sample_model(transforms: Sequence[Transform], dim: int) -> onnx.ModelProto:
             graph.scope = "/affine"
             moved = graph.op("Sub", state, graph.constant(transform.shift))
             state = graph.op("Div", moved, graph.constant(transform.scale))
-    graph.scope = ""
-    graph.op("Identity", state, output="x")
+    graph.result(state, "x")
     return graph.model({"latent": ["n", dim]}, {"x": ["n", dim]})
 
 
-def _permute(graph: _Graph, x: str, order: Sequence[int]) -> str:
+def _permute(graph: GraphWriter, x: str, order: Sequence[int]) -> str:
     graph.scope = "/permute"
     return graph.op("Gather", x, graph.constant(order, np.int64), axis=1)
 
 
-def _latent_log_prob(graph: _Graph, u: str, dim: int, latent: str, bound: float) -> str:
+def _latent_log_prob(graph: GraphWriter, u: str, dim: int, latent: str, bound: float) -> str:
     """Log-density [n] of the latent distribution at u [n, d]."""
     last = graph.constant([-1], np.int64)
     if latent == "normal":
@@ -197,7 +130,7 @@ def _latent_log_prob(graph: _Graph, u: str, dim: int, latent: str, bound: float)
     )
 
 
-def _coupling(graph: _Graph, x: str, coupling: Coupling) -> tuple[str, str]:
+def _coupling(graph: GraphWriter, x: str, coupling: Coupling) -> tuple[str, str]:
     """The state after the coupling, and the log determinant [n] of its Jacobian."""
     upper, lower = graph.split(x, [coupling.upper, coupling.lower])
     lower, log_slope = _spline(graph, lower, _conditioner(graph, upper, coupling), coupling)
@@ -205,13 +138,13 @@ def _coupling(graph: _Graph, x: str, coupling: Coupling) -> tuple[str, str]:
     return graph.op("Concat", upper, lower, axis=1), total
 
 
-def _coupling_inverse(graph: _Graph, y: str, coupling: Coupling) -> str:
+def _coupling_inverse(graph: GraphWriter, y: str, coupling: Coupling) -> str:
     upper, lower = graph.split(y, [coupling.upper, coupling.lower])
     lower = _spline_inverse(graph, lower, _conditioner(graph, upper, coupling), coupling)
     return graph.op("Concat", upper, lower, axis=1)
 
 
-def _conditioner(graph: _Graph, upper: str, coupling: Coupling) -> list[str]:
+def _conditioner(graph: GraphWriter, upper: str, coupling: Coupling) -> list[str]:
     """Logits of widths then heights [n, 2 * lower, bins], of inner derivatives [.., bins - 1]."""
     scope = graph.scope
     hidden = graph.op("Cast", upper, to=TensorProto.FLOAT)
@@ -262,7 +195,7 @@ class _Bin:
 
 
 def _find_bin(
-    graph: _Graph, value: str, logits: Sequence[str], coupling: Coupling, *, by_height: bool
+    graph: GraphWriter, value: str, logits: Sequence[str], coupling: Coupling, *, by_height: bool
 ) -> _Bin:
     """The bin of each value among the knots' x positions, or y positions with `by_height`."""
     op, constant = graph.op, graph.constant
@@ -301,7 +234,7 @@ def _find_bin(
     return _Bin(pick(lefts), pick(bottoms), width, height, slope, d0, bend, d1)
 
 
-def _softplus(graph: _Graph, x: str) -> str:
+def _softplus(graph: GraphWriter, x: str) -> str:
     """log(1 + exp(x)): ORT has no float64 Softplus on CPU."""
     op, constant = graph.op, graph.constant
     decay = op("Exp", op("Neg", op("Abs", x)))
@@ -311,7 +244,9 @@ def _softplus(graph: _Graph, x: str) -> str:
     return op("Add", op("Max", x, constant(0.0)), op("Where", far_left, decay, log))
 
 
-def _spline(graph: _Graph, x: str, logits: Sequence[str], coupling: Coupling) -> tuple[str, str]:
+def _spline(
+    graph: GraphWriter, x: str, logits: Sequence[str], coupling: Coupling
+) -> tuple[str, str]:
     """The spline of x [n, lower] (appendix A.1) and the log of its slope (A.2)."""
     op, constant = graph.op, graph.constant
     found = _find_bin(graph, x, logits, coupling, by_height=False)
@@ -331,7 +266,7 @@ def _spline(graph: _Graph, x: str, logits: Sequence[str], coupling: Coupling) ->
     return y, op("Where", inside, log_slope, constant(0.0))
 
 
-def _spline_inverse(graph: _Graph, y: str, logits: Sequence[str], coupling: Coupling) -> str:
+def _spline_inverse(graph: GraphWriter, y: str, logits: Sequence[str], coupling: Coupling) -> str:
     """The x whose spline is y [n, lower]: the root of a quadratic (appendix A.3)."""
     op, constant = graph.op, graph.constant
     found = _find_bin(graph, y, logits, coupling, by_height=True)
@@ -347,7 +282,7 @@ def _spline_inverse(graph: _Graph, y: str, logits: Sequence[str], coupling: Coup
     return _bounded(graph, y, x, coupling.bound)[1]
 
 
-def _bounded(graph: _Graph, given: str, result: str, bound: float) -> tuple[str, str]:
+def _bounded(graph: GraphWriter, given: str, result: str, bound: float) -> tuple[str, str]:
     """Whether a value was within the bounds, and its result: the value itself when it was not.
 
     Within, the result stays within whatever the rounding, or a sample on the edge would have

@@ -10,7 +10,6 @@ from __future__ import annotations
 import csv
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
