@@ -7,13 +7,16 @@ import sys
 import threading
 
 import pytest
+import tiny_bundles
 from hypothesis import given
 from hypothesis import strategies as st
 
 from leangen import clock, meters
+from leangen.engine import Engine
 from leangen.errors import RequestError
 from leangen.meters import MeterFault, Selection, external
 from leangen.meters.external import Series, open_external
+from leangen.session import Session
 
 
 def fed(text, *, unit=None):
@@ -178,6 +181,20 @@ def test_a_command_measures_a_window_and_ends_with_its_meter(tmp_path):
     del meter, window, closed
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+def test_a_generation_is_measured_by_the_meter_that_was_asked_for(tmp_path):
+    bundle = tiny_bundles.language(tmp_path)
+    spec = command(tmp_path, PRINTER)
+    engine = Engine(Session(bundle, threads=1), meter=spec, baseline_s=0.3)
+    result = engine.repeat(30, **tiny_bundles.OPTIONS["language"])
+    energy = result.receipt.energy
+    assert (energy.source, energy.scope) == ("integrated", ("external",))
+    assert energy.reason.startswith(f"--meter {spec}")
+    assert energy.meters[0].sensor == "external:external"
+    if energy.gross_j is not None:  # a very quick machine may not see two lines
+        assert abs(energy.gross_j - 5.0 * result.receipt.duration_ns / 1e9) <= energy.u_j + 0.5
+    meters._external.clear()
 
 
 def test_a_command_that_ends_is_a_fault(tmp_path):
