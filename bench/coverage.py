@@ -21,14 +21,10 @@ import sys
 import zlib
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
-from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
 import power_world as pw
 
 LENGTHS = (2, 3, 5, 10, 30, 100, 300, 1000)

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from leangen import attribution, clock, energy, meters
+from leangen.records import MeterWindow
 
 GENERATION_S = 0.050
 STEPS = 50
@@ -53,7 +54,17 @@ def main() -> int:
         look_us = median_us(window.look)
         edges_us = median_us(lambda: meters.end(meters.begin(selection)))
         cpu_us = 2 * median_us(attribution.cpu_times)
-        closed = meters.end(meters.begin(selection))
+        closed = [
+            MeterWindow(
+                sensor=meter.name,
+                source="measured",
+                energy_uj=1_000_000,
+                u_random_j=0.02,
+                u_systematic_j=0.05,
+                tick_s=0.001,
+            )
+            for meter in selection.meters
+        ]
         steps = [("prefill", 10**6), *[("decode", 10**6)] * (STEPS - 1)]
         account_us = median_us(
             lambda: energy.account(

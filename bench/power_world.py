@@ -303,6 +303,8 @@ def trial(
     moves = np.arange(-BEFORE + 3, ticks + AFTER) + rng.uniform()
     moves += rng.normal(0, sensor.jitter, len(moves))
     moves.sort()
+    edge = float(moves[moves <= 0][-1]) if aligned else 0.0
+    knots = knots + edge  # the work begins with the window, on a tick
     seen = moves - sensor.lag * rng.uniform(0.5, 1)
     shown = np.interp(seen, knots, energy)
     if sensor.coverage < 1:
@@ -320,7 +322,8 @@ def trial(
     world.read_s = sensor.read_s
     selection = Selection(meters=(meter,), reason=None)
 
-    world.now_s = -sensor.read_s - (2 * sensor.tick_s * rng.uniform(1, 1.5) if aligned else 0)
+    before = rng.uniform(0.1, 0.7) if aligned else 0.0
+    world.now_s = (edge - before) * sensor.tick_s - sensor.read_s
     window = begin(selection, aligned=aligned, clock=world)
     began_s = world.now_s
     work_s = ticks * sensor.tick_s

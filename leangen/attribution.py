@@ -83,9 +83,11 @@ def share_steps(
     u (k = 2) has three parts: the systematic one, in proportion; the random one of the total, once
     per run of a measured kind, as each has edges of its own, or in proportion; and f (1 - f) D in
     every stretch that mixes kinds, with f the kind's part of its time and D the stretch's part of
-    `contrast_j`: two kinds differ in power by at most about what working adds.
+    `contrast_j` by time: two kinds differ in power by at most about what working adds. These add
+    linearly, as the kind that draws more does so in every stretch.
     """
-    if sum(duration_ns for _, duration_ns in steps) <= 0:
+    whole_ns = sum(duration_ns for _, duration_ns in steps)
+    if whole_ns <= 0:
         return ()
     kinds: dict[str, _Kind] = {}
     last = None
@@ -106,25 +108,25 @@ def share_steps(
             last = kind
             times[kind] = times.get(kind, 0) + duration_ns
         if len(times) > 1:
-            whole = max(1, sum(times.values()))
-            d_j = contrast_j * abs(energy_uj / gross_uj) if gross_uj else contrast_j
+            stretch_ns = max(1, sum(times.values()))
             for kind, duration_ns in times.items():
-                f = duration_ns / whole
+                f = duration_ns / stretch_ns
                 kinds[kind].pure = False
-                kinds[kind].contrast_j = math.hypot(kinds[kind].contrast_j, f * (1 - f) * d_j)
-    whole_ns = sum(entry.duration_ns for entry in kinds.values())
+                kinds[kind].contrast_j += f * (1 - f) * contrast_j * stretch_ns / whole_ns
     shared = []
     for kind, entry in kinds.items():
         fraction = entry.duration_ns / whole_ns
         resolved = tick_s is None or entry.duration_ns >= tick_s * 1e9
         measured = source == "measured" and entry.pure and (resolved or len(kinds) == 1)
         random_j = u_random_j * (math.sqrt(entry.runs) if measured else fraction)
+        energy_uj = sum(entry.each_uj)
+        systematic_j = u_systematic_j * (abs(energy_uj / gross_uj) if gross_uj else fraction)
         listed = len(entry.each_uj) <= EACH_LIMIT
         shared.append(
             StepEnergy(
                 kind=kind,
-                energy_uj=sum(entry.each_uj),
-                u_j=math.hypot(random_j, u_systematic_j * fraction, entry.contrast_j),
+                energy_uj=energy_uj,
+                u_j=math.hypot(random_j, systematic_j, entry.contrast_j),
                 method="measured" if measured else "shared",
                 each_uj=tuple(entry.each_uj) if listed else (),
                 each_method="measured" if measured and entry.alone else "shared",

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import os
-import sys
 from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
 
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
-
+import bench_scripts
 import fake_powercap
-import power_world as pw
+import pytest
 
 from leangen import clock, meters
 from leangen.energy import FAULTS, account
 from leangen.meters.meter import MeterFault, Selection, Tick
+
+pw = bench_scripts.load("power_world")
 
 POWER_W = 45.0
 

@@ -3,8 +3,8 @@
 GUM style (JCGM 100:2008), every term in joules at k = 2. With E the energy between the looks, D
 the time between them, T the counter's tick, and
 
-    P = E / (D - T) + 3 s       the power at an edge: the mean, were a whole tick missed, and s, by
-                                how much power varies within the window (below)
+    P = E / (D - T) + 3 s       the power at an edge: the mean, were a whole tick missed (D - T is
+                                taken as 3/4 T at least), and s, by how much power varies (below)
 
     term        part        size                 why
     edges       random      P T                  a count is as of its last tick: up to P T is
@@ -66,7 +66,7 @@ def terms(
     energy_j = math.fsum(joules for _, joules in stretches)
     elapsed_s = math.fsum(seconds for seconds, _ in stretches)
     joined = join(stretches, 2 * tick.seconds)
-    power_w = energy_j / max(elapsed_s - tick.seconds, tick.seconds / 2)
+    power_w = energy_j / max(elapsed_s - tick.seconds, 0.75 * tick.seconds)
     power_w += SPREAD * spread_w(joined, tick.seconds)
     return {
         "edges": EDGE * (0.5 if aligned else 1.0) * power_w * tick.seconds,
