@@ -7,13 +7,17 @@ import sys
 import threading
 
 import pytest
+import tiny_bundles
 from hypothesis import given
 from hypothesis import strategies as st
 
 from leangen import clock, meters
+from leangen.engine import Engine
 from leangen.errors import RequestError
 from leangen.meters import MeterFault, Selection, external
-from leangen.meters.external import Series, open_external
+from leangen.meters.external import open_external
+from leangen.meters.series import ENERGIES_J, POWERS_W, Series
+from leangen.session import Session
 
 
 def fed(text, *, unit=None):
@@ -37,7 +41,7 @@ def append(path, *lines, end="\n"):
 @given(
     st.lists(st.floats(0.5, 2), min_size=2, max_size=30),
     st.floats(0, 1e4),
-    st.sampled_from(list(external.POWERS_W)),
+    st.sampled_from(list(POWERS_W)),
     st.lists(st.integers(1, 40), max_size=20),
 )
 def test_constant_power_is_power_times_time_however_the_text_is_cut(steps, power, unit, cuts):
@@ -49,7 +53,7 @@ def test_constant_power_is_power_times_time_however_the_text_is_cut(steps, power
         series.add(text[position : position + cut])
         position += cut
     series.add(text[position:])
-    expected = power * external.POWERS_W[unit] * (times[-1] - times[0])
+    expected = power * POWERS_W[unit] * (times[-1] - times[0])
     assert series.energy_j == pytest.approx(expected, rel=1e-9, abs=1e-12)
     assert series.samples == len(steps)
     assert series.sampling.variance_j2 == 0
@@ -61,7 +65,7 @@ def test_power_between_lines_is_a_trapezoid_on_the_meters_own_clock():
     assert series.sampling.variance_j2 > 0
 
 
-@pytest.mark.parametrize(("unit", "joules"), list(external.ENERGIES_J.items()))
+@pytest.mark.parametrize(("unit", "joules"), list(ENERGIES_J.items()))
 def test_energy_units_are_cumulative_counters(unit, joules):
     series = fed(f"0;5;{unit}\n1;5.5;{unit}\n2;7;{unit}\n")
     assert series.energy_j == pytest.approx(2 * joules)
@@ -178,6 +182,20 @@ def test_a_command_measures_a_window_and_ends_with_its_meter(tmp_path):
     del meter, window, closed
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+def test_a_generation_is_measured_by_the_meter_that_was_asked_for(tmp_path):
+    bundle = tiny_bundles.language(tmp_path)
+    spec = command(tmp_path, PRINTER)
+    engine = Engine(Session(bundle, threads=1), meter=spec, baseline_s=0.3)
+    result = engine.repeat(30, **tiny_bundles.OPTIONS["language"])
+    energy = result.receipt.energy
+    assert (energy.source, energy.scope) == ("integrated", ("external",))
+    assert energy.reason.startswith(f"--meter {spec}")
+    assert energy.meters[0].sensor == "external:external"
+    if energy.gross_j is not None:  # a very quick machine may not see two lines
+        assert abs(energy.gross_j - 5.0 * result.receipt.duration_ns / 1e9) <= energy.u_j + 0.5
+    meters._external.clear()
 
 
 def test_a_command_that_ends_is_a_fault(tmp_path):

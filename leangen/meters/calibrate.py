@@ -31,8 +31,9 @@ def calibrate(selection: Selection, seconds: float, *, load: Load | None = None)
     """
     if selection.source not in ("measured", "integrated"):
         raise RequestError(
-            f"nothing to calibrate against: {selection.reason}; unplug a laptop, or give "
-            "--meter exec:COMMAND or file:PATH of a wall or USB meter"
+            "nothing to calibrate against: no counter, board sensor or discharging battery can be "
+            "read (`leangen meters` says why); give --meter exec:COMMAND or file:PATH of a wall or "
+            "USB meter"
         )
     slowest = max(selection.meters, key=lambda meter: meter.tick.seconds)
     if seconds < 5 * slowest.tick.seconds:

@@ -102,7 +102,7 @@ def _open_rail(root: Path, rail: _Rail, total: frozenset[str]) -> Meter | Unavai
         return Unavailable(name, reason, sysfs.remedy(fault, rail.files[-1], root), in_total)
     sampler = PowerSampler(read_power_w, rail.interval_s)
     if in_total and len(total) == 1:
-        note = "the board's input; misses what is drawn before it (carrier board, USB)"
+        note = "misses what is drawn before it (carrier board, USB)"
     elif in_total:
         note = "one of the module's input rails; misses the carrier board"
     elif total:
