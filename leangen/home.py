@@ -6,6 +6,7 @@
         locks/NAME.lock         who works on a model; empty, and never removed: on Unix that would
                                 let two processes hold the "same" lock
         ledger.sqlite           receipts, kept by leangen.ledger
+        budgets.json            limits, kept by leangen.budget
 
 One file lock per model. The kernel frees the lock of a killed process, so whatever is half-written
 while nobody holds the lock is a leftover.

@@ -186,10 +186,9 @@ class Ledger:
         Merging twice changes nothing. Raises StorageError, and changes nothing, when `other` does
         not verify, or when the two hold different rows under the same number or receipt.
         """
-        if not other.exists():
-            raise StorageError(f"there is no ledger {other}: give the path of a ledger's file")
         with Ledger(other) as source, source._read() as their_db:
-            assert their_db is not None
+            if their_db is None:
+                raise StorageError(f"there is no ledger {other}: give the path of a ledger's file")
             checked = verification.verify(their_db, None)
             if checked.problems:
                 raise StorageError(f"cannot merge {other}, it is damaged: {checked.problems[0]}")

@@ -70,6 +70,7 @@ CREATE TABLE windows (
     begin_ns INTEGER NOT NULL,
     entry INTEGER NOT NULL REFERENCES receipts (entry),
     energy_uj INTEGER NOT NULL,
+    own_ns REAL NOT NULL,
     PRIMARY KEY (domain, end_ns, entry)
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX windows_by_entry ON windows (entry);

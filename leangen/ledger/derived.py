@@ -28,40 +28,58 @@ _NEW = (
 
 
 class Derived:
-    """Collects what one transaction derives; `finish` writes the rollups."""
+    """Derives within one transaction; `finish` completes what many receipts change."""
 
     def __init__(self, db: sqlite3.Connection) -> None:
         self._db = db
         self._rollups: dict[Key, Totals] = {}
+        self._shared: set[int] = set()
         self._domains: dict[tuple[str, str, str], int] = {}
 
     def add(self, entry: int, row: Row, windows: Iterable[Window]) -> None:
         """Derive from the receipt in row `entry` of the ledger, whose id must be new."""
         self._db.execute(_INSERT, (entry, *row))
         self._count(row.key, part(row))
-        met: set[int] = set()
         for window in windows:
-            domain = self._domain(window)
-            met.update(
-                other
-                for (other,) in self._db.execute(
-                    "SELECT entry FROM windows WHERE domain = ? AND end_ns > ? AND begin_ns < ?",
-                    (domain, window.begin_ns, window.end_ns),
-                )
+            self._add_window(entry, window)
+
+    def _add_window(self, entry: int, window: Window) -> None:
+        """Keep a window, and split the time that it shares with others anew."""
+        domain = self._domain(window)
+        met = self._db.execute(
+            "SELECT entry, MAX(begin_ns, ?2), MIN(end_ns, ?3) FROM windows"
+            " WHERE domain = ?1 AND end_ns > ?2 AND begin_ns < ?3",
+            (domain, window.begin_ns, window.end_ns),
+        ).fetchall()
+        before = own_time(met)
+        after = own_time([*met, (entry, window.begin_ns, window.end_ns)])
+        self._db.execute(
+            "INSERT INTO windows VALUES (?, ?, ?, ?, ?, ?)",
+            (
+                *(domain, window.end_ns, window.begin_ns, entry, window.energy_uj),
+                after[entry] * (window.end_ns - window.begin_ns),
+            ),
+        )
+        if met:
+            self._db.executemany(
+                "UPDATE windows SET own_ns = own_ns + ? WHERE entry = ? AND domain = ?",
+                [
+                    ((after[other] - before[other]) * (end_ns - begin_ns), other, domain)
+                    for other, begin_ns, end_ns in met
+                ],
             )
-            self._db.execute(
-                "INSERT INTO windows VALUES (?, ?, ?, ?, ?)",
-                (domain, window.end_ns, window.begin_ns, entry, window.energy_uj),
-            )
-        for affected in (*sorted(met - {entry}), entry) if met - {entry} else ():
-            self._share(affected)
+            self._shared.update(other for other, _, _ in met)
+            self._shared.add(entry)
 
     def add_totals(self, key: Key, totals: Totals) -> None:
         """Count what a compaction elsewhere kept."""
         self._count(key, totals)
 
     def finish(self) -> None:
-        """Write the rollups that changed."""
+        """Write the shares and the rollups that changed."""
+        for entry in sorted(self._shared):
+            self._share(entry)
+        self._shared.clear()
         for key, totals in self._rollups.items():
             if not self._db.execute(_UPDATE, (*totals, *key)).rowcount:
                 self._db.execute(_NEW, (*totals, *key))
@@ -88,17 +106,12 @@ class Derived:
             f"SELECT {_ROW}, overlaps, share FROM receipts WHERE entry = ?", (entry,)
         ).fetchone()
         row = Row(*fields)
-        energies: list[tuple[int, float]] = []
-        for domain, begin_ns, end_ns, energy_uj in self._db.execute(
-            "SELECT domain, begin_ns, end_ns, energy_uj FROM windows WHERE entry = ?", (entry,)
-        ).fetchall():
-            around = self._db.execute(
-                "SELECT entry, MAX(begin_ns, ?2), MIN(end_ns, ?3) FROM windows"
-                " WHERE domain = ?1 AND end_ns > ?2 AND begin_ns < ?3",
-                (domain, begin_ns, end_ns),
-            ).fetchall()
-            energies.append((energy_uj, own_time(around)[entry]))
-        share = counted(energies)
+        share = counted(
+            self._db.execute(
+                "SELECT energy_uj, own_ns / (end_ns - begin_ns) FROM windows WHERE entry = ?",
+                (entry,),
+            )
+        )
         self._db.execute(
             "UPDATE receipts SET overlaps = 1, share = ? WHERE entry = ?", (share, entry)
         )

@@ -7,7 +7,7 @@ import math
 import sqlite3
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from leangen.ledger import chain
 from leangen.ledger.compaction import noted, totals_of
@@ -177,10 +177,12 @@ def _shares(db: sqlite3.Connection, result: Verification) -> None:
     energies: dict[int, list[tuple[int, float]]] = {}
     met: set[int] = set()
     for cluster in _clusters(db):
-        if len(cluster) == 1:
-            continue
-        own = own_time([(entry, begin_ns, end_ns) for entry, begin_ns, end_ns, _ in cluster])
-        for entry, _, _, energy_uj in cluster:
+        own = own_time([window[:3] for window in cluster])
+        for entry, begin_ns, end_ns, energy_uj, own_ns in cluster:
+            if not math.isclose(own_ns / (end_ns - begin_ns), own[entry], abs_tol=TOLERANCE):
+                result.found(f"receipt {entry}: its part of the shared time is {own_ns} ns")
+            if len(cluster) == 1:
+                continue
             met.add(entry)
             energies.setdefault(entry, []).append((energy_uj, own[entry]))
     several = db.execute(
@@ -204,20 +206,31 @@ def _shares(db: sqlite3.Connection, result: Verification) -> None:
         result.found(f"receipt {entry} overlaps others, and is counted whole")
 
 
-def _clusters(db: sqlite3.Connection) -> Iterator[Sequence[tuple[int, int, int, int]]]:
-    """Windows of one domain that hang together in time: (entry, begin_ns, end_ns, energy_uj)."""
-    cluster: list[tuple[int, int, int, int]] = []
+class Spell(NamedTuple):
+    """One window as `_shares` reads it."""
+
+    entry: int
+    begin_ns: int
+    end_ns: int
+    energy_uj: int
+    own_ns: float
+
+
+def _clusters(db: sqlite3.Connection) -> Iterator[Sequence[Spell]]:
+    """The windows of one domain that hang together in time."""
+    cluster: list[Spell] = []
     domain, until_ns = None, 0
     for at, *window in db.execute(
-        "SELECT domain, entry, begin_ns, end_ns, energy_uj FROM windows ORDER BY domain, begin_ns"
+        "SELECT domain, entry, begin_ns, end_ns, energy_uj, own_ns FROM windows"
+        " WHERE end_ns > begin_ns ORDER BY domain, begin_ns"
     ):
-        entry, begin_ns, end_ns, energy_uj = window
-        if at != domain or begin_ns >= until_ns:
+        spell = Spell._make(window)
+        if at != domain or spell.begin_ns >= until_ns:
             if cluster:
                 yield cluster
             cluster, domain, until_ns = [], at, 0
-        cluster.append((entry, begin_ns, end_ns, energy_uj))
-        until_ns = max(until_ns, end_ns)
+        cluster.append(spell)
+        until_ns = max(until_ns, spell.end_ns)
     if cluster:
         yield cluster
 
