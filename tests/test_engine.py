@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tiny_bundles import BUILDERS, OPTIONS
 
-from leangen import families
+from leangen import carbon, families
 from leangen.engine import Engine
 from leangen.errors import RequestError
 from leangen.ledger import Ledger
@@ -128,8 +128,8 @@ def test_the_example_needs_no_input(engine):
 
 def test_a_region_changes_the_carbon_and_nothing_else(bundle):
     with pytest.raises(RequestError, match="ZZ"):
-        Engine(Session(bundle, threads=1), region="ZZ")
-    engine = Engine(Session(bundle, threads=1), region="FR")
+        carbon.footprint("ZZ")
+    engine = Engine(Session(bundle, threads=1), footprint=carbon.footprint("FR"))
     receipt = engine.generate(**options_of(engine)).receipt
     assert receipt.carbon.region == "fr"
     assert receipt.carbon.g == pytest.approx(

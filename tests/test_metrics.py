@@ -9,7 +9,7 @@ import urllib.request
 from dataclasses import replace
 
 import pytest
-from ledger_fixtures import receipt
+from receipt_fakes import receipt
 
 from leangen import metrics
 from leangen.cli import main
