@@ -223,6 +223,14 @@ def test_carbon_options_are_checked_before_a_model_is_fetched(capsys, tmp_path):
         assert why in capsys.readouterr().err
 
 
+def test_the_command_explains_a_malformed_embodied_share(capsys):
+    for text in ("250", "a,b", "1,2,3"):
+        with pytest.raises(SystemExit) as left:
+            main(["generate", "smollm2-135m", "--embodied", text])
+        assert left.value.code == 2
+        assert "is not KG,YEARS" in capsys.readouterr().err
+
+
 def test_receipts_of_a_series_and_hardware_are_plain_json(hours):
     made = carbon.Footprint(
         intensity.read_series(hours), Embodied(total_kg=1, lifetime_years=1, g_per_s=1e-5)

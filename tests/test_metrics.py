@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import urllib.error
@@ -159,6 +160,19 @@ def test_the_command_prints_them(capsys):
     assert main(["metrics"]) == 0
     found = samples(capsys.readouterr().out)
     assert found["leangen_generations_total", "int4", "measured", "smollm2-135m"] == 1
+
+
+def test_serving_ends_when_interrupted(tmp_path):
+    command = [sys.executable, "-m", "leangen.cli", "metrics", "--listen", "127.0.0.1:0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            line = server.stderr.readline()
+            assert "metrics at http://127.0.0.1:" in line
+            server.send_signal(signal.SIGINT)
+            assert server.wait(timeout=10) == 0
+            assert "Traceback" not in server.stderr.read()
+        finally:
+            server.kill()
 
 
 def test_the_missing_library_is_named():
