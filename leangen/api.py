@@ -27,6 +27,7 @@ def load(
     tag: str | None = None,
     budget: Budget | Sequence[Budget] = (),
     baseline_s: float = BASELINE_S,
+    meter: str | None = None,
     progress: Progress | None = None,
 ) -> Engine:
     """Load a model by `NAME`, `NAME:SCHEME` or a bundle's path; fetched and quantized on first use.
@@ -40,6 +41,8 @@ def load(
     embodied: kgCO2e of making the hardware and the years of its use; with it receipts carry SCI.
     budget: limits on top of those that the store keeps (`leangen budget`).
     baseline_s: how long idle power is measured, once, where a counter can tell.
+    meter: what measures, in place of the rule in `leangen.meters`: `exec:COMMAND`, `file:PATH`, or
+        a name that `leangen meters` shows.
     progress: called with (done, total, what) while something is fetched or quantized.
 
     Raises a LeangenError that says what was given, what was expected and what to do.
@@ -62,4 +65,6 @@ def load(
         tag=tag,
         guard=Guard(store.home, book, budgets),
         baseline_s=baseline_s,
+        meter=meter,
+        probes=store.home / "probes.json",
     )

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from leangen import __version__
-from leangen.console import human_bytes, print_json, progress_bar, say, table, with_u
+from leangen.console import human_bytes, print_json, progress_bar, say, table
 from leangen.errors import LeangenError, RequestError
 
 Command = Callable[[argparse.Namespace], int]
+
+METER_HELP = "exec:COMMAND, file:PATH or a name of `leangen meters`; default: what is best there"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -87,7 +89,14 @@ def _parser() -> argparse.ArgumentParser:
         "leangen bench smollm2-135m:int4 smollm2-135m:int8 --repeats 10",
     )
     sub.add_argument("models", nargs="+", metavar="MODEL")
-    sub.add_argument("--repeats", type=int, default=10, help="measured generations per model")
+    sub.add_argument("--repeats", type=int, default=10, help="measured windows per model")
+    sub.add_argument(
+        "--precision",
+        type=_share,
+        default=0.05,
+        metavar="5%",
+        help="wanted ± of a window's edges: plans how many generations one window holds",
+    )
     _request_options(sub)
     _run_options(sub)
 
@@ -125,7 +134,18 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("model", metavar="MODEL")
 
     sub = add("meters", meters, "What energy sensors there are, or why not", "leangen meters")
+    sub.add_argument(
+        "action",
+        nargs="?",
+        choices=("list", "calibrate"),
+        default="list",
+        help="calibrate: fit the estimate to a counter, a battery or --meter, and keep the fit",
+    )
     sub.add_argument("--root", type=Path, default=Path("/"), help="another file system root")
+    sub.add_argument("--meter", metavar="SPEC", help=METER_HELP)
+    sub.add_argument(
+        "--seconds", type=float, default=5.0, help="calibrate: length of each of its 9 windows"
+    )
     sub.add_argument("--json", action="store_true")
 
     sub = add("ledger", ledger, "What was generated and what it cost", "leangen ledger --last 5")
@@ -233,6 +253,7 @@ def _run_options(sub: argparse.ArgumentParser, *, as_json: bool = True) -> None:
     else:
         sub.add_argument("--threads", type=int, help="default: physical cores that we may use")
     sub.add_argument("--region", help="whose grid the carbon figure assumes, e.g. FR")
+    sub.add_argument("--meter", metavar="SPEC", help=METER_HELP)
     sub.add_argument("--intensity", metavar="G|FILE", help="gCO2e/kWh, or a CSV of time, gCO2e/kWh")
     sub.add_argument(
         "--embodied", type=_embodied, metavar="KG,YEARS", help="making the hardware; gives SCI"
@@ -275,6 +296,11 @@ _REQUEST_FIELDS = (
     *("ignore_eos", "phonemes", "phoneme_ids", "length_scale", "noise_scale", "count", "data"),
     *("steps", "conditions"),
 )
+
+
+def _share(text: str) -> float:
+    """`5%` or `0.05`."""
+    return float(text.removesuffix("%")) / 100 if text.endswith("%") else float(text)
 
 
 def _integers(text: str) -> list[int]:
@@ -321,7 +347,7 @@ def demo(args: argparse.Namespace) -> int:
 
 
 def generate(args: argparse.Namespace) -> int:
-    from leangen import api, media
+    from leangen import api, media, report
 
     prompt, options = _request(args)
     engine = api.load(
@@ -332,6 +358,7 @@ def generate(args: argparse.Namespace) -> int:
         embodied=args.embodied,
         tag=args.tag,
         activations=args.activations,
+        meter=args.meter,
     )
     if args.output is not None:
         media.suffix_for(engine.family.MEDIA, args.output)  # before the work, not after it
@@ -356,7 +383,7 @@ def generate(args: argparse.Namespace) -> int:
         print()
     if saved is not None:
         print(saved)
-    say(summary(result.receipt))
+    say(report.summary(result.receipt))
     return 0
 
 
@@ -368,26 +395,6 @@ def _unused(stem: str, suffix: str) -> Path:
         number += 1
         path = Path(f"{stem}-{number}{suffix}")
     return path
-
-
-def summary(receipt: Any) -> str:
-    """One line: units, seconds, joules with their error bar and how they were got, carbon."""
-    energy, latency, units = receipt.energy, receipt.latency, receipt.units
-    parts = [
-        f"{units.count:.4g} {units.kind}s in {latency.total_s:.2f} s",
-        f"first after {latency.ttft_s:.2f} s" if latency.ttft_s is not None else "",
-        f"{with_u(energy.gross_j, energy.u_j, 'J')} ({energy.source})",
-        f"{with_u(energy.per_unit_j, energy.per_unit_u_j, 'J')}/{units.kind}"
-        if energy.per_unit_j is not None
-        else "",
-        f"{receipt.carbon.g * 1000:.2g} mgCO2e" if receipt.carbon.g is not None else "",
-        f"SCI {receipt.carbon.sci_g_per_unit * 1000:.2g} mgCO2e/{units.kind}"
-        if receipt.carbon.sci_g_per_unit is not None
-        else "",
-        f"{human_bytes(receipt.peak_rss_bytes)} peak",
-    ]
-    line = " · ".join(part for part in parts if part)
-    return line if energy.source == "measured" else f"{line}\n{energy.reason}"
 
 
 def chat(args: argparse.Namespace) -> int:
@@ -405,9 +412,11 @@ def bench(args: argparse.Namespace) -> int:
         prompt=prompt,
         options=options,
         repeats=args.repeats,
+        precision=args.precision,
         threads=args.threads,
         activations=args.activations,
         region=args.region,
+        meter=args.meter,
         intensity=args.intensity,
         embodied=args.embodied,
         as_json=args.json,
@@ -492,24 +501,39 @@ def verify(args: argparse.Namespace) -> int:
 
 def meters(args: argparse.Namespace) -> int:
     from leangen import meters as sensors
+    from leangen.meters import listing
 
-    rows = sensors.describe(args.root)
+    if not args.root.is_dir():
+        raise RequestError(f"--root {args.root} is not a folder")
+    if args.action == "calibrate":
+        return _calibrate(args)
+    rows = sensors.describe(args.root, meter=args.meter)
     if args.json:
         print_json(rows)
         return 0
-    table(
-        ["sensor", "status", "source", "scope", "tick", "why / what would enable it"],
-        [
-            [
-                row["sensor"],
-                row["status"],
-                row["source"] or "",
-                row["scope"] or "",
-                "" if row["tick_s"] is None else f"{row['tick_s'] * 1000:g} ms",
-                " ".join(text for text in (row["reason"], row["remedy"]) if text),
-            ]
-            for row in rows
-        ],
+    for line in listing.lines(rows):
+        print(line)
+    return 0
+
+
+def _calibrate(args: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from leangen import meters as sensors
+    from leangen.meters import calibrate, fit
+
+    if args.root != Path("/"):
+        raise RequestError("calibrate runs a load on this machine: it takes no --root")
+    selection = sensors.select(meter=args.meter)
+    found = calibrate.calibrate(selection, args.seconds)
+    path = fit.save(found)
+    if args.json:
+        print_json(asdict(found) | {"u_systematic": found.u_systematic, "path": str(path)})
+        return 0
+    print(
+        f"{found.idle_w:.3g} W idle + {found.core_w:.3g} W per busy core, fitted to "
+        f"{', '.join(found.reference)}: residual {found.residual:.1%}, the estimate is now within "
+        f"{found.u_systematic:.0%}; kept in {path}"
     )
     return 0
 

@@ -12,9 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from leangen import api, benchmark, charts, environment, page, quality
+from leangen import api, benchmark, charts, environment, page, quality, report
 from leangen.catalog import CATALOG
-from leangen.cli import summary
 from leangen.console import print_json, progress_bar, say, table, with_u
 from leangen.engine import Engine, Result
 from leangen.files import write_atomic
@@ -90,7 +89,7 @@ def _one(
         "file": saved.name,
         "text": result.text,
         "receipt": result.receipt.to_json(),
-        "cost": summary(result.receipt).splitlines()[0],
+        "cost": report.summary(result.receipt).splitlines()[0],
         "quality": [measure.to_json() for measure in measures],
     }
     return row, observation
@@ -105,7 +104,7 @@ def _show(engine: Engine, options: dict[str, Any]) -> Result:
         print(step.text, end="", file=sys.stderr, flush=True)
     if wrote:
         say("")
-    say(summary(stream.result.receipt).splitlines()[0])
+    say(report.summary(stream.result.receipt).splitlines()[0])
     return stream.result
 
 

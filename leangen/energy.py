@@ -15,21 +15,27 @@ estimate's ±60% is such a common factor too: gross, idle and marginal are each 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
-from leangen.records import Energy, MeterWindow, Source, StepEnergy, joules
+from leangen.attribution import CpuTimes, process_share, share_steps
+from leangen.records import Energy, MeterWindow, Source
 
 FAULTS = {
-    "ambiguous": "the counter may have wrapped unseen in so long an interval",
+    "ambiguous": "ambiguous: the counter may have wrapped unseen in so long an interval, or it did "
+    "not move in one too short to tell a stuck counter from a slow one",
+    "clock": "the monotonic clock went backwards",
+    "forked": "the window was begun in another process: this one was forked from it",
     "garbage": "the sensor gave something that is not a count",
     "jump": "the counter rose by more than the hardware can draw",
+    "lost": "the GPU was lost",
+    "older": "the sensor gave an older value than before",
     "permission": "the permission to read was lost",
-    "reset": "the counter fell back, and no wrap explains it",
+    "reset": "the counter started anew, and no wrap explains it",
     "stuck": "the counter did not move",
     "suspended": "the machine was suspended meanwhile",
     "unreadable": "the read failed",
-    "unresolved": "the interval is too short for the counter to move",
     "vanished": "the sensor vanished",
 }
 """Why a window has no figure: the closed list of `MeterWindow.faults`."""
@@ -54,6 +60,10 @@ class Baseline:
         """Both parts together, k=2."""
         return math.hypot(self.u_random_w, self.u_systematic_w)
 
+    def to_json(self) -> dict[str, Any]:
+        """The receipt's `energy.baseline`."""
+        return asdict(self) | {"scope": list(self.scope)}
+
 
 def account(
     windows: Sequence[MeterWindow],
@@ -64,11 +74,15 @@ def account(
     baseline: Baseline | None,
     units: float,
     steps: Sequence[tuple[str, int]] = (),
+    marks: Mapping[int, int] | None = None,
+    cpu: tuple[CpuTimes, CpuTimes] | None = None,
 ) -> Energy:
     """The energy of one generation from the windows of disjoint meters.
 
     `windows` are in the order of `scope`. `steps` are (kind, duration in ns), in the order they
-    ran; kinds share the total by duration, exactly. With a faulted window, or none at all, the
+    ran, `marks` the microjoules up to the end of a step where the meters were looked at: see
+    `attribution.share_steps`. `cpu` are the CPU times at begin and end, for this process's share
+    of the marginal. With a faulted window, or none at all, the
     total is None and `reason` says why: the figures of the other meters stay visible in `meters`,
     but a part is never passed off as the whole.
 
@@ -122,6 +136,7 @@ def account(
             u_systematic_j - baseline.u_systematic_w * duration_s,
         )
 
+    contrast_uj = gross_uj if marginal_uj is None else marginal_uj
     return Energy(
         source=source,
         scope=scope,
@@ -137,7 +152,18 @@ def account(
         per_unit_j=gross_uj / 1e6 / units if units > 0 else None,
         per_unit_u_j=u_j / units if units > 0 else None,
         meters=tuple(windows),
-        steps=share(gross_uj, u_j, steps, source=source, marginal_uj=marginal_uj),
+        steps=share_steps(
+            gross_uj,
+            steps,
+            marks or {},
+            source=source,
+            u_random_j=u_random_j,
+            u_systematic_j=u_systematic_j,
+            contrast_j=abs(contrast_uj) / 1e6,
+            tick_s=max((w.tick_s for w in windows if w.tick_s is not None), default=None),
+        ),
+        baseline=None if idle_uj is None or baseline is None else baseline.to_json(),
+        attribution=process_share(*cpu, marginal_uj, marginal_u_j) if cpu else None,
     )
 
 
@@ -148,70 +174,3 @@ def _one_source(windows: Sequence[MeterWindow]) -> Source:
             f"windows of several sources ({', '.join(sorted(sources))}) cannot form one total"
         )
     return sources.pop()
-
-
-def share(
-    gross_uj: int,
-    u_j: float,
-    steps: Sequence[tuple[str, int]],
-    *,
-    source: Source,
-    marginal_uj: int | None,
-) -> tuple[StepEnergy, ...]:
-    """Split a total over the kinds of `steps` (kind, duration in ns) by duration, exactly.
-
-    With f the kind's fraction of the time, u of a share has two terms: the total's own u times f,
-    and f (1 - f) D for the assumption that every kind draws the same power. D is the marginal
-    energy, or the gross where idle is unknown: two kinds differ in power by at most about what
-    working adds. A lone kind (f = 1) has no such term, and of a measured total is itself measured.
-    """
-    durations: dict[str, int] = {}
-    for kind, duration_ns in steps:
-        durations[kind] = durations.get(kind, 0) + duration_ns
-    total_ns = sum(durations.values())
-    if total_ns <= 0:
-        return ()
-    contrast_j = abs(joules(gross_uj if marginal_uj is None else marginal_uj) or 0.0)
-    alone = len(durations) == 1 and source == "measured"
-    return tuple(
-        StepEnergy(
-            kind=kind,
-            energy_uj=energy_uj,
-            u_j=math.hypot(u_j * (f := ns / total_ns), f * (1 - f) * contrast_j),
-            method="measured" if alone else "shared",
-        )
-        for (kind, ns), energy_uj in zip(
-            durations.items(), largest_remainder(gross_uj, list(durations.values())), strict=True
-        )
-    )
-
-
-def largest_remainder(total: int, weights: Sequence[int | float]) -> list[int]:
-    """Split the integer `total` in proportion to `weights` (>= 0), so that the parts sum to it.
-
-    Every part is its exact quota rounded down or up; those with the largest fractions are rounded
-    up, earlier ones first on a tie (Hamilton's method). A zero weight gets 0. A negative total is
-    split as its mirror image.
-
-    Raises ValueError for no weights, a negative or non-finite one, or when all are 0.
-
-    >>> largest_remainder(10, [1, 1, 1])
-    [4, 3, 3]
-    >>> largest_remainder(-10, [3, 0, 1])
-    [-8, 0, -2]
-    """
-    if not all(math.isfinite(weight) and weight >= 0 for weight in weights):
-        raise ValueError(f"weights must be finite and not negative, got {list(weights)}")
-    # Ratios of integers: floats would lose the last microjoules of a large total.
-    ratios = [weight.as_integer_ratio() for weight in weights]
-    common = math.lcm(*(denominator for _, denominator in ratios))
-    exact = [numerator * (common // denominator) for numerator, denominator in ratios]
-    whole = sum(exact)
-    if whole == 0:
-        raise ValueError("weights sum to 0: there is nothing to share by")
-    quotas = [divmod(abs(total) * weight, whole) for weight in exact]
-    parts = [quotient for quotient, _ in quotas]
-    short = abs(total) - sum(parts)
-    for index in sorted(range(len(parts)), key=lambda i: -quotas[i][1])[:short]:
-        parts[index] += 1
-    return parts if total >= 0 else [-part for part in parts]

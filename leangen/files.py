@@ -14,6 +14,15 @@ from typing import BinaryIO
 from leangen.errors import StorageError
 
 
+def default_home() -> Path:
+    """The store's folder: `$LEANGEN_HOME`, else the platform's cache."""
+    if home := os.environ.get("LEANGEN_HOME"):
+        return Path(home)
+    import platformdirs
+
+    return platformdirs.user_cache_path("leangen")
+
+
 def _explain(error: OSError, path: Path) -> StorageError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         free = shutil.disk_usage(path.parent).free

@@ -25,6 +25,7 @@ from urllib.parse import quote, unquote
 from leangen.bundle import MANIFEST
 from leangen.errors import StorageError
 from leangen.fetch import size_of
+from leangen.files import default_home
 
 Notify = Callable[[str], None]
 
@@ -37,7 +38,7 @@ class Home:
     """The folder `path`, else `$LEANGEN_HOME`, else the platform's cache; made on first use."""
 
     def __init__(self, path: Path | None = None) -> None:
-        self.path = (path or _default()).expanduser().absolute()
+        self.path = (path or default_home()).expanduser().absolute()
 
     def models(self, name: str) -> Path:
         """The folder of a model's bundles, one per scheme."""
@@ -136,14 +137,6 @@ def row(
         "bytes": size_of(path),
         "path": str(path),
     }
-
-
-def _default() -> Path:
-    if home := os.environ.get("LEANGEN_HOME"):
-        return Path(home)
-    import platformdirs
-
-    return platformdirs.user_cache_path("leangen")
 
 
 def _key(name: str) -> str:

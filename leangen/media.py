@@ -84,7 +84,7 @@ _STEEPNESS = 20.0  # a slope of 1 per 20 pixels is drawn as 45 degrees: heights 
 
 
 def relief(heights: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """A heightmap [h, w] as a shaded map [h, w, 3], lit from the upper left, coloured by altitude."""
+    """A heightmap [h, w] as a map [h, w, 3]: lit from the upper left, coloured by altitude."""
     down, right = np.gradient(heights.astype(np.float64) * _STEEPNESS)
     normals = np.stack([-right, -down, np.ones_like(down)], axis=-1)
     normals /= np.linalg.norm(normals, axis=-1, keepdims=True)
@@ -92,7 +92,8 @@ def relief(heights: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.uint8]]
     low, span = heights.min(), np.ptp(heights) or 1.0
     altitude = (heights - low) / span
     colours = [np.interp(altitude, _ALTITUDES, channel) for channel in zip(*_COLOURS, strict=True)]
-    return np.clip(np.stack(colours, axis=-1) * shade[..., None], 0, 255).astype(np.uint8)
+    drawn = np.stack(colours, axis=-1) * shade[..., None]
+    return np.asarray(np.clip(drawn, 0, 255), dtype=np.uint8)
 
 
 def grid(images: np.ndarray[Any, np.dtype[np.uint8]]) -> np.ndarray[Any, np.dtype[np.uint8]]:

@@ -14,15 +14,19 @@ from leangen.treatments import BLOCK, Site, Treatments
 
 ACTIVATION_ERROR = 0.04
 """Relative RMSE of a graph's output that 8-bit activations may add, of all its convolutions."""
+INT8_ERROR = 0.06
+"""Relative RMSE of a graph's output that 8-bit weights may add; worse nodes get 16 bits."""
 INT4_ERROR = 0.08
 """Relative RMSE of a graph's output that 4-bit weights may add; worse nodes get 8 bits ..."""
 INT4_BITS = 4.95
-"""... up to this many bits a parameter on average, scales and what stays fp32 included."""
-_WORTH_STATIC = 0.95
+"""... up to this many bits a parameter on average, scales and what stays fp32 included ..."""
+INT4_WORST = 0.16
+"""... unless that takes the error beyond this: then quality goes before size."""
+_WORTH_STATIC = 0.9
 """Share of a graph's multiply-adds whose nodes are considered for int8 arithmetic; the rest is
 too small for the cost of quantizing its inputs."""
 # A group of nodes whose error is this share of the allowance is not looked into further.
-_NEGLIGIBLE = 1 / 8
+_NEGLIGIBLE = 1 / 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +62,19 @@ def uniform(
 
 
 def measured(
-    graph: Graph, sites: Sequence[Site], feeds: Sequence[Feeds], scheme: str, *, untouched: int
+    graph: Graph,
+    sites: Sequence[Site],
+    feeds: Sequence[Feeds],
+    scheme: str,
+    *,
+    untouched: int,
+    int8_arithmetic: bool,
+    note: Callable[[str], None],
 ) -> tuple[Treatments, dict[str, Choice]]:
     """Treatments by what each does to the graph's outputs on `feeds`.
 
     `untouched` is the number of parameters too small to quantize: they weigh on int4's mean bits.
+    `note` is told what goes on.
     """
     around = [
         name
@@ -76,12 +88,18 @@ def measured(
     work = {name: _multiply_adds(site, spans) for name, site in by_name.items()}
     choices = _eight_bits(sites, treatments)
     budget: float | None = None
-    if scheme == "int4":
+    if scheme == "int8":
+        note(f"8-bit weights, {len(sites)} layers")
+        _sixteen_bits(graph, sites, treatments, feeds, choices)
+    else:
         weights = sum(site.weights for site in sites)
         budget = INT4_BITS * (weights + untouched) - 32.0 * untouched
+        note(f"4-bit weights, trying {len(sites)} layers")
         _four_bits(graph, sites, treatments, feeds, choices, budget)
         budget -= _total_bits(by_name, choices)
-    _static(graph, by_name, treatments, feeds, work, choices, budget)
+    if int8_arithmetic:
+        note(f"int8 arithmetic, trying {len(sites)} layers")
+        _static(graph, by_name, treatments, feeds, work, choices, budget)
     return treatments, choices
 
 
@@ -97,6 +115,32 @@ def _eight_bits(sites: Sequence[Site], treatments: Treatments) -> dict[str, Choi
     return choices
 
 
+def _sixteen_bits(
+    graph: Graph,
+    sites: Sequence[Site],
+    treatments: Treatments,
+    feeds: Sequence[Feeds],
+    choices: dict[str, Choice],
+) -> None:
+    """Turn the choices whose 8 bits harm the output most into 16 bits, where all together do."""
+    small = {
+        site.node.name: treatments.apply(site, "w8")
+        for site in sites
+        if choices[site.node.name].treatment == "w8"
+    }
+    probe = Probe(graph, small, feeds)
+    allowed = INT8_ERROR**2
+    if probe.error(small) <= allowed:
+        return
+    harm = probe.harm(list(small), allowed * _NEGLIGIBLE)
+    weights = {site.node.name: site.weights for site in sites}
+    order = sorted(small, key=lambda name: harm[name] / weights[name])
+    for name in order[_most_within(order, allowed, probe.error) :]:
+        choices[name] = Choice(
+            "w16", f"8 bits alone would change the output by {sqrt(harm[name]):.1e} (relative RMSE)"
+        )
+
+
 def _four_bits(
     graph: Graph,
     sites: Sequence[Site],
@@ -107,7 +151,7 @@ def _four_bits(
 ) -> None:
     """Turn choices into 4 bits, but for the nodes that harm the output most per bit saved.
 
-    As many as hold the error down, and on until all is within `budget` bits.
+    As many as keep to INT4_ERROR, and on to INT4_WORST until all is within `budget` bits.
     """
     small = {}
     for site in sites:
@@ -119,10 +163,11 @@ def _four_bits(
     harm = probe.harm(list(small), allowed * _NEGLIGIBLE)
     by_name = {site.node.name: site for site in sites}
     order = sorted(small, key=lambda name: harm[name] / by_name[name].weights)
-    fits = _most_within(order, allowed, probe.error)
+    good = _most_within(order, allowed, probe.error)
+    bearable = _most_within(order, INT4_WORST**2, probe.error)
     for rank, name in enumerate(order):
         error = f"{sqrt(harm[name]):.1e} (relative RMSE)"
-        if rank < fits or _total_bits(by_name, choices) > budget:
+        if rank < good or (rank < bearable and _total_bits(by_name, choices) > budget):
             choices[name] = Choice("w4", f"4 bits alone change the output by {error}")
         else:
             choices[name] = Choice(
@@ -213,6 +258,8 @@ def _stored_bits(site: Site, treatment: str) -> float:
     match treatment:
         case "fp32":
             return 32.0 * site.weights
+        case "w16":
+            return 16.0 * site.weights
         case "w4":
             return site.weights * (4 + 16 / BLOCK)
         case "matmul4":

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,31 @@ from leangen.treatments import Site, Treated, Treatments, find_sites
 Progress = Callable[[int, int, str], None]
 """Called with (done, total, what) as the work goes on."""
 
-KEEP_FP32 = {
-    "flow": {
-        "/dp/*": "the duration predictor sets how long each sound lasts: an error moves all after",
-    }
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How a kind of model is quantized."""
+
+    measured: bool = True
+    """Plan from calibration runs; else every layer of a kind is treated alike."""
+    int8_arithmetic: bool = True
+    """Whether activations may be rounded to 8 bits where measurements allow it."""
+    keep_fp32: Mapping[str, str] = field(default_factory=dict)
+    """Patterns of node names that stay fp32, with the reason."""
+
+
+RECIPES = {
+    "language": Recipe(measured=False),
+    # A log-density sums the logs of slopes: rounded activations shift it by tenths of a nat.
+    "flow/density": Recipe(int8_arithmetic=False),
+    "flow/speech": Recipe(
+        keep_fp32={
+            "/dp/*": "duration predictor: it sets how long each sound lasts, so an error moves "
+            "everything after it"
+        }
+    ),
 }
-"""By family: patterns of node names that stay fp32, with the reason."""
+"""Recipes by family or family/task; the rest take the default one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,14 +87,21 @@ def quantize(
     report = progress or (lambda done, total, what: None)
     total = len(bundle.graphs) + 1
     report(0, total, "calibrating")
-    feeds, requests = _calibrate(bundle)
+    feeds, requests = _feeds(bundle)
     with create(out, replace=replace) as draft:
         results = {}
         for done, (role, name) in enumerate(bundle.graphs.items(), start=1):
             report(done, total, f"quantizing {role}")
             target = draft.folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
-            results[role] = _quantize_graph(bundle, role, scheme, feeds[role], target)
+            results[role] = _quantize_graph(
+                bundle,
+                role,
+                scheme,
+                feeds[role],
+                target,
+                lambda what, done=done, role=role: report(done, total, f"{role}: {what}"),  # type: ignore[misc]
+            )
         _copy_assets(bundle, draft.folder)
         draft.name, draft.family, draft.scheme = bundle.name, bundle.family, scheme
         draft.graphs, draft.config = dict(bundle.graphs), dict(bundle.config)
@@ -89,40 +115,57 @@ def quantize(
     return open_bundle(out)
 
 
-def _calibrate(bundle: Bundle) -> tuple[dict[str, list[Feeds]], list[Any]]:
-    """Feeds for the graphs that are planned from measurements; none where no graph is."""
-    measured = any(_is_measured(find_sites(Graph(bundle.graph(role)))) for role in bundle.graphs)
-    if measured:
+def _feeds(bundle: Bundle) -> tuple[dict[str, list[Feeds]], list[Any]]:
+    """Calibration feeds by graph role, where the recipe needs them, and the requests."""
+    if _recipe(bundle).measured:
         return calibrate.record(bundle)
     return {role: [] for role in bundle.graphs}, []
 
 
-def _is_measured(sites: Sequence[Site]) -> bool:
-    return any(site.kind in ("conv", "deconv") for site in sites)
+def _recipe(bundle: Bundle) -> Recipe:
+    task = bundle.config.get("task")
+    key = bundle.family if task is None else f"{bundle.family}/{task}"
+    return RECIPES.get(key, Recipe())
 
 
 def _quantize_graph(
-    bundle: Bundle, role: str, scheme: str, feeds: Sequence[Feeds], target: Path
+    bundle: Bundle,
+    role: str,
+    scheme: str,
+    feeds: Sequence[Feeds],
+    target: Path,
+    note: Callable[[str], None],
 ) -> _Result:
+    recipe = _recipe(bundle)
     graph = Graph(bundle.graph(role))
     parameters = graph.float_parameters()
-    kept = KEEP_FP32.get(bundle.family, {})
     choices: dict[str, Choice] = {}
     sites = []
-    for site in find_sites(graph):
-        reason = next((why for glob, why in kept.items() if fnmatch(site.node.name, glob)), None)
-        if reason is not None:
-            choices[site.node.name] = Choice("fp32", reason)
-        else:
+    found = find_sites(graph)
+    for site in found:
+        name = site.node.name
+        reason = next((why for glob, why in recipe.keep_fp32.items() if fnmatch(name, glob)), None)
+        if reason is None:
             sites.append(site)
-    if _is_measured(sites) and feeds:
-        weights = {site.weight for site in find_sites(graph)}
-        untouched = sum(size for name, size in parameters.items() if name not in weights)
-        treatments, chosen = plan.measured(graph, sites, feeds, scheme, untouched=untouched)
+        else:
+            choices[name] = Choice("fp32", reason)
+    if recipe.measured and feeds:
+        untouched = sum(parameters.values()) - sum(
+            parameters[weight] for weight in {site.weight for site in found}
+        )
+        treatments, planned = plan.measured(
+            graph,
+            sites,
+            feeds,
+            scheme,
+            untouched=untouched,
+            int8_arithmetic=recipe.int8_arithmetic,
+            note=note,
+        )
     else:
         treatments = Treatments(graph)
-        chosen = plan.uniform(graph, sites, treatments, scheme)
-    choices |= chosen
+        planned = plan.uniform(graph, sites, treatments, scheme)
+    choices |= planned
     treated = {
         site.node.name: treatments.apply(site, choices[site.node.name].treatment)
         for site in sites
@@ -154,22 +197,29 @@ def _account(
     relative_rmse: float | None,
 ) -> _Result:
     """What is stored for the graph's float parameters, and each node's entry for the manifest."""
-    packed = {
-        site.weight: treated[site.node.name].packed for site in sites if site.node.name in treated
+    of_weight = {
+        site.weight: treated[site.node.name] for site in sites if site.node.name in treated
     }
-    stored = sum(
-        packed[name].stored_bits if name in packed else size * 32
-        for name, size in parameters.items()
-    )
+    size_of = {site.node.name: site.weights for site in sites}
     nodes: dict[str, dict[str, Any]] = {}
     for name, choice in choices.items():
-        bits = treated[name].packed.bits_per_weight if name in treated else 32.0
-        nodes[name] = {"treatment": choice.treatment, "bits": round(bits, 3)}
-        nodes[name]["reason"] = choice.reason
+        bits = treated[name].stored_bits / size_of[name] if name in treated else 32.0
+        nodes[name] = {
+            "treatment": choice.treatment,
+            "bits": round(bits, 3),
+            "reason": choice.reason,
+        }
     return _Result(
         nodes=nodes,
-        stored_bits=stored,
-        low_weights=sum(size for name, size in parameters.items() if name in packed),
+        stored_bits=sum(
+            of_weight[name].stored_bits if name in of_weight else 32 * size
+            for name, size in parameters.items()
+        ),
+        low_weights=sum(
+            size
+            for name, size in parameters.items()
+            if name in of_weight and of_weight[name].code_bits <= 8
+        ),
         weights=sum(parameters.values()),
         relative_rmse=relative_rmse,
     )

@@ -62,6 +62,8 @@ class MeterWindow:
     coverage: float | None = None
     """Share of the interval that the sensor really looked at."""
     faults: tuple[str, ...] = ()
+    terms: Mapping[str, float] = field(default_factory=dict)
+    """What the uncertainty is made of, joules at k=2: see `leangen.meters.uncertainty`."""
 
     def to_json(self) -> dict[str, Any]:
         """The receipt's entry in `energy.meters`."""
@@ -74,6 +76,7 @@ class MeterWindow:
             "tick_s": self.tick_s,
             "coverage": self.coverage,
             "faults": list(self.faults),
+            "terms": dict(self.terms),
         }
 
 
@@ -86,6 +89,9 @@ class StepEnergy:
     u_j: float
     method: Literal["measured", "shared"]
     """`shared`: below the tick, so a share by duration of the measured total."""
+    each_uj: tuple[int, ...] = ()
+    """Of each step in order, when they are few: each denoising step, each flow pass."""
+    each_method: Literal["measured", "shared"] = "shared"
 
     def to_json(self) -> dict[str, Any]:
         """The receipt's entry in `energy.steps`."""
@@ -94,6 +100,8 @@ class StepEnergy:
             "joules": joules(self.energy_uj),
             "u_j": self.u_j,
             "method": self.method,
+            "each_j": [joules(uj) for uj in self.each_uj],
+            "each_method": self.each_method,
         }
 
 
@@ -122,6 +130,10 @@ class Energy:
     per_unit_u_j: float | None = None
     meters: tuple[MeterWindow, ...] = ()
     steps: tuple[StepEnergy, ...] = ()
+    baseline: Mapping[str, Any] | None = None
+    """The idle power behind `idle_uj`, with its spread; None with no idle figure."""
+    attribution: Mapping[str, Any] | None = None
+    """This process's share of the marginal on a machine that others use too; not measured."""
 
     @property
     def gross_j(self) -> float | None:
@@ -163,6 +175,8 @@ class Energy:
             "tick_s": self.tick_s,
             "meters": [m.to_json() for m in self.meters],
             "steps": [s.to_json() for s in self.steps],
+            "baseline": None if self.baseline is None else dict(self.baseline),
+            "attribution": None if self.attribution is None else dict(self.attribution),
         }
 
 

@@ -15,10 +15,10 @@ from typing import Any
 from leangen import clock
 from leangen.carbon import JOULES_PER_KWH, SECONDS_PER_DAY, brains
 from leangen.charts import si
-from leangen.console import table, with_u
+from leangen.console import human_bytes, table, with_u
 from leangen.errors import RequestError
 from leangen.ledger import Ledger, Sum, total
-from leangen.records import joules
+from leangen.records import Receipt, joules
 
 SOURCES = ("measured", "integrated", "estimated", "unavailable")
 MOST_DAYS = 92
@@ -67,6 +67,26 @@ class Overview:
             "reasons": dict(self.reasons),
             "budgets": list(self.budgets),
         }
+
+
+def summary(receipt: Receipt) -> str:
+    """One line: units, seconds, joules with their error bar and how they were got, carbon."""
+    energy, latency, units = receipt.energy, receipt.latency, receipt.units
+    parts = [
+        f"{units.count:.4g} {units.kind}s in {latency.total_s:.2f} s",
+        f"first after {latency.ttft_s:.2f} s" if latency.ttft_s is not None else "",
+        f"{with_u(energy.gross_j, energy.u_j, 'J')} ({energy.source})",
+        f"{with_u(energy.per_unit_j, energy.per_unit_u_j, 'J')}/{units.kind}"
+        if energy.per_unit_j is not None
+        else "",
+        f"{receipt.carbon.g * 1000:.2g} mgCO2e" if receipt.carbon.g is not None else "",
+        f"SCI {receipt.carbon.sci_g_per_unit * 1000:.2g} mgCO2e/{units.kind}"
+        if receipt.carbon.sci_g_per_unit is not None
+        else "",
+        f"{human_bytes(receipt.peak_rss_bytes)} peak",
+    ]
+    line = " · ".join(part for part in parts if part)
+    return line if energy.source == "measured" else f"{line}\n{energy.reason}"
 
 
 def overview(

@@ -71,17 +71,24 @@ def isolate(
     """Squared error that each node alone causes, found by halving groups.
 
     A group with an error of at most `negligible` is taken as one: its nodes share the figure.
+    Squared errors of small disturbances add up, so the second half of a group is what the first
+    leaves, unless that would be a small difference of large figures.
     """
-    if not names:
-        return {}
-    joint = error(names)
-    if len(names) == 1 or joint <= negligible:
-        return dict.fromkeys(names, joint / len(names))
-    middle = len(names) // 2
-    return {
-        **isolate(names[:middle], error, negligible),
-        **isolate(names[middle:], error, negligible),
-    }
+    found: dict[str, float] = {}
+
+    def split(group: Sequence[str], joint: float) -> None:
+        if len(group) == 1 or joint <= negligible:
+            found.update(dict.fromkeys(group, joint / len(group)))
+            return
+        first, second = group[: len(group) // 2], group[len(group) // 2 :]
+        left = error(first)
+        right = joint - left if left <= 0.7 * joint else error(second)
+        split(first, left)
+        split(second, right)
+
+    if names:
+        split(names, error(names))
+    return found
 
 
 def _switch(flag: str, node: NodeProto, stand_in: Sequence[NodeProto]) -> NodeProto:

@@ -4,6 +4,7 @@
     w8, w4            8 bits per row, 4 bits per block: unpacked by standard ops that ORT folds
                       when it loads; small on disk, runs as fp32 does
     matmul8, matmul4  8 or 4 bits per block: MatMulNBits, activations rounded to int8 per block
+    w16               half precision, likewise: for weights that 8 bits harm
     gather8           8 bits per block: GatherBlockQuantized unpacks only the rows asked for
 
 A DequantizeLinear on a convolution's weight would run anew for every inference (ORT folds it only
@@ -25,6 +26,8 @@ from leangen.schemes import Packed, int4, int8
 Kind = Literal["conv", "deconv", "linear", "embedding"]
 
 MICROSOFT = "com.microsoft"
+CODE_BITS = {"w4": 4, "matmul4": 4, "w8": 8, "w8a8": 8, "matmul8": 8, "gather8": 8, "w16": 16}
+"""Bits of a weight's code, by treatment."""
 BLOCK = 32
 """Block of 4-bit weights."""
 _MIN_WEIGHTS = 1024
@@ -57,7 +60,10 @@ class Treated:
 
     treatment: str
     nodes: list[NodeProto]
-    packed: Packed
+    code_bits: int
+    """Bits of one code."""
+    stored_bits: int
+    """Codes, scales and zero points of the whole weight."""
 
 
 def find_sites(graph: Graph) -> list[Site]:
@@ -121,7 +127,7 @@ class Treatments:
         node = site.node
         if site.kind == "embedding":
             return ["gather8"] if self._block8(site) else []
-        offered = ["w4", "w8"] if site.columns % BLOCK == 0 else ["w8"]
+        offered = ["w4", "w8", "w16"] if site.columns % BLOCK == 0 else ["w8", "w16"]
         if site.kind == "linear" and site.columns >= 16:
             offered += ["matmul4", "matmul8"]
         if site.kind == "conv" and {node.input[0], node.output[0]} <= self._ranges.keys():
@@ -130,16 +136,17 @@ class Treatments:
 
     def apply(self, site: Site, treatment: str) -> Treated:
         """The nodes that do what the site's node does, with its weight packed."""
-        make: dict[str, Callable[[Site], tuple[list[NodeProto], Packed]]] = {
+        make: dict[str, Callable[[Site], tuple[list[NodeProto], int]]] = {
             "w8a8": self._static_int8,
             "w8": self._unpacked_int8,
             "w4": self._unpacked_int4,
+            "w16": self._half,
             "matmul8": self._matmul8,
             "matmul4": self._matmul4,
             "gather8": self._gather8,
         }
-        nodes, packed = make[treatment](site)
-        return Treated(treatment, nodes, packed)
+        nodes, stored_bits = make[treatment](site)
+        return Treated(treatment, nodes, CODE_BITS[treatment], stored_bits)
 
     def _matrix(self, site: Site) -> Array:
         """The weight as [rows, columns] float32, rows being outputs."""
@@ -159,7 +166,7 @@ class Treatments:
 
     # Convolutions
 
-    def _static_int8(self, site: Site) -> tuple[list[NodeProto], Packed]:
+    def _static_int8(self, site: Site) -> tuple[list[NodeProto], int]:
         packed = self._pack(site, "7bit", lambda w: int8.quantize(w, q_max=63))
         name, node = site.weight, site.node
         source, target = node.input[0], node.output[0]
@@ -189,9 +196,9 @@ class Treatments:
         conv.output[0] = f"{node.name}/y"
         nodes.append(conv)
         nodes += _qdq(f"{node.name}/y", target, shared(scale_y), shared(zero_y))
-        return nodes, packed
+        return nodes, packed.stored_bits
 
-    def _unpacked_int8(self, site: Site) -> tuple[list[NodeProto], Packed]:
+    def _unpacked_int8(self, site: Site) -> tuple[list[NodeProto], int]:
         packed = self._pack(site, "8bit", int8.quantize)
         name, shape = site.weight, self._graph.shape(site.weight)
         axis = 1 if site.swapped else 0
@@ -211,9 +218,9 @@ class Treatments:
             _node("Cast", [q], f"{label}/w_codes", to=1),
             _node("Mul", [f"{label}/w_codes", scale], f"{label}/w"),
         ]
-        return [*nodes, _with_weight(site.node, f"{label}/w")], packed
+        return [*nodes, _with_weight(site.node, f"{label}/w")], packed.stored_bits
 
-    def _unpacked_int4(self, site: Site) -> tuple[list[NodeProto], Packed]:
+    def _unpacked_int4(self, site: Site) -> tuple[list[NodeProto], int]:
         packed = self._pack(site, "4bit", _int4_small_scales)
         name, label, shared = site.weight, site.node.name, self._graph.add_shared
         shape = self._graph.shape(name)
@@ -242,17 +249,23 @@ class Treatments:
         if site.swapped:
             order = [1, 0, *range(2, len(shape))]
             nodes.append(_node("Transpose", [last], f"{label}/w", perm=order))
-        return [*nodes, _with_weight(site.node, f"{label}/w")], packed
+        return [*nodes, _with_weight(site.node, f"{label}/w")], packed.stored_bits
+
+    def _half(self, site: Site) -> tuple[list[NodeProto], int]:
+        name, label = site.weight, site.node.name
+        half = self._constant(f"{name}/f16", lambda: self._graph.array(name).astype(np.float16))
+        cast = _node("Cast", [half], f"{label}/w", to=1)
+        return [cast, _with_weight(site.node, f"{label}/w")], 16 * site.weights
 
     # Linear layers and embeddings
 
-    def _matmul8(self, site: Site) -> tuple[list[NodeProto], Packed]:
+    def _matmul8(self, site: Site) -> tuple[list[NodeProto], int]:
         return self._matmul(site, 8, self._block8(site) or 16)
 
-    def _matmul4(self, site: Site) -> tuple[list[NodeProto], Packed]:
+    def _matmul4(self, site: Site) -> tuple[list[NodeProto], int]:
         return self._matmul(site, 4, BLOCK if site.columns >= BLOCK else 16)
 
-    def _matmul(self, site: Site, bits: int, block: int) -> tuple[list[NodeProto], Packed]:
+    def _matmul(self, site: Site, bits: int, block: int) -> tuple[list[NodeProto], int]:
         scheme = int8 if bits == 8 else int4
         packed = self._pack(site, f"block{bits}", lambda w: scheme.quantize(w, block_size=block))
         name, node = site.weight, site.node
@@ -274,13 +287,13 @@ class Treatments:
             block_size=block,
             accuracy_level=4,  # without it ORT takes a path 4 to 100 times slower
         )
-        return [matmul], packed
+        return [matmul], packed.stored_bits
 
     def _block8(self, site: Site) -> int | None:
         """The largest block of 8-bit weights that divides a row, or None."""
         return next((size for size in (64, 32, 16) if site.columns % size == 0), None)
 
-    def _gather8(self, site: Site) -> tuple[list[NodeProto], Packed]:
+    def _gather8(self, site: Site) -> tuple[list[NodeProto], int]:
         block = self._block8(site)
         packed = self._pack(site, "block8", lambda w: int8.quantize(w, block_size=block))
         name, node = site.weight, site.node
@@ -298,7 +311,7 @@ class Treatments:
             gather_axis=0,
             quantize_axis=1,
         )
-        return [gather], packed
+        return [gather], packed.stored_bits
 
 
 def _node(op: str, inputs: list[str], output: str, **options: Any) -> NodeProto:

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from leangen.energy import FAULTS, Baseline, account, largest_remainder
+from leangen.attribution import largest_remainder
+from leangen.energy import FAULTS, Baseline, account
 from leangen.records import MeterWindow
 
 

@@ -23,6 +23,7 @@ LOGITS = np.log(np.array([0.4, 0.3, 0.15, 0.1, 0.05], np.float32))
         ({"top_p": 1e-9}, [1, 0, 0, 0, 0]),
         ({"top_k": 99}, [0.4, 0.3, 0.15, 0.1, 0.05]),
         ({"temperature": 0}, [1, 0, 0, 0, 0]),
+        ({"temperature": 1e-300}, [1, 0, 0, 0, 0]),
     ],
 )
 def test_draws_follow_the_distribution(options, expected):
@@ -31,6 +32,17 @@ def test_draws_follow_the_distribution(options, expected):
     draws = np.bincount([sample(LOGITS, rng, **options) for _ in range(n)], minlength=5) / n
     np.testing.assert_allclose(draws, expected, atol=4 * np.sqrt(0.25 / n))
     assert not draws[np.array(expected) == 0].any()
+
+
+def test_a_wide_nucleus_keeps_the_share_asked_for():
+    rng = np.random.default_rng(1)
+    logits = rng.normal(size=3000).astype(np.float32)
+    p = np.exp(logits.astype(np.float64)) / np.exp(logits.astype(np.float64)).sum()
+    order = np.argsort(-p)
+    nucleus = set(order[: np.searchsorted(np.cumsum(p[order]), 0.7) + 1].tolist())
+    drawn = {sample(logits, rng, top_p=0.7) for _ in range(20000)}
+    assert drawn <= nucleus
+    assert len(drawn) > 0.95 * len(nucleus)
 
 
 @given(st.integers(0, 2**32), st.floats(0.01, 5), st.integers(0, 60), st.floats(0.01, 1))

@@ -204,7 +204,7 @@ def _oneshot_config(
 def _common(
     path: Path, inputs: Mapping[str, _Input], used: set[str], options: dict[str, Any]
 ) -> dict[str, Any]:
-    """Conditions, range, rendering. A float condition of unknown range is taken to go from 0 to 1."""
+    """Conditions, range, rendering. A float condition of unknown range goes from 0 to 1."""
     given = options.pop("conditions", {})
     conditions = {}
     for name, value in inputs.items():

@@ -69,11 +69,11 @@ def run(session: Session, request: Request) -> Generator[Step, None, Output]:
 
 
 def calibration_requests(session: Session) -> list[Request]:
-    """Four images across the range of the conditions."""
+    """Three images across the range of the conditions."""
     return [
         Request(
             seed=imaging.CALIBRATION_SEED + index,
             conditions=imaging.spread_conditions(session.bundle.config, share),
         )
-        for index, share in enumerate((0.5, 0.0, 1.0, 0.25))
+        for index, share in enumerate((0.5, 0.0, 1.0))
     ]

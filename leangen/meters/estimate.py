@@ -12,7 +12,10 @@ their own authors (codecarbon's linear and cubic models); a laptop or a board dr
 server does per CPU. The factor is common to the idle and the active term, so it is stated as fully
 systematic: it cancels in a comparison on one machine and never shrinks with repetition.
 
-It is used only where no counter can be read, and never added to a measurement.
+`leangen meters calibrate` fits the two powers to a counter, a battery or an external meter of this
+machine (`fit`); the estimate then uses them with the fit's own, smaller u, and says so.
+
+It is used only where no sensor can be read, and never added to a measurement.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import os
 from pathlib import Path
 
 from leangen import clock, threads
+from leangen.meters import fit
 from leangen.meters.meter import Meter, Tick, Unavailable
 from leangen.records import Reading
 
@@ -31,11 +35,21 @@ U_SYSTEMATIC = 0.60
 
 def open(root: Path = Path("/")) -> list[Meter | Unavailable]:
     """The estimate for this process; there always is one."""
-    allowed = len(os.sched_getaffinity(0))
-    quota = threads.cgroup_cpus(root)
-    cpus = allowed if quota is None else min(float(allowed), quota)
-    idle_w = IDLE_W_PER_CPU * cpus
-    active_w = BUSY_W_PER_CPU - IDLE_W_PER_CPU
+    cpus = usable_cpus(root)
+    stored = fit.load(root)
+    idle_w, active_w, u_systematic, note = _server_averages(cpus)
+    if stored is not None and stored.cpus == cpus:
+        idle_w, active_w, u_systematic = stored.idle_w, stored.core_w, stored.u_systematic
+        note = (
+            f"{idle_w:.3g} W idle + {active_w:.3g} W x CPU time of this process, fitted to "
+            f"{', '.join(stored.reference)} on {stored.date[:10]} with a residual of "
+            f"{stored.residual:.1%}, within {u_systematic:.0%}"
+        )
+    elif stored is not None:
+        note += (
+            f"; the calibration of {stored.date[:10]} was with {stored.cpus:g} CPUs, not "
+            f"{cpus:g}: run `leangen meters calibrate` again"
+        )
 
     def read() -> Reading:
         cpu_ns = clock.process_cpu_ns()
@@ -50,19 +64,32 @@ def open(root: Path = Path("/")) -> list[Meter | Unavailable]:
             in_total=True,
             unit="uJ",
             tick=_probe_cpu_clock(),
-            u_systematic=U_SYSTEMATIC,
-            max_power_w=10.0 * BUSY_W_PER_CPU * (os.cpu_count() or 1),
+            u_systematic=u_systematic,
+            max_power_w=10.0 * max(BUSY_W_PER_CPU, active_w) * (os.cpu_count() or 1) + idle_w,
             wraps_at=None,
             coverage=None,
             read=read,
-            note=(
-                f"{IDLE_W_PER_CPU} W idle x {cpus:g} CPUs + {active_w:.2f} W x CPU time of this "
-                "process (server averages of Cloud Carbon Footprint, 2021), within "
-                f"{U_SYSTEMATIC:.0%}"
-            ),
+            note=note,
             idle_power_w=idle_w,
         )
     ]
+
+
+def usable_cpus(root: Path = Path("/")) -> float:
+    """CPUs that this process may use: affinity, cut by the cgroup's quota."""
+    allowed = float(len(os.sched_getaffinity(0)))
+    quota = threads.cgroup_cpus(root)
+    return allowed if quota is None else min(allowed, quota)
+
+
+def _server_averages(cpus: float) -> tuple[float, float, float, str]:
+    """Idle watts, watts per busy CPU, u and the note of the uncalibrated estimate."""
+    active_w = BUSY_W_PER_CPU - IDLE_W_PER_CPU
+    note = (
+        f"{IDLE_W_PER_CPU} W idle x {cpus:g} CPUs + {active_w:.2f} W x CPU time of this "
+        f"process (server averages of Cloud Carbon Footprint, 2021), within {U_SYSTEMATIC:.0%}"
+    )
+    return IDLE_W_PER_CPU * cpus, active_w, U_SYSTEMATIC, note
 
 
 def _probe_cpu_clock() -> Tick:

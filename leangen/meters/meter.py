@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from leangen.energy import FAULTS, Baseline
 from leangen.records import Reading, Source
@@ -12,12 +13,56 @@ UNIT_UJ = {"uJ": 1, "mJ": 1000}
 """Microjoules in one count of a `Reading`, by its unit."""
 
 
+class Clock(Protocol):
+    """The clocks that a window reads: the module `leangen.clock`, or a simulated world's."""
+
+    def monotonic_ns(self) -> int:
+        """See `leangen.clock`."""
+
+    def boottime_ns(self) -> int:
+        """See `leangen.clock`."""
+
+    def sleep(self, seconds: float) -> None:
+        """See `leangen.clock`."""
+
+
 @dataclass(frozen=True, slots=True)
 class Tick:
     """How often a counter moves, and how that is known."""
 
     seconds: float
     how: str
+    jitter_s: float = 0.0
+    """Standard deviation of the time between two moves."""
+    lag_s: float = 0.0
+    """Age of the energy that a move shows, at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """What a sampler has done since it was made; the difference of two tells of a window."""
+
+    variance_j2: float
+    """Sum of the variances that the sampling adds to the energy, 1 sigma: u is 2 sqrt(diff)."""
+    covered_ns: int
+    """Time that lies between samples close enough to speak for it."""
+    samples: int
+
+
+class Sampler(Protocol):
+    """Turns a power sensor into a counter, by sampling it between `start` and `stop`.
+
+    A window starts it before its first look and stops it after the last one; windows may overlap.
+    """
+
+    def start(self) -> None:
+        """Sample from now on, in a thread."""
+
+    def stop(self) -> None:
+        """Undo one `start`; after the last one the thread ends."""
+
+    def sampling(self) -> Sampling:
+        """The record so far."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +93,8 @@ class Meter:
     """What a reader must know: why it is not in the total, or the model behind an estimate."""
     idle_power_w: float | None = None
     """The idle power that a model assumes; None for a sensor."""
+    sampler: Sampler | None = None
+    """What integrates a power sensor while a window is open; None for a counter and a model."""
 
 
 @dataclass(frozen=True, slots=True)

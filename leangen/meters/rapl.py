@@ -25,13 +25,13 @@ Class uncertainty, k=2, type B (judged from the literature, not measured on this
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from leangen import clock
+from leangen.meters import sysfs
 from leangen.meters.meter import Meter, MeterFault, Tick, Unavailable
 from leangen.records import Reading
 
@@ -57,6 +57,9 @@ def open(root: Path = Path("/")) -> list[Meter | Unavailable]:
     try:
         names = os.listdir(folder)
     except FileNotFoundError:
+        if (root / "proc/device-tree").is_dir():
+            reason = f"there is no /{POWERCAP}: not an x86 machine"
+            return [Unavailable("rapl", reason, "", in_total=False)]
         return [_no_zones(f"there is no /{POWERCAP}")]
     except OSError as error:
         return [_no_zones(f"cannot list /{POWERCAP} ({error.strerror})")]
@@ -65,7 +68,7 @@ def open(root: Path = Path("/")) -> list[Meter | Unavailable]:
     if not zones:
         return [_no_zones(f"/{POWERCAP} has no intel-rapl zone")]
 
-    intel = _is_intel(root)
+    intel = is_intel(root)
     found: dict[str, tuple[str, Meter | Unavailable]] = {}
     for interface, *indices in zones:
         zone = ":".join([interface, *indices])
@@ -87,6 +90,11 @@ def open(root: Path = Path("/")) -> list[Meter | Unavailable]:
     ]
 
 
+def u_systematic(kind: str, *, intel: bool) -> float:
+    """The class uncertainty (k=2, a fraction) of a RAPL domain, however it is read."""
+    return 0.20 if kind == "dram" else 0.05 if intel else 0.15
+
+
 def _no_zones(reason: str) -> Unavailable:
     return Unavailable(
         "rapl",
@@ -98,11 +106,11 @@ def _no_zones(reason: str) -> Unavailable:
 
 def _domain(folder: Path, zone: str) -> tuple[str, str]:
     """The kind of a zone (`dram`) and its scope (`dram-1`, after its package's name)."""
-    name = _text(folder / zone / "name") or zone
+    name = sysfs.text(folder / zone / "name") or zone
     parent = zone.rpartition(":")[0]
     if ":" not in parent:
         return name.split("-")[0], name
-    package = _text(folder / parent / "name") or parent
+    package = sysfs.text(folder / parent / "name") or parent
     return name, name + package.removeprefix("package")
 
 
@@ -118,7 +126,7 @@ def _open_zone(zone: Path, kind: str, scope: str, intel: bool) -> Meter | Unavai
     if first.count == 0:
         reason = "its counter stands at 0: this domain does not count"
         return Unavailable(name, reason, "", in_total)
-    limit = _text(zone / "max_energy_range_uj")
+    limit = sysfs.text(zone / "max_energy_range_uj")
     return Meter(
         name=name,
         source="measured",
@@ -126,7 +134,7 @@ def _open_zone(zone: Path, kind: str, scope: str, intel: bool) -> Meter | Unavai
         in_total=in_total,
         unit="uJ",
         tick=TICK,
-        u_systematic=0.20 if kind == "dram" else 0.05 if intel else 0.15,
+        u_systematic=u_systematic(kind, intel=intel),
         max_power_w=MAX_POWER_W.get(kind, 1000.0),
         wraps_at=int(limit) if limit and limit.isdecimal() and int(limit) > 0 else None,
         coverage=1.0,
@@ -136,39 +144,16 @@ def _open_zone(zone: Path, kind: str, scope: str, intel: bool) -> Meter | Unavai
 
 
 def _reader(path: Path) -> Callable[[], Reading]:
-    """Reads the counter. The file is opened anew each time: a vanished one must not go unseen."""
     file = os.fspath(path)
 
     def read() -> Reading:
-        try:
-            fd = os.open(file, os.O_RDONLY)
-            try:
-                raw = os.read(fd, 64).strip()
-                t_ns = clock.monotonic_ns()
-            finally:
-                os.close(fd)
-        except FileNotFoundError as error:
-            raise MeterFault("vanished", error.strerror) from None
-        except PermissionError as error:
-            raise MeterFault("permission", error.strerror) from None
-        except OSError as error:
-            gone = error.errno in (errno.ENODEV, errno.ENXIO)
-            raise MeterFault("vanished" if gone else "unreadable", error.strerror) from None
-        if not raw.isdigit():
-            raise MeterFault("garbage", f"{raw!r} is not a count")
-        return Reading(int(raw), "uJ", t_ns)
+        return Reading(sysfs.count(file), "uJ", clock.monotonic_ns())
 
     return read
 
 
-def _text(path: Path) -> str | None:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace").strip() or None
-    except OSError:
-        return None
-
-
-def _is_intel(root: Path) -> bool:
+def is_intel(root: Path) -> bool:
+    """Whether /proc/cpuinfo names Intel; False where it cannot be read."""
     try:
         with (root / "proc/cpuinfo").open(encoding="utf-8", errors="replace") as file:
             return any("GenuineIntel" in line for line, _ in zip(file, range(40), strict=False))

@@ -1,36 +1,32 @@
-"""Windows: two looks at each meter, and what may be said of the energy between them.
+"""Windows: looks at each meter, and what they say of the energy between the first and the last.
 
-Sensors are read at the window's edges only, as polling costs energy itself (`keep_up` adds a look
-when a counter could otherwise wrap unseen). The terms of the uncertainty, all at k = 2, with
-P = E / (window - tick), the mean power if the counter missed a tick at one edge:
-
-    term        part        size            why
-    tick        random      P x tick        each edge sees the counter as of its last tick: two
-                                            uniform terms, 0.41 P tick at 1 sigma; the power before
-                                            the window is unknown, 0 to P: 0.29 P tick; together
-                                            0.5 P tick
-    jitter      random      P x read time   the count was taken somewhere within the read calls
-    resolution  random      one count       rounding at both edges, 0.41 counts at 1 sigma
-    class       systematic  E x fraction    the kind of sensor: its gain; `Meter.u_systematic`
-
-The tick term holds for a window of about steady power, also when it started from idle. A window in
-which the counter did not move has no figure at all: it is not 0 J.
+Sensors are read at the window's edges and, through `keep_up`, at the ends of some steps: often
+enough that no counter wraps unseen and to see how much power varies (which the uncertainty needs),
+so rarely that it costs at most half a percent of the time. The terms of the uncertainty
+are those of `leangen.meters.uncertainty`. A window with a fault, or one in which the counter did
+not move, has no figure at all: it is not 0 J.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-import statistics
-from dataclasses import dataclass, replace
+import os
+from dataclasses import dataclass, field
 
-from leangen import clock
-from leangen.energy import Baseline
-from leangen.meters.meter import UNIT_UJ, Meter, MeterFault, Selection, Tick
+from leangen import clock as system_clock
+from leangen.meters.meter import UNIT_UJ, Clock, Meter, MeterFault, Sampling, Selection
+from leangen.meters.uncertainty import Stretch, combine, terms
 from leangen.records import MeterWindow, Reading
 
 SUSPEND_NS = 50_000_000
 """Boot-time and monotonic clocks part by more than this only through a suspend."""
+STUCK_TICKS = 3
+LOOK_TICKS = 2.5
+LOOK_COST = 1 / 200
+LOOK_SHARE = 1 / 32
+"""Inner looks are at least 2.5 ticks, 200 times their own cost and 1/32 of the window apart."""
+ALIGN_S = 0.5
+"""No wait for a tick lasts longer."""
 
 
 @dataclass(slots=True)
@@ -38,24 +34,36 @@ class _Track:
     """One meter through a window."""
 
     meter: Meter
+    aligned: bool = False
     first: Reading | None = None
     last: Reading | None = None
     counts: int = 0
+    stretches: list[Stretch] = field(default_factory=list)
     fault: str | None = None
+    first_sampling: Sampling | None = None
+    last_sampling: Sampling | None = None
 
     def look(self) -> None:
-        """Read, and add what the counter gained since the last look."""
+        """Read, and add what the counter gained since the last look. A fault stays."""
         if self.fault is not None:
             return
+        meter, last = self.meter, self.last
         try:
-            reading = self.meter.read()
-            if self.last is not None:
-                self.counts += gained(self.meter, self.last, reading)
+            reading = meter.read()
+            if last is not None:
+                counts = gained(meter, last, reading)
+                self.counts += counts
+                stretch_s = (reading.t_ns - last.t_ns) / 1e9
+                self.stretches.append((stretch_s, counts * UNIT_UJ[meter.unit] / 1e6))
         except MeterFault as fault:
             self.fault = fault.fault
             return
-        self.first = self.first or reading
+        if self.first is None:
+            self.first = reading
         self.last = reading
+        if meter.sampler is not None:
+            self.last_sampling = meter.sampler.sampling()
+            self.first_sampling = self.first_sampling or self.last_sampling
 
     @property
     def elapsed_s(self) -> float:
@@ -70,93 +78,161 @@ class OpenWindow:
     """A window that has begun and not ended."""
 
     tracks: list[_Track]
+    clock: Clock
+    pid: int
     begin_ns: int
     begin_boottime_ns: int
     """Places the window among others of the same boot, whatever process they belong to."""
     look_again_ns: int | None
     """Within this time no counter can wrap twice unseen; None when none wraps."""
-    looked_ns: int = 0
+    tick_ns: float
+    """The fastest of the meters' ticks."""
+    due_ns: int = 0
+    """When the next look is worth its cost, or needed."""
     read_s: float = 0.0
     """Duration of the slowest look."""
 
     def look(self) -> None:
         """Look at every meter once."""
-        start_ns = clock.monotonic_ns()
+        start_ns = self.clock.monotonic_ns()
         for track in self.tracks:
             track.look()
-        self.looked_ns = clock.monotonic_ns()
-        self.read_s = max(self.read_s, (self.looked_ns - start_ns) / 1e9)
+        now_ns = self.clock.monotonic_ns()
+        self.read_s = max(self.read_s, (now_ns - start_ns) / 1e9)
+        wait_ns = max(
+            LOOK_TICKS * self.tick_ns,
+            (now_ns - start_ns) / LOOK_COST,
+            (now_ns - self.begin_ns) * LOOK_SHARE,
+        )
+        if self.look_again_ns is not None:
+            wait_ns = min(wait_ns, self.look_again_ns)
+        self.due_ns = now_ns + int(wait_ns)
+
+    @property
+    def energy_uj(self) -> int | None:
+        """What all meters gained up to the last look; None with a fault."""
+        if any(track.fault is not None for track in self.tracks) or not self.tracks:
+            return None
+        return sum(track.counts * UNIT_UJ[track.meter.unit] for track in self.tracks)
 
 
-def begin(selection: Selection) -> OpenWindow:
-    """Start a window: look at every meter of the selection."""
+def begin(
+    selection: Selection, *, aligned: bool = False, clock: Clock = system_clock
+) -> OpenWindow:
+    """Start a window: look at every meter of the selection.
+
+    aligned: first wait for the slowest counter to tick (up to 2 ticks or half a second, spinning),
+    which halves the largest term of a short window: for benchmarks.
+    """
+    meters = selection.meters
     wrap_times_ns = [
         int(meter.wraps_at * UNIT_UJ[meter.unit] / meter.max_power_w * 1e3)
-        for meter in selection.meters
+        for meter in meters
         if meter.wraps_at is not None
     ]
+    tracks = [_Track(meter) for meter in meters]
+    for meter in meters:
+        if meter.sampler is not None:
+            meter.sampler.start()
+    if aligned and tracks:
+        slowest = max(tracks, key=lambda track: track.meter.tick.seconds)
+        slowest.aligned = wait_for_tick(slowest.meter, clock)
     window = OpenWindow(
-        tracks=[_Track(meter) for meter in selection.meters],
+        tracks=tracks,
+        clock=clock,
+        pid=os.getpid(),
         begin_ns=clock.monotonic_ns(),
         begin_boottime_ns=clock.boottime_ns(),
         look_again_ns=min(wrap_times_ns) // 2 if wrap_times_ns else None,
+        tick_ns=min((meter.tick.seconds * 1e9 for meter in meters), default=math.inf),
     )
-    window.look()
+    if tracks:
+        window.look()
     return window
 
 
-def keep_up(window: OpenWindow) -> None:
-    """Look again if a counter could wrap unseen before long. Call it now and then: per step.
+def wait_for_tick(meter: Meter, clock: Clock = system_clock) -> bool:
+    """Spin until the counter moves; False where it does not within 2 ticks or half a second."""
+    if meter.source != "measured":
+        return False
+    give_up_ns = clock.monotonic_ns() + int(min(2 * meter.tick.seconds, ALIGN_S) * 1e9)
+    try:
+        first = meter.read().count
+        while clock.monotonic_ns() < give_up_ns:
+            if meter.read().count != first:
+                return True
+    except MeterFault:
+        return False  # the window's own look will meet it and name it
+    return False
 
-    It reads a clock and, every half minute at most, the counters. A window in which it is not
-    called for minutes may come out `ambiguous`.
+
+def keep_up(window: OpenWindow) -> bool:
+    """Look again if that is due: whether it did. Call it now and then: at the end of each step.
+
+    Mostly it only reads a clock. A window in which it is not called for minutes may come out
+    `ambiguous`.
     """
-    due = window.look_again_ns
-    if due is not None and clock.monotonic_ns() - window.looked_ns > due:
-        window.look()
+    if not window.tracks or window.clock.monotonic_ns() < window.due_ns:
+        return False
+    window.look()
+    return True
 
 
 def end(window: OpenWindow) -> tuple[MeterWindow, ...]:
     """Look a last time; one MeterWindow per meter, in the order of the selection."""
-    window.look()
-    suspended_ns = (clock.boottime_ns() - window.begin_boottime_ns) - (
-        clock.monotonic_ns() - window.begin_ns
-    )
+    forked = os.getpid() != window.pid
+    if not forked:
+        window.look()
+        for track in window.tracks:
+            if track.meter.sampler is not None:
+                track.meter.sampler.stop()
+    awake_ns = window.clock.monotonic_ns() - window.begin_ns
+    suspended_ns = window.clock.boottime_ns() - window.begin_boottime_ns - awake_ns
+    fault = None
+    if forked:
+        fault = "forked"
+    elif awake_ns < 0:
+        fault = "clock"
+    # A model of awake time goes on being right through a suspend; a sensor may not.
+    suspended = suspended_ns > SUSPEND_NS
     return tuple(
-        _close(track, window.read_s, suspended=suspended_ns > SUSPEND_NS) for track in window.tracks
+        _close(
+            track,
+            window.read_s,
+            fault or ("suspended" if suspended and track.meter.source != "estimated" else None),
+        )
+        for track in window.tracks
     )
 
 
 def gained(meter: Meter, before: Reading, after: Reading) -> int:
     """What the counter gained between two readings, in its own counts; a wrap is undone.
 
-    Raises MeterFault where that cannot be told: `ambiguous` when the counter could have gone all
-    the way round in the time, `reset` for a fall that no wrap within `max_power_w` explains,
-    `jump` for a rise beyond it.
+    Raises MeterFault where that cannot be told: `clock` when time ran backwards, `ambiguous` when
+    the counter could have gone all the way round in the time, `older` for a fall that is small for
+    the time, `reset` for any other that no wrap within `max_power_w` explains, `jump` for a rise
+    beyond it.
     """
+    if after.t_ns < before.t_ns:
+        raise MeterFault("clock")
     # Two ticks of grace: the counter may show energy from just before the first reading.
-    elapsed_s = (after.t_ns - before.t_ns) / 1e9 + 2 * meter.tick.seconds
+    elapsed_s = (after.t_ns - before.t_ns) / 1e9 + 2 * meter.tick.seconds + meter.tick.lag_s
     most = meter.max_power_w * elapsed_s * 1e6 / UNIT_UJ[meter.unit]
     if meter.wraps_at is not None and most >= meter.wraps_at:
         raise MeterFault("ambiguous")
     counts = after.count - before.count
     if counts < 0:
         if meter.wraps_at is None or counts + meter.wraps_at > most:
-            raise MeterFault("reset")
+            raise MeterFault("older" if -counts <= most and after.count > most else "reset")
         counts += meter.wraps_at
     if counts > most:
         raise MeterFault("jump")
     return counts
 
 
-def _close(track: _Track, read_s: float, *, suspended: bool) -> MeterWindow:
+def _close(track: _Track, read_s: float, fault: str | None) -> MeterWindow:
     meter = track.meter
-    fault = track.fault
-    # A model of awake time goes on being right through a suspend; a counter may not.
-    if fault is None and suspended and meter.source == "measured":
-        fault = "suspended"
-    if fault is None and track.counts == 0:
-        fault = "stuck" if track.elapsed_s > 3 * meter.tick.seconds else "unresolved"
+    fault = fault or track.fault or _stuck(track)
     if fault is not None:
         return MeterWindow(
             sensor=meter.name,
@@ -166,87 +242,44 @@ def _close(track: _Track, read_s: float, *, suspended: bool) -> MeterWindow:
             coverage=meter.coverage,
             faults=(fault,),
         )
-    count_j = UNIT_UJ[meter.unit] / 1e6
-    energy_j = track.counts * count_j
-    tick_s = meter.tick.seconds
-    power_w = energy_j / max(track.elapsed_s - tick_s, tick_s)
+    coverage, sampling_u_j = _sampled(track)
+    parts = terms(
+        meter, track.stretches, read_s=read_s, aligned=track.aligned, sampling_u_j=sampling_u_j
+    )
+    u_random_j, u_systematic_j = combine(parts)
+    energy_uj = track.counts * UNIT_UJ[meter.unit]
+    if track.aligned:  # the begin missed nothing, the end half a tick on average
+        tick_s = meter.tick.seconds
+        energy_uj += round(energy_uj * tick_s / 2 / max(track.elapsed_s - tick_s / 2, tick_s / 2))
     return MeterWindow(
         sensor=meter.name,
         source=meter.source,
-        energy_uj=track.counts * UNIT_UJ[meter.unit],
-        u_random_j=math.hypot(power_w * tick_s, power_w * read_s, 0.82 * count_j),
-        u_systematic_j=meter.u_systematic * energy_j,
-        tick_s=tick_s,
-        coverage=meter.coverage,
+        energy_uj=energy_uj,
+        u_random_j=u_random_j,
+        u_systematic_j=u_systematic_j,
+        tick_s=meter.tick.seconds,
+        coverage=coverage,
+        terms=parts,
     )
 
 
-def probe(meter: Meter, *, edges: int = 8) -> Meter:
-    """The meter with its tick measured: the median time between moves of its counter.
-
-    Reads in a tight loop for about `edges` ticks (10 ms for RAPL, 1 s for NVML), at most for twice
-    that. A model has nothing to probe, and a counter that hardly moves keeps its documented tick.
-    """
-    if meter.source != "measured":
-        return meter
-    give_up_ns = clock.monotonic_ns() + int(2e9 * edges * meter.tick.seconds)
-    moved_ns: list[int] = []
-    try:
-        last = meter.read()
-        while len(moved_ns) <= edges and clock.monotonic_ns() < give_up_ns:
-            reading = meter.read()
-            if reading.count != last.count:
-                moved_ns.append(reading.t_ns)
-            last = reading
-    except MeterFault:
-        return meter
-    if len(moved_ns) <= edges // 2:
-        how = f"{meter.tick.how} (probing saw it move {len(moved_ns)} times)"
-        return replace(meter, tick=Tick(meter.tick.seconds, how))
-    gaps_s = [(b - a) / 1e9 for a, b in itertools.pairwise(moved_ns)]
-    return replace(
-        meter, tick=Tick(statistics.median(gaps_s), f"probed: median of {len(gaps_s)} moves")
-    )
+def _stuck(track: _Track) -> str | None:
+    """A counter that rested, as far as that can be told: for 3 ticks it may just be slow."""
+    patience_s = STUCK_TICKS * (track.meter.tick.seconds + 2 * track.meter.tick.jitter_s)
+    if track.counts == 0:
+        return "stuck" if track.elapsed_s > patience_s else "ambiguous"
+    resting_s = 0.0
+    for seconds, joules in track.stretches:
+        resting_s = 0.0 if joules else resting_s + seconds
+        if resting_s > patience_s and track.meter.source == "measured":
+            return "stuck"
+    return None
 
 
-def measure_baseline(selection: Selection, seconds: float) -> Baseline | None:
-    """The idle power of the selection's scope, from about `seconds` of doing nothing.
-
-    Sleeps through up to 10 windows of at least 10 ticks each. The stated spread is that of one
-    further window, not of the mean: it is subtracted from one further interval. An estimate
-    brings its own baseline, at once. None when there is no meter or a window was faulted.
-
-    Raises ValueError for `seconds` too short for two windows.
-    """
-    if selection.source != "measured":
-        return selection.baseline
-    slowest_s = max(meter.tick.seconds for meter in selection.meters)
-    parts = min(10, int(seconds / (10 * slowest_s)))
-    if parts < 2:
-        raise ValueError(
-            f"a baseline of {seconds} s is too short for a tick of {slowest_s} s: "
-            f"give at least {20 * slowest_s} s"
-        )
-    powers_w = []
-    edges_w = []
-    systematic_w = 0.0
-    for _ in range(parts):
-        window = begin(selection)
-        clock.sleep(seconds / parts)
-        closed = end(window)
-        if any(meter.energy_uj is None for meter in closed):
-            return None
-        elapsed_s = [track.elapsed_s for track in window.tracks]
-        rows = list(zip(closed, elapsed_s, strict=True))
-        powers_w.append(math.fsum((m.energy_uj or 0) / 1e6 / s for m, s in rows))
-        edges_w.append(math.hypot(*((m.u_random_j or 0.0) / s for m, s in rows)))
-        systematic_w += math.fsum((m.u_systematic_j or 0.0) / s for m, s in rows) / parts
-    spread_w = 2 * statistics.stdev(powers_w) * math.sqrt(1 + 1 / parts)
-    return Baseline(
-        power_w=statistics.fmean(powers_w),
-        u_random_w=math.hypot(spread_w, statistics.fmean(edges_w) / math.sqrt(parts)),
-        u_systematic_w=systematic_w,
-        duration_s=seconds,
-        scope=selection.scope,
-        how=f"measured over {parts} idle windows of {seconds / parts:.2g} s",
-    )
+def _sampled(track: _Track) -> tuple[float | None, float | None]:
+    """Coverage of a window, and the k=2 uncertainty that sampling adds; None for a counter."""
+    first, last = track.first_sampling, track.last_sampling
+    if first is None or last is None or track.elapsed_s <= 0:
+        return track.meter.coverage, None
+    coverage = (last.covered_ns - first.covered_ns) / 1e9 / track.elapsed_s
+    return min(1.0, coverage), 2 * math.sqrt(max(0.0, last.variance_j2 - first.variance_j2))
