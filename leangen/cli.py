@@ -313,8 +313,14 @@ def _condition(text: str) -> tuple[str, float]:
 
 
 def _embodied(text: str) -> tuple[float, float]:
-    total_kg, lifetime_years = text.split(",")
-    return float(total_kg), float(lifetime_years)
+    try:
+        total_kg, lifetime_years = map(float, text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not KG,YEARS: give kgCO2e of the hardware and the years of its use, "
+            "such as 250,4"
+        ) from error
+    return total_kg, lifetime_years
 
 
 def _request(args: argparse.Namespace) -> tuple[str | None, dict[str, Any]]:

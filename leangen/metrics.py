@@ -158,7 +158,8 @@ def text(ledger: Ledger) -> str:
 
     registry = CollectorRegistry()
     registry.register(LedgerCollector(ledger))
-    return generate_latest(registry).decode()
+    exposition: bytes = generate_latest(registry)
+    return exposition.decode()
 
 
 def start(ledger: Ledger, listen: str) -> tuple[Any, Any]:
@@ -186,10 +187,10 @@ def serve(ledger: Ledger, listen: str) -> None:
     """Serve the metrics at `HOST:PORT` until interrupted; errors as in `start`."""
     server, thread = start(ledger, listen)
     host, port = server.server_address[:2]
-    say(f"metrics at http://{host}:{port}/metrics, Ctrl-C ends")
-    if _address(listen)[0] not in LOOPBACK:
-        say("note: whoever can reach this address can read them, there is no password")
     try:
+        if _address(listen)[0] not in LOOPBACK:
+            say("note: whoever can reach this address can read them, there is no password")
+        say(f"metrics at http://{host}:{port}/metrics, Ctrl-C ends")
         thread.join()
     except KeyboardInterrupt:
         say("")

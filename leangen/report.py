@@ -5,6 +5,7 @@ Every figure is the ledger's own sum. Sources are never added up. `leangen.page`
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -205,7 +206,8 @@ def print_overview(view: Overview) -> None:
             for row in view.groups
         ],
     )
-    recent = sorted({str(row.group[view.period]) for row in view.trend})[-MOST_PERIODS:]
+    seen = sorted({str(row.group[view.period]) for row in view.trend})
+    recent = seen[-MOST_PERIODS:]
     trend = [row for row in view.trend if row.group[view.period] in recent]
     top = max((row.gross_uj for row in trend if row.gross_uj is not None), default=0)
     table(
@@ -221,7 +223,8 @@ def print_overview(view: Overview) -> None:
             ]
             for row in trend
         ],
-        title=f"last {len(recent)} {view.period}s",
+        title=f"by {view.period}"
+        + (f", the last {MOST_PERIODS}" if len(recent) < len(seen) else ""),
     )
     for budget in view.budgets:
         limit = budget["budget"]
@@ -258,10 +261,11 @@ def idle_text(row: Sum) -> str:
 def idle_share(row: Sum) -> tuple[float | None, float]:
     """Idle over gross energy of the receipts where both are known, with its u (k = 2)."""
     share = row.idle_share
-    if share is None:
+    if share is None or not row.gross_uj:
         return None, 0.0
-    relative = 0.0 if not row.gross_uj else (row.u_j or 0.0) / (row.gross_uj / 1e6)
-    return share, ((row.idle_u_j or 0.0) / (row.idle_of_uj / 1e6)) + share * relative
+    idle_u = (row.idle_u_j or 0.0) / (row.idle_of_uj / 1e6)
+    gross_u = share * (row.u_j or 0.0) / (row.gross_uj / 1e6)
+    return share, math.hypot(idle_u, gross_u)
 
 
 def carbon_text(row: Sum) -> str:

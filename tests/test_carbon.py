@@ -8,11 +8,14 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_bundles import BUILDERS, OPTIONS
 
-from leangen import carbon, clock
+from leangen import carbon, clock, intensity
 from leangen.cli import main
+from leangen.engine import Engine
 from leangen.errors import RequestError
 from leangen.records import Embodied
+from leangen.session import Session
 
 MORNING = "2026-11-21T08:30:00.123Z"
 
@@ -23,7 +26,7 @@ def of(energy_j, *given, u_j=None, at=MORNING, duration_s=0.0, units=0.0, **opti
 
 
 def test_every_row_has_its_year_and_source():
-    grids = carbon.grids()
+    grids = intensity.grids()
     assert len(grids) >= 24
     for region, grid in grids.items():
         assert grid.region == region == region.lower()
@@ -49,11 +52,11 @@ def test_region_from_the_environment_and_an_argument_before_it(monkeypatch):
     assert of(3.6e6, "pl").region == "pl"
 
 
-@pytest.mark.parametrize("intensity", [20, 20.0, "20"])
-def test_own_intensity_goes_first(intensity):
-    own = of(3.6e6, "de", intensity=intensity)
+@pytest.mark.parametrize("given", [20, 20.0, "20"])
+def test_own_intensity_goes_first(given):
+    own = of(3.6e6, "de", intensity=given)
     assert (own.g, own.region, own.source) == (20, "de", "given by the user")
-    assert of(3.6e6, intensity=intensity).region == "own"
+    assert of(3.6e6, intensity=given).region == "own"
 
 
 def test_unknown_energy_has_unknown_emissions():
@@ -68,9 +71,9 @@ def test_bad_region_and_intensity_are_refused():
         RequestError, match="region 'atlantis' is not in the carbon table.*world, eu"
     ):
         carbon.footprint("atlantis")
-    for intensity in (-1.0, float("nan"), "inf"):
+    for wrong in (-1.0, float("nan"), "inf"):
         with pytest.raises(RequestError, match="expected gCO2e/kWh of 0 or more"):
-            carbon.footprint(intensity=intensity)
+            carbon.footprint(intensity=wrong)
 
 
 def test_embodied_share_is_the_totals_part_by_time():
@@ -93,28 +96,28 @@ def test_bad_embodied_figures_are_refused(embodied):
 @given(
     energy_j=st.floats(0, 1e9),
     u_j=st.floats(0, 1e6),
-    intensity=st.floats(0, 1500),
+    g_per_kwh=st.floats(0, 1500),
     total_kg=st.floats(1, 1e5),
     years=st.floats(0.5, 20),
     duration_s=st.floats(0, 1e6),
     units=st.floats(1e-3, 1e6),
 )
 def test_sci_is_energy_times_intensity_plus_embodied_per_unit(
-    energy_j, u_j, intensity, total_kg, years, duration_s, units
+    energy_j, u_j, g_per_kwh, total_kg, years, duration_s, units
 ):
     """ISO/IEC 21031: SCI = (E x I + M) per R, with M = TE x time reserved / lifespan."""
     result = of(
         energy_j,
         u_j=u_j,
-        intensity=intensity,
+        intensity=g_per_kwh,
         embodied=(total_kg, years),
         duration_s=duration_s,
         units=units,
     )
-    operational = energy_j / 3.6e6 * intensity
+    operational = energy_j / 3.6e6 * g_per_kwh
     m = total_kg * 1e3 * duration_s / (years * 365.25 * 86_400)
     assert result.sci_g_per_unit == pytest.approx((operational + m) / units)
-    assert result.sci_u_g_per_unit == pytest.approx(u_j / 3.6e6 * intensity / units)
+    assert result.sci_u_g_per_unit == pytest.approx(u_j / 3.6e6 * g_per_kwh / units)
 
 
 def test_sci_is_unknown_without_the_hardwares_share_or_work():
@@ -143,7 +146,7 @@ def hours(tmp_path):
     ],
 )
 def test_a_series_gives_the_hours_value(hours, at, expected):
-    made = carbon.Footprint(carbon.read_series(hours, "de"))
+    made = carbon.Footprint(intensity.read_series(hours, "de"))
     result = made.of(3.6e6, started_at=at)
     assert (result.g, result.region, result.year) == (expected, "de", 2026)
     assert result.source == "grid.csv"
@@ -158,7 +161,7 @@ def test_a_series_gives_the_hours_value(hours, at, expected):
     ],
 )
 def test_a_series_says_where_it_has_no_value(hours, at, why):
-    made = carbon.Footprint(carbon.read_series(hours))
+    made = carbon.Footprint(intensity.read_series(hours))
     with pytest.raises(RequestError, match=f"grid.csv has no carbon intensity for.*{why}"):
         made.at(at)
     late = made.of(3.6e6, started_at=at)
@@ -193,7 +196,7 @@ def test_a_bad_series_is_refused_with_its_line(tmp_path, text, why):
     path = tmp_path / "grid.csv"
     path.write_text(text)
     with pytest.raises(RequestError, match=why):
-        carbon.read_series(path)
+        intensity.read_series(path)
 
 
 def test_a_missing_or_binary_series_is_refused(tmp_path):
@@ -201,7 +204,7 @@ def test_a_missing_or_binary_series_is_refused(tmp_path):
         carbon.footprint(intensity=tmp_path / "none.csv")
     (tmp_path / "b.csv").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(RequestError, match="is not a CSV file in UTF-8"):
-        carbon.read_series(tmp_path / "b.csv")
+        intensity.read_series(tmp_path / "b.csv")
 
 
 def test_brains():
@@ -220,11 +223,39 @@ def test_carbon_options_are_checked_before_a_model_is_fetched(capsys, tmp_path):
         assert why in capsys.readouterr().err
 
 
+def test_the_command_explains_a_malformed_embodied_share(capsys):
+    for text in ("250", "a,b", "1,2,3"):
+        with pytest.raises(SystemExit) as left:
+            main(["generate", "smollm2-135m", "--embodied", text])
+        assert left.value.code == 2
+        assert "is not KG,YEARS" in capsys.readouterr().err
+
+
 def test_receipts_of_a_series_and_hardware_are_plain_json(hours):
     made = carbon.Footprint(
-        carbon.read_series(hours), Embodied(total_kg=1, lifetime_years=1, g_per_s=1e-5)
+        intensity.read_series(hours), Embodied(total_kg=1, lifetime_years=1, g_per_s=1e-5)
     )
     document = made.of(1.0, 0.1, started_at=MORNING, duration_s=2, units=4).to_json()
     assert document["embodied"]["total_kg"] == 1
     assert document["sci_g_per_unit"] == pytest.approx((1 / 3.6e6 * 200 + 2e-5) / 4)
     assert replace(made, embodied=None).of(1.0, started_at=MORNING).to_json()["embodied"] is None
+
+
+def test_an_engine_puts_it_into_receipts_and_tells_its_hooks(tmp_path):
+    engine = Engine(
+        Session(BUILDERS["language"](tmp_path / "bundle"), threads=1),
+        footprint=carbon.footprint("pl", embodied=(250, 4)),
+    )
+    heard = []
+    engine.on_receipt.append(heard.append)
+    receipt = engine.generate(**OPTIONS["language"]).receipt
+    assert heard == [receipt]
+    document = receipt.to_json()["carbon"]
+    assert document["region"] == "pl"
+    assert document["embodied_g"] == pytest.approx(receipt.duration_ns / 1e9 * 250e3 / 126_230_400)
+    assert document["sci_g_per_unit"] * receipt.units.count == pytest.approx(
+        document["g"] + document["embodied_g"]
+    )
+    assert document["u_g"] == pytest.approx(
+        document["g"] * receipt.energy.u_j / receipt.energy.gross_j
+    )

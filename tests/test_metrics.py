@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import urllib.error
@@ -9,7 +10,7 @@ import urllib.request
 from dataclasses import replace
 
 import pytest
-from ledger_fixtures import receipt
+from receipt_fakes import receipt
 
 from leangen import metrics
 from leangen.cli import main
@@ -159,6 +160,23 @@ def test_the_command_prints_them(capsys):
     assert main(["metrics"]) == 0
     found = samples(capsys.readouterr().out)
     assert found["leangen_generations_total", "int4", "measured", "smollm2-135m"] == 1
+
+
+def test_serving_ends_when_interrupted(tmp_path):
+    script = (  # a test that runs in the background would hand down an ignored SIGINT
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from leangen.cli import main; sys.exit(main(['metrics', '--listen', '127.0.0.1:0']))"
+    )
+    command = [sys.executable, "-c", script]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            line = server.stderr.readline()
+            assert "metrics at http://127.0.0.1:" in line
+            server.send_signal(signal.SIGINT)
+            _, rest = server.communicate(timeout=30)
+            assert (server.returncode, "Traceback" in rest) == (0, False), rest
+        finally:
+            server.kill()
 
 
 def test_the_missing_library_is_named():

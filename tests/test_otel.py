@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from ledger_fixtures import receipt
+from receipt_fakes import receipt
 
 from leangen import otel
 from leangen.records import MeterWindow

@@ -11,7 +11,7 @@ from html.parser import HTMLParser
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from ledger_fixtures import receipt
+from receipt_fakes import receipt
 
 from leangen import budget, charts, clock, page, report
 from leangen.cli import main
