@@ -12,8 +12,6 @@ from leangen.graph_edit import Graph, Range
 from leangen.sensitivity import Probe
 from leangen.treatments import BLOCK, Site, Treatments
 
-ACTIVATION_ERROR = 0.04
-"""Relative RMSE of a graph's output that 8-bit activations may add, of all its convolutions."""
 INT8_ERROR = 0.06
 """Relative RMSE of a graph's output that 8-bit weights may add; worse nodes get 16 bits."""
 INT4_ERROR = 0.08
@@ -68,13 +66,15 @@ def measured(
     scheme: str,
     *,
     untouched: int,
-    int8_arithmetic: bool,
+    activation_error: float,
+    weights_only: Callable[[str], str | None],
     note: Callable[[str], None],
 ) -> tuple[Treatments, dict[str, Choice]]:
     """Treatments by what each does to the graph's outputs on `feeds`.
 
     `untouched` is the number of parameters too small to quantize: they weigh on int4's mean bits.
-    `note` is told what goes on.
+    `activation_error` is the relative RMSE of the graph's output that int8 arithmetic may add;
+    `weights_only` says why a node is to have none, or None. `note` is told what goes on.
     """
     around = [
         name
@@ -97,9 +97,16 @@ def measured(
         note(f"4-bit weights, trying {len(sites)} layers")
         _four_bits(graph, sites, treatments, feeds, choices, budget)
         budget -= _total_bits(by_name, choices)
-    if int8_arithmetic:
-        note(f"int8 arithmetic, trying {len(sites)} layers")
-        _static(graph, by_name, treatments, feeds, work, choices, budget)
+    rounded: dict[str, Site] = {}
+    for name, site in by_name.items():
+        reason = weights_only(name)
+        if reason is None:
+            rounded[name] = site
+        else:
+            choices[name] = Choice(choices[name].treatment, f"{choices[name].reason}; {reason}")
+    if rounded:
+        note(f"int8 arithmetic, trying {len(rounded)} layers")
+        _static(graph, rounded, treatments, feeds, work, choices, budget, activation_error**2)
     return treatments, choices
 
 
@@ -183,6 +190,7 @@ def _static(
     work: Mapping[str, int],
     choices: dict[str, Choice],
     budget: float | None,
+    allowed: float,
 ) -> None:
     """Turn the layers with most work into int8 arithmetic, as far as the output bears it.
 
@@ -210,7 +218,6 @@ def _static(
         return
     stand_ins = {name: treatments.apply(sites[name], offered[name]) for name in heavy}
     probe = Probe(graph, stand_ins, feeds)
-    allowed = ACTIVATION_ERROR**2
     harm = probe.harm(heavy, allowed * _NEGLIGIBLE)
     order = sorted(heavy, key=lambda name: harm[name] / work[name])
     chosen = order[: _most_within(order, allowed, probe.error)]

@@ -8,9 +8,10 @@ inputs that the model itself makes (`calibrate`). The manifest keeps every choic
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from leangen.calibrate import Feeds
 from leangen.errors import UnknownSchemeError
 from leangen.graph_edit import Graph
 from leangen.plan import Choice
-from leangen.treatments import Site, Treated, Treatments, find_sites
+from leangen.treatments import CODE_BITS, Site, Treatments, find_sites
 
 Progress = Callable[[int, int, str], None]
 """Called with (done, total, what) as the work goes on."""
@@ -32,27 +33,56 @@ class Recipe:
 
     measured: bool = True
     """Plan from calibration runs; else every layer of a kind is treated alike."""
-    int8_arithmetic: bool = True
-    """Whether activations may be rounded to 8 bits where measurements allow it."""
+    activation_error: float = 0.04
+    """Relative RMSE that rounding activations to 8 bits may add to a graph's output."""
     keep_fp32: Mapping[str, str] = field(default_factory=dict)
     """Patterns of node names that stay fp32, with the reason."""
+    fp32_activations: Mapping[str, str] = field(default_factory=dict)
+    """Patterns of node names of which only the weights are quantized, with the reason."""
+
+    def kept(self, node: str) -> str | None:
+        """Why a node stays fp32, or None."""
+        return next((why for glob, why in self.keep_fp32.items() if fnmatch(node, glob)), None)
+
+    def weights_only(self, node: str) -> str | None:
+        """Why a node's activations stay fp32, or None."""
+        patterns = self.fp32_activations.items()
+        return next((why for glob, why in patterns if fnmatch(node, glob)), None)
 
 
 RECIPES = {
     "language": Recipe(measured=False),
-    # A log-density sums the logs of slopes: rounded activations shift it by tenths of a nat.
-    "flow/density": Recipe(int8_arithmetic=False),
+    "flow/density": Recipe(
+        fp32_activations={"*": "rounded activations shift a log-density by tenths of a nat"}
+    ),
     "flow/speech": Recipe(
+        activation_error=0.1,
         keep_fp32={
             "/dp/*": "duration predictor: it sets how long each sound lasts, so an error moves "
             "everything after it"
-        }
+        },
+        fp32_activations={
+            "/dec/*": "rounded activations put a hiss under silence (log-mel distance 6 dB)"
+        },
     ),
 }
 """Recipes by family or family/task; the rest take the default one."""
 
 
 @dataclass(frozen=True, slots=True)
+class _Planned:
+    """One graph with a choice for each of its nodes."""
+
+    graph: Graph
+    sites: Sequence[Site]
+    """The nodes to treat; `choices` also has those that stay fp32."""
+    treatments: Treatments
+    choices: dict[str, Choice]
+    parameters: Mapping[str, int]
+    """Float parameters of the original graph: name and size."""
+
+
+@dataclass(slots=True)
 class _Result:
     """One graph, quantized."""
 
@@ -61,7 +91,7 @@ class _Result:
     low_weights: int
     """Weights at 8 bits or fewer."""
     weights: int
-    relative_rmse: float | None
+    relative_rmse: float | None = None
 
 
 def quantize(
@@ -89,19 +119,17 @@ def quantize(
     report(0, total, "calibrating")
     feeds, requests = _feeds(bundle)
     with create(out, replace=replace) as draft:
+        planned = {}
+        for done, role in enumerate(bundle.graphs, start=1):
+            note = partial(_note, report, done, total, role)
+            planned[role] = _plan(bundle, role, scheme, feeds[role], note)
+        _agree(planned.values())
         results = {}
-        for done, (role, name) in enumerate(bundle.graphs.items(), start=1):
-            report(done, total, f"quantizing {role}")
+        for role, name in bundle.graphs.items():
             target = draft.folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
-            results[role] = _quantize_graph(
-                bundle,
-                role,
-                scheme,
-                feeds[role],
-                target,
-                lambda what, done=done, role=role: report(done, total, f"{role}: {what}"),  # type: ignore[misc]
-            )
+            results[role] = _write(planned[role], target)
+            results[role].relative_rmse = _rmse(bundle, role, target, feeds[role])
         _copy_assets(bundle, draft.folder)
         draft.name, draft.family, draft.scheme = bundle.name, bundle.family, scheme
         draft.graphs, draft.config = dict(bundle.graphs), dict(bundle.config)
@@ -128,52 +156,93 @@ def _recipe(bundle: Bundle) -> Recipe:
     return RECIPES.get(key, Recipe())
 
 
-def _quantize_graph(
-    bundle: Bundle,
-    role: str,
-    scheme: str,
-    feeds: Sequence[Feeds],
-    target: Path,
-    note: Callable[[str], None],
-) -> _Result:
+def _note(report: Progress, done: int, total: int, role: str, what: str) -> None:
+    report(done, total, f"{role}: {what}")
+
+
+def _plan(
+    bundle: Bundle, role: str, scheme: str, feeds: Sequence[Feeds], note: Callable[[str], None]
+) -> _Planned:
     recipe = _recipe(bundle)
     graph = Graph(bundle.graph(role))
     parameters = graph.float_parameters()
-    choices: dict[str, Choice] = {}
-    sites = []
     found = find_sites(graph)
-    for site in found:
-        name = site.node.name
-        reason = next((why for glob, why in recipe.keep_fp32.items() if fnmatch(name, glob)), None)
-        if reason is None:
-            sites.append(site)
-        else:
-            choices[name] = Choice("fp32", reason)
+    kept = {site.node.name: recipe.kept(site.node.name) for site in found}
+    sites = [site for site in found if kept[site.node.name] is None]
     if recipe.measured and feeds:
         untouched = sum(parameters.values()) - sum(
             parameters[weight] for weight in {site.weight for site in found}
         )
-        treatments, planned = plan.measured(
+        treatments, choices = plan.measured(
             graph,
             sites,
             feeds,
             scheme,
             untouched=untouched,
-            int8_arithmetic=recipe.int8_arithmetic,
+            activation_error=recipe.activation_error,
+            weights_only=recipe.weights_only,
             note=note,
         )
     else:
+        note(f"{len(sites)} layers")
         treatments = Treatments(graph)
-        planned = plan.uniform(graph, sites, treatments, scheme)
-    choices |= planned
+        choices = plan.uniform(graph, sites, treatments, scheme)
+    for name, reason in kept.items():
+        if reason is not None:
+            choices[name] = Choice("fp32", reason)
+    return _Planned(graph, sites, treatments, choices, parameters)
+
+
+def _agree(planned: Collection[_Planned]) -> None:
+    """Give a node that several graphs have (a flow, forward and back) its most exact treatment."""
+    best: dict[str, Choice] = {}
+    for part in planned:
+        for name, choice in part.choices.items():
+            if name not in best or _code_bits(choice) > _code_bits(best[name]):
+                best[name] = choice
+    for part in planned:
+        for name in part.choices:
+            part.choices[name] = best[name]
+
+
+def _code_bits(choice: Choice) -> int:
+    return CODE_BITS.get(choice.treatment, 32)
+
+
+def _write(part: _Planned, target: Path) -> _Result:
+    """Write the quantized graph and account for what it stores."""
     treated = {
-        site.node.name: treatments.apply(site, choices[site.node.name].treatment)
-        for site in sites
-        if choices[site.node.name].treatment != "fp32"
+        site.node.name: part.treatments.apply(site, part.choices[site.node.name].treatment)
+        for site in part.sites
+        if part.choices[site.node.name].treatment != "fp32"
     }
-    graph.replace({name: stand_in.nodes for name, stand_in in treated.items()})
-    graph.save(target)
-    return _account(sites, choices, treated, parameters, _rmse(bundle, role, target, feeds))
+    part.graph.replace({name: stand_in.nodes for name, stand_in in treated.items()})
+    part.graph.save(target)
+    of_weight = {
+        site.weight: treated[site.node.name] for site in part.sites if site.node.name in treated
+    }
+    size_of = {site.node.name: site.weights for site in part.sites}
+    nodes: dict[str, dict[str, Any]] = {}
+    for name, choice in part.choices.items():
+        bits = treated[name].stored_bits / size_of[name] if name in treated else 32.0
+        nodes[name] = {
+            "treatment": choice.treatment,
+            "bits": round(bits, 3),
+            "reason": choice.reason,
+        }
+    return _Result(
+        nodes=nodes,
+        stored_bits=sum(
+            of_weight[name].stored_bits if name in of_weight else 32 * size
+            for name, size in part.parameters.items()
+        ),
+        low_weights=sum(
+            size
+            for name, size in part.parameters.items()
+            if name in of_weight and of_weight[name].code_bits <= 8
+        ),
+        weights=sum(part.parameters.values()),
+    )
 
 
 def _rmse(bundle: Bundle, role: str, target: Path, feeds: Sequence[Feeds]) -> float | None:
@@ -187,42 +256,6 @@ def _rmse(bundle: Bundle, role: str, target: Path, feeds: Sequence[Feeds]) -> fl
         for feed in feeds
     ]
     return float(sum(errors) / len(errors)) ** 0.5
-
-
-def _account(
-    sites: Sequence[Site],
-    choices: Mapping[str, Choice],
-    treated: Mapping[str, Treated],
-    parameters: Mapping[str, int],
-    relative_rmse: float | None,
-) -> _Result:
-    """What is stored for the graph's float parameters, and each node's entry for the manifest."""
-    of_weight = {
-        site.weight: treated[site.node.name] for site in sites if site.node.name in treated
-    }
-    size_of = {site.node.name: site.weights for site in sites}
-    nodes: dict[str, dict[str, Any]] = {}
-    for name, choice in choices.items():
-        bits = treated[name].stored_bits / size_of[name] if name in treated else 32.0
-        nodes[name] = {
-            "treatment": choice.treatment,
-            "bits": round(bits, 3),
-            "reason": choice.reason,
-        }
-    return _Result(
-        nodes=nodes,
-        stored_bits=sum(
-            of_weight[name].stored_bits if name in of_weight else 32 * size
-            for name, size in parameters.items()
-        ),
-        low_weights=sum(
-            size
-            for name, size in parameters.items()
-            if name in of_weight and of_weight[name].code_bits <= 8
-        ),
-        weights=sum(parameters.values()),
-        relative_rmse=relative_rmse,
-    )
 
 
 def _describe(
