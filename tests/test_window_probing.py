@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -128,6 +129,16 @@ def test_counter_against_power_shows_a_counter_that_is_off():
     assert ratio == pytest.approx(1.25, rel=0.01)
     with pytest.raises(ValueError, match="integrates to"):
         counter_against_power(meter, lambda: 0.0, 0.1, clock=world)
+
+
+def test_probing_holds_a_counter_against_power_where_there_is_both():
+    world, meter = steady(power_w=20.0, tick_s=0.1, read_s=1e-3)
+    assert "power" not in meters.probe(meter, clock=world).tick.how
+    both = meters.probe(replace(meter, read_power_w=lambda: 40.0), clock=world)
+    assert re.search(r"; 0\.[45]\d of integrated power over 0.6 s", both.tick.how)
+    none = meters.probe(replace(meter, read_power_w=lambda: 0.0), clock=world)
+    assert "not held against power" in none.tick.how
+    assert none.tick.seconds == pytest.approx(0.1, rel=0.02)
 
 
 def test_the_terms_are_listed_and_are_what_the_uncertainty_is_made_of():
