@@ -177,7 +177,7 @@ def test_a_part_time_sensor_is_less_sure_of_bursts():
 )
 def test_the_plan_keeps_what_it_promises_and_no_fewer_would(duration_s, tick_s, wanted):
     def edges(repeats):
-        return tick_s / 2 / max(repeats * duration_s - tick_s, 1e-12)
+        return meters.edges_relative_u(repeats * duration_s, tick_s)
 
     repeats = meters.plan_repeats(duration_s, tick_s, wanted)
     assert edges(repeats) <= wanted * (1 + 1e-6)
