@@ -24,9 +24,9 @@ the time between them, T the counter's tick, and
 
 Power within a window is seen through its inner looks (`keep_up`, at the ends of steps), joined to
 stretches of 2 ticks or more. Whole ticks alone spread their powers by about P T / (sqrt(6) dt),
-which is subtracted: a steady load has s = 0. With fewer than 2 stretches s is unknown and taken as 0, so
-a window of a single step rests on the assumption that its power is about steady, also where it
-started from idle.
+which is subtracted: a steady load has s = 0. With fewer than 2 stretches s is unknown and taken as
+0, so a window of a single step rests on the assumption that its power is about steady, also where
+it started from idle.
 
 The random terms add in quadrature, `edges` and `lag` linearly before. `bench/coverage.py` holds all
 this against a simulated world, also for power laws that had no say in it.
