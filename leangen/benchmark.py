@@ -94,7 +94,7 @@ def plan(receipt: Receipt, precision: float) -> dict[str, Any]:
         "duration_s": duration_s,
         "tick_s": tick_s,
         "repeats_per_window": repeats,
-        "edges_relative_u": tick_s / 2 / max(repeats * duration_s - tick_s, duration_s),
+        "edges_relative_u": meters.edges_relative_u(repeats * duration_s, tick_s),
         "class_relative_u": systematic_j / gross_j if gross_j and systematic_j else None,
     }
 

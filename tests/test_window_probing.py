@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -130,6 +131,16 @@ def test_counter_against_power_shows_a_counter_that_is_off():
         counter_against_power(meter, lambda: 0.0, 0.1, clock=world)
 
 
+def test_probing_holds_a_counter_against_power_where_there_is_both():
+    world, meter = steady(power_w=20.0, tick_s=0.1, read_s=1e-3)
+    assert "power" not in meters.probe(meter, clock=world).tick.how
+    both = meters.probe(replace(meter, read_power_w=lambda: 40.0), clock=world)
+    assert re.search(r"; 0\.[45]\d of integrated power over 0.6 s", both.tick.how)
+    none = meters.probe(replace(meter, read_power_w=lambda: 0.0), clock=world)
+    assert "not held against power" in none.tick.how
+    assert none.tick.seconds == pytest.approx(0.1, rel=0.02)
+
+
 def test_the_terms_are_listed_and_are_what_the_uncertainty_is_made_of():
     world, meter = steady(unit="mJ", tick=Tick(0.001, "given", 1e-5, 2e-5))
     window = meters.begin(Selection(meters=(meter,), reason=None), clock=world)
@@ -166,7 +177,7 @@ def test_a_part_time_sensor_is_less_sure_of_bursts():
 )
 def test_the_plan_keeps_what_it_promises_and_no_fewer_would(duration_s, tick_s, wanted):
     def edges(repeats):
-        return tick_s / 2 / max(repeats * duration_s - tick_s, 1e-12)
+        return meters.edges_relative_u(repeats * duration_s, tick_s)
 
     repeats = meters.plan_repeats(duration_s, tick_s, wanted)
     assert edges(repeats) <= wanted * (1 + 1e-6)

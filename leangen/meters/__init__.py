@@ -37,7 +37,7 @@ from leangen.errors import RequestError
 from leangen.meters.baseline import least_seconds, measure_baseline
 from leangen.meters.meter import Meter, MeterFault, Sampling, Selection, Tick, Unavailable
 from leangen.meters.probing import probe, probed
-from leangen.meters.uncertainty import plan_repeats
+from leangen.meters.uncertainty import edges_relative_u, plan_repeats
 from leangen.meters.window import OpenWindow, begin, end, keep_up
 
 __all__ = [
@@ -52,6 +52,7 @@ __all__ = [
     "begin",
     "choose",
     "describe",
+    "edges_relative_u",
     "end",
     "is_external",
     "keep_up",

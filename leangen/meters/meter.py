@@ -95,6 +95,8 @@ class Meter:
     """The idle power that a model assumes; None for a sensor."""
     sampler: Sampler | None = None
     """What integrates a power sensor while a window is open; None for a counter and a model."""
+    read_power_w: Callable[[], float] | None = None
+    """A power reading beside the counter, to hold the counter against. Raises MeterFault."""
 
 
 @dataclass(frozen=True, slots=True)

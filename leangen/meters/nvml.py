@@ -168,6 +168,7 @@ def _open_gpu(gpu: _Gpu, *, hidden: bool) -> Meter | Unavailable:
         read=sampler.read if sampler else _reader(gpu.nvml, gpu.handle),
         note="; ".join(notes),
         sampler=sampler,
+        read_power_w=None if sampler or gpu.instant_w() is None else _watts(gpu.instant_w),
     )
 
 

@@ -31,7 +31,8 @@ def probe(meter: Meter, *, edges: int = EDGES, clock: Clock = system_clock) -> M
 
     Reads in a tight loop for about `edges` ticks (12 ms for RAPL, 1 s for NVML), at most for twice
     that. A model has nothing to probe, a power sensor is sampled at a rate that it states, and a
-    counter that hardly moves keeps its documented tick.
+    counter that hardly moves keeps its documented tick. Where there is a power reading too, the
+    counter is held against it for 6 more ticks, and `Tick.how` says the outcome.
     """
     if meter.source != "measured" or meter.tick.seconds > SLOWEST_S:
         return meter
@@ -56,12 +57,23 @@ def probe(meter: Meter, *, edges: int = EDGES, clock: Clock = system_clock) -> M
         meter,
         tick=Tick(
             seconds=tick_s,
-            how=f"probed: mean of {len(gaps_s)} moves",
+            how=f"probed: mean of {len(gaps_s)} moves" + _against_power(meter, clock),
             # A gap strays by both of its ticks.
             jitter_s=math.sqrt(statistics.fmean((gap - tick_s) ** 2 for gap in gaps_s) / 2),
             lag_s=meter.tick.lag_s,
         ),
     )
+
+
+def _against_power(meter: Meter, clock: Clock) -> str:
+    if meter.read_power_w is None:
+        return ""
+    seconds = 6 * meter.tick.seconds
+    try:
+        ratio = counter_against_power(meter, meter.read_power_w, seconds, clock=clock)
+    except (MeterFault, ValueError) as error:
+        return f"; not held against power ({error})"
+    return f"; {ratio:.2f} of integrated power over {seconds:.2g} s"
 
 
 def counter_against_power(
@@ -76,10 +88,9 @@ def counter_against_power(
     Far from 1, one of the two sensors is off or averages over longer than it says. Raises
     MeterFault, and ValueError where the power integrates to nothing.
     """
-    first = meter.read()
-    power_w, at_ns = read_power_w(), first.t_ns
+    power_w, first = read_power_w(), meter.read()
+    last, at_ns = first, first.t_ns
     energy_j = 0.0
-    last = first
     while last.t_ns - first.t_ns < seconds * 1e9:
         clock.sleep(meter.tick.seconds / 5)
         now_w, last = read_power_w(), meter.read()

@@ -9,8 +9,8 @@ the time between them, T the counter's tick, and
     term        part        size                 why
     edges       random      P T                  a count is as of its last tick: up to P T is
                                                  missed at the end, or brought in from before the
-                                                 begin. P T / 2 where the begin waited for a tick:
-                                                 then the mean of what is missed is known and added
+                                                 begin. 0.6 P T where the begin waited for a tick:
+                                                 only the end misses some, and half a tick is added
     lag         random      P lag                what a tick shows is older still: the same effect,
                                                  so it adds to `edges` linearly
     jitter      random      P (2.8 j + r)        ticks stray by j (1 sigma) at both edges; a count
@@ -23,10 +23,10 @@ the time between them, T the counter's tick, and
     class       systematic  E x fraction         the kind of sensor: its gain, `u_systematic`
 
 Power within a window is seen through its inner looks (`keep_up`, at the ends of steps), joined to
-stretches of 2 ticks or more. Quantisation alone spreads their powers by P T / (sqrt(6) dt), which
-is subtracted: a steady load has s = 0. With fewer than 2 stretches s is unknown and taken as 0, so
-a window of a single step rests on the assumption that its power is about steady, also where it
-started from idle.
+stretches of 2 ticks or more. Whole ticks alone spread their powers by about P T / (sqrt(6) dt),
+which is subtracted: a steady load has s = 0. With fewer than 2 stretches s is unknown and taken as
+0, so a window of a single step rests on the assumption that its power is about steady, also where
+it started from idle.
 
 The random terms add in quadrature, `edges` and `lag` linearly before. `bench/coverage.py` holds all
 this against a simulated world, also for power laws that had no say in it.
@@ -44,6 +44,10 @@ Stretch = tuple[float, float]
 
 EDGE = 1.0
 """A stale count misses between 0 and P T: all of it, as after idle the misses do not cancel."""
+ALIGNED_EDGE = 0.6
+"""Half a tick either way is left when half a tick is added; the rest is for power that varies."""
+PLANNED_EDGE = 0.8
+"""`ALIGNED_EDGE`, and what whole ticks add to s by chance in a window of a dozen of them."""
 SPREAD = 3.0
 RESOLUTION = 0.82
 
@@ -69,7 +73,7 @@ def terms(
     power_w = energy_j / max(elapsed_s - tick.seconds, 0.75 * tick.seconds)
     power_w += SPREAD * spread_w(joined, tick.seconds)
     return {
-        "edges": EDGE * (0.5 if aligned else 1.0) * power_w * tick.seconds,
+        "edges": (ALIGNED_EDGE if aligned else EDGE) * power_w * tick.seconds,
         "lag": power_w * tick.lag_s,
         "jitter": power_w * (2 * math.sqrt(2) * tick.jitter_s + read_s),
         "resolution": RESOLUTION * UNIT_UJ[meter.unit] / 1e6,
@@ -92,21 +96,33 @@ def combine(parts: dict[str, float]) -> tuple[float, float]:
 def plan_repeats(duration_s: float, tick_s: float, wanted_relative_u: float) -> int:
     """How many generations one window must hold for edges of at most `wanted_relative_u` (k = 2).
 
-    For a window that begins on a tick, with `duration_s` per generation: P T / 2 over the energy is
-    T / 2 / (n d - T). The class of the sensor, which repeating does not shrink, comes on top.
+    For a window that begins on a tick, with `duration_s` per generation and about steady power:
+    the inverse of `edges_relative_u`. The class of the sensor, which repeating does not shrink,
+    comes on top.
 
     Raises ValueError for a duration or a wanted u that is not positive.
 
     >>> plan_repeats(0.050, 0.001, 0.05), plan_repeats(0.050, 0.100, 0.05)
-    (1, 22)
+    (1, 34)
     """
     if not (duration_s > 0 and wanted_relative_u > 0 and tick_s >= 0):
         raise ValueError(
             f"a duration of {duration_s} s, a tick of {tick_s} s and a wanted u of "
             f"{wanted_relative_u}: expected positive figures"
         )
-    needed = tick_s * (1 + EDGE / 2 / wanted_relative_u) / duration_s
+    needed = tick_s * (1 + PLANNED_EDGE / wanted_relative_u) / duration_s
     return max(1, math.ceil(needed * (1 - 1e-9)))
+
+
+def edges_relative_u(window_s: float, tick_s: float) -> float:
+    """What the edges leave open of a window that begins on a tick, k = 2, relative to its energy.
+
+    >>> round(edges_relative_u(1.7, 0.1), 3)
+    0.05
+    """
+    if tick_s == 0:
+        return 0.0
+    return PLANNED_EDGE * tick_s / max(window_s - tick_s, 0.75 * tick_s)
 
 
 def join(stretches: Sequence[Stretch], least_s: float) -> list[Stretch]:
@@ -137,7 +153,10 @@ def spread_w(stretches: Sequence[Stretch], tick_s: float) -> float:
     excess = 0.0
     for seconds, joules in stretches:
         deviation_w = joules / seconds - mean_w
-        excess += seconds * (deviation_w**2 - (mean_w * tick_s / seconds) ** 2 / 6)
+        # Whole ticks of n + r: r (1 - r) about the mean of n + r, 1/6 over all r.
+        r = seconds / tick_s % 1
+        ticks2 = max(1 / 6, r * (1 - r))
+        excess += seconds * (deviation_w**2 - (mean_w * tick_s / seconds) ** 2 * ticks2)
     n = len(stretches)
     return math.sqrt(max(0.0, excess / elapsed_s * n / (n - 1)))
 

@@ -122,7 +122,7 @@ def begin(
     """Start a window: look at every meter of the selection.
 
     aligned: first wait for the slowest counter to tick (up to 2 ticks or half a second, spinning),
-    which halves the largest term of a short window: for benchmarks.
+    which takes 40% off the largest term of a short window: for benchmarks.
     """
     meters = selection.meters
     wrap_times_ns = [
