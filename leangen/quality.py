@@ -80,8 +80,8 @@ def _measure_text(reference: Array, candidate: Array) -> list[Measure]:
 
 
 def relative_rmse(reference: Array, candidate: Array) -> float:
-    """Root mean square difference over the reference's standard deviation."""
-    return float(np.sqrt(np.mean((reference - candidate) ** 2)) / reference.std())
+    """Root mean square of the difference over that of the reference."""
+    return float(np.linalg.norm(reference - candidate) / np.linalg.norm(reference))
 
 
 def psnr_db(reference: Array, candidate: Array) -> float:
