@@ -70,7 +70,7 @@ def ranges(graph: Graph, tensors: Iterable[str], feeds: Iterable[Feeds]) -> dict
             ("Shape", TensorProto.INT64),
         ):
             output = f"calibrate/{index}/{op}"
-            options = {} if op == "Shape" else {"keepdims": 0}
+            options: dict[str, Any] = {} if op == "Shape" else {"keepdims": 0}
             model.graph.node.append(helper.make_node(op, [name], [output], output, **options))
             model.graph.output.append(helper.make_tensor_value_info(output, kind, None))
     wanted = [output.name for output in model.graph.output][-3 * len(names) :]

@@ -88,14 +88,14 @@ class Graph:
     def shape(self, name: str) -> tuple[int, ...]:
         """A constant's shape, without reading it."""
         if name in self._added:
-            return self._added[name].shape
-        return tuple(self._stored[name].dims)
+            return tuple(map(int, self._added[name].shape))
+        return tuple(int(size) for size in self._stored[name].dims)
 
     def is_float(self, name: str) -> bool:
         """Whether a constant holds float32 or float16."""
         if name in self._added:
-            return self._added[name].dtype.kind == "f"
-        return self._stored[name].data_type in (TensorProto.FLOAT, TensorProto.FLOAT16)
+            return bool(self._added[name].dtype.kind == "f")
+        return bool(self._stored[name].data_type in (TensorProto.FLOAT, TensorProto.FLOAT16))
 
     def array(self, name: str) -> Array:
         """A constant's values; memory-mapped when they are external data."""
@@ -139,7 +139,7 @@ class Graph:
         self._added[name] = np.asarray(array)
         return name
 
-    def add_shared(self, array: Array) -> str:
+    def add_shared(self, array: Array | np.generic) -> str:
         """A small constant that many nodes read, kept once per value; returns its name."""
         array = np.asarray(array)
         key = array.dtype.str.encode() + repr(array.shape).encode() + array.tobytes()
@@ -205,7 +205,10 @@ class Graph:
         array = self.array(name)
         dtype = stored.data_type if stored is not None else _DTYPES[array.dtype]
         if array.nbytes < _INLINE_BYTES:
-            return helper.make_tensor(name, dtype, array.shape, array.tobytes(), raw=True)
+            small: TensorProto = helper.make_tensor(
+                name, dtype, array.shape, array.tobytes(), raw=True
+            )
+            return small
         memory = (array.__array_interface__["data"][0], array.nbytes)
         offset = placed.get(memory) if stored is None else None
         if offset is None:

