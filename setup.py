@@ -1,5 +1,7 @@
 """Builds the kernel library into `leangen_kernels`, or leaves a note there of why it could not.
 
+Only with LEANGEN_BUILD_KERNELS=1: leangen runs no model on it yet, and it takes a minute.
+
 LEANGEN_KERNELS_MACHINE=aarch64 with CC=aarch64-linux-gnu-gcc builds for another machine.
 """
 
@@ -73,7 +75,10 @@ class PlatformWheel(bdist_wheel):
         return "py3", "none", tag.replace(platform.machine(), MACHINE)
 
 
-setup(
-    ext_modules=[Extension(f"{PACKAGE}.libleangen_kernels", sources=[], optional=True)],
-    cmdclass={"build_ext": BuildKernels, "bdist_wheel": PlatformWheel},
-)
+if os.environ.get("LEANGEN_BUILD_KERNELS") == "1":
+    setup(
+        ext_modules=[Extension(f"{PACKAGE}.libleangen_kernels", sources=[], optional=True)],
+        cmdclass={"build_ext": BuildKernels, "bdist_wheel": PlatformWheel},
+    )
+else:
+    setup()

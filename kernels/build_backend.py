@@ -1,7 +1,8 @@
 """setuptools' build backend, which asks for Numba only where the kernels can be built with it.
 
 Numba has no wheel for some platforms, and a build requirement that cannot be met would fail the
-whole installation: without it leangen installs and runs on ONNX Runtime's own kernels.
+whole installation: without it leangen installs and runs on ONNX Runtime's own kernels. While leangen
+runs no model on the library yet, it is built only with LEANGEN_BUILD_KERNELS=1.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ _NUMBA = ["numba>=0.61", "numpy"]
 def _can_build() -> bool:
     compiler = os.environ.get("CC", "cc").split()[0]
     return (
-        sys.platform == "linux"
+        os.environ.get("LEANGEN_BUILD_KERNELS") == "1"
+        and sys.platform == "linux"
         and platform.machine() in ("x86_64", "aarch64")
         and platform.libc_ver()[0] == "glibc"
         and sys.implementation.name == "cpython"

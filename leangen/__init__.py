@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from leangen.api import load as load
+    from leangen.budget import Budget as Budget
     from leangen.engine import Engine as Engine
     from leangen.engine import Result as Result
     from leangen.errors import LeangenError as LeangenError
@@ -20,10 +21,11 @@ if TYPE_CHECKING:
     from leangen.records import Step as Step
 
 __version__ = "0.1.0"
-__all__ = ["Engine", "LeangenError", "Receipt", "Result", "Step", "load"]
+__all__ = ["Budget", "Engine", "LeangenError", "Receipt", "Result", "Step", "load"]
 
 _HOMES = {
     "load": "leangen.api",
+    "Budget": "leangen.budget",
     "Engine": "leangen.engine",
     "Result": "leangen.engine",
     "LeangenError": "leangen.errors",

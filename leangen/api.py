@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from leangen import carbon
+from leangen.budget import Budget, Guard
 from leangen.console import Progress, say
 from leangen.engine import BASELINE_S, Engine
 from leangen.ledger import Ledger
@@ -19,8 +22,12 @@ def load(
     home: Path | None = None,
     ledger: bool = True,
     region: str | None = None,
+    intensity: float | str | Path | None = None,
+    embodied: tuple[float, float] | None = None,
     tag: str | None = None,
+    budget: Budget | Sequence[Budget] = (),
     baseline_s: float = BASELINE_S,
+    meter: str | None = None,
     progress: Progress | None = None,
 ) -> Engine:
     """Load a model by `NAME`, `NAME:SCHEME` or a bundle's path; fetched and quantized on first use.
@@ -30,7 +37,12 @@ def load(
     home: the store; None is `$LEANGEN_HOME` or the platform's cache folder.
     ledger: keep the receipt of every generation in the store's ledger.
     region: whose grid the carbon figure assumes; None is `$LEANGEN_REGION` or the world's mean.
+    intensity: your own gCO2e/kWh, or a CSV file of it over time; goes before the region's.
+    embodied: kgCO2e of making the hardware and the years of its use; with it receipts carry SCI.
+    budget: limits on top of those that the store keeps (`leangen budget`).
     baseline_s: how long idle power is measured, once, where a counter can tell.
+    meter: what measures, in place of the rule in `leangen.meters`: `exec:COMMAND`, `file:PATH`, or
+        a name that `leangen meters` shows.
     progress: called with (done, total, what) while something is fetched or quantized.
 
     Raises a LeangenError that says what was given, what was expected and what to do.
@@ -40,13 +52,19 @@ def load(
         r = m.generate("The capital of France is", max_new_tokens=8)
         print(r.text, r.receipt.energy.gross_j, r.receipt.energy.u_j)
     """
+    footprint = carbon.footprint(region, intensity=intensity, embodied=embodied)
     store = Store(home)
     bundle = store.resolve(str(ref), notify=say, progress=progress)
     session = Session(bundle, threads=threads, activations=activations)
+    book = Ledger(store.ledger_path)
+    budgets = (budget,) if isinstance(budget, Budget) else tuple(budget)
     return Engine(
         session,
-        ledger=Ledger(store.ledger_path) if ledger else None,
-        region=region,
+        ledger=book if ledger else None,
+        footprint=footprint,
         tag=tag,
+        guard=Guard(store.home, book, budgets),
         baseline_s=baseline_s,
+        meter=meter,
+        probes=store.home / "probes.json",
     )

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from leangen import api, environment
+from leangen import api, environment, meters
 from leangen.console import print_json, progress_bar, say, table, with_u
 from leangen.engine import Engine
 from leangen.errors import RequestError
@@ -21,17 +21,20 @@ from leangen.records import COVERAGE_FACTOR, Receipt
 
 WARM_UP_LIMIT = 8
 STEADY_SPREAD = 0.05
+PRECISION = 0.05
+"""Wanted relative u (k = 2) of what the edges of a window leave open."""
 
 
-def warm_up(engine: Engine, prompt: Any, options: dict[str, Any]) -> tuple[int, bool]:
-    """Generate until three generations in a row lie within 5%: (how many it took, steady?)."""
+def warm_up(engine: Engine, options: Mapping[str, Any]) -> tuple[Receipt, int, bool]:
+    """Generate until three in a row lie within 5%: (the last receipt, how many, steady?)."""
     totals: list[float] = []
-    while len(totals) < WARM_UP_LIMIT:
-        totals.append(engine.generate(prompt, **options).receipt.latency.total_s)
+    while True:
+        receipt = engine.generate(**options).receipt
+        totals.append(receipt.latency.total_s)
         last = totals[-3:]
-        if len(last) == 3 and (max(last) - min(last)) < STEADY_SPREAD * np.median(last):
-            return len(totals), True
-    return len(totals), False
+        steady = len(last) == 3 and (max(last) - min(last)) < STEADY_SPREAD * np.median(last)
+        if steady or len(totals) == WARM_UP_LIMIT:
+            return receipt, len(totals), bool(steady)
 
 
 def summarise(receipts: Sequence[Receipt]) -> dict[str, Any]:
@@ -43,6 +46,7 @@ def summarise(receipts: Sequence[Receipt]) -> dict[str, Any]:
     first = receipts[0]
     units = np.array([r.units.count for r in receipts])
     totals = np.array([r.latency.total_s for r in receipts])
+    spans = np.array([r.duration_ns / 1e9 for r in receipts])
     firsts = [r.latency.ttft_s for r in receipts if r.latency.ttft_s is not None]
     row: dict[str, Any] = {
         "model": first.model,
@@ -51,7 +55,7 @@ def summarise(receipts: Sequence[Receipt]) -> dict[str, Any]:
         "repeats": len(receipts),
         "units_median": float(np.median(units)),
         "total_s": _spread(totals),
-        "units_per_s": _spread(units / totals),
+        "units_per_s": _spread(units / spans),
         "ttft_s": _spread(firsts),
         "step_s": _spread([r.latency.step_p50_s for r in receipts if r.latency.step_p50_s]),
         "peak_rss_bytes": max(r.peak_rss_bytes for r in receipts),
@@ -74,6 +78,38 @@ def summarise(receipts: Sequence[Receipt]) -> dict[str, Any]:
     }
 
 
+def plan(receipt: Receipt, precision: float) -> dict[str, Any]:
+    """How many generations like that of `receipt` one window must hold, and what it will then know.
+
+    precision: the wanted relative u (k = 2) of the edges. What the class of the sensor adds is not
+    planned for: no repetition shrinks it, and it cancels in a comparison on one machine.
+    """
+    tick_s = receipt.energy.tick_s or 0.0
+    duration_s = receipt.latency.total_s
+    repeats = meters.plan_repeats(duration_s, tick_s, precision)
+    gross_j = receipt.energy.gross_j
+    systematic_j = receipt.energy.u_systematic_j
+    return {
+        "wanted_relative_u": precision,
+        "duration_s": duration_s,
+        "tick_s": tick_s,
+        "repeats_per_window": repeats,
+        "edges_relative_u": meters.edges_relative_u(repeats * duration_s, tick_s),
+        "class_relative_u": systematic_j / gross_j if gross_j and systematic_j else None,
+    }
+
+
+def told(model: str, planned: Mapping[str, Any]) -> str:
+    """The plan as a line for people."""
+    systematic = planned["class_relative_u"]
+    return (
+        f"{model}: for ±{planned['wanted_relative_u']:.3g} by edges, "
+        f"{planned['repeats_per_window']} x {planned['duration_s'] * 1e3:.3g} ms in one window "
+        f"(tick {planned['tick_s'] * 1e3:.3g} ms), which gives ±{planned['edges_relative_u']:.2%}"
+        + (f"; the sensor's class adds ±{systematic:.0%} to all alike" if systematic else "")
+    )
+
+
 def _spread(values: Any) -> dict[str, float] | None:
     if len(values) == 0:
         return None
@@ -85,38 +121,54 @@ def run(
     models: Sequence[str],
     *,
     prompt: Any,
-    options: dict[str, Any],
+    options: Mapping[str, Any],
     repeats: int,
+    precision: float = PRECISION,
     threads: int | None,
     activations: Any,
     region: str | None,
+    intensity: str | None,
+    embodied: tuple[float, float] | None,
+    meter: str | None = None,
     as_json: bool,
 ) -> int:
     """Measure the models and print one table or one JSON document; 0 when all were measured."""
     if repeats < 1:
         raise RequestError(f"repeats is {repeats}, expected 1 or more")
+    if not 0 < precision < 1:
+        raise RequestError(f"precision is {precision:g}, expected a share such as 0.05, or 5%")
     before = environment.conditions()
     engines = [
-        api.load(model, threads=threads, activations=activations, region=region, tag="bench")
+        api.load(
+            model,
+            threads=threads,
+            activations=activations,
+            region=region,
+            intensity=intensity,
+            embodied=embodied,
+            meter=meter,
+            tag="bench",
+        )
         for model in models
     ]
-    prompts = [engine.family.EXAMPLE if prompt is None else prompt for engine in engines]
-    warm = []
+    requests = [engine.or_example(prompt, options) for engine in engines]
+    warm: list[dict[str, Any]] = []
     receipts: list[list[Receipt]] = [[] for _ in engines]
     with progress_bar() as progress:
         for index, engine in enumerate(engines):
             progress(index, len(engines), f"warming up {models[index]}")
-            warm.append(warm_up(engine, prompts[index], options))
+            receipt, count, steady = warm_up(engine, requests[index])
+            warm.append({"warm_ups": count, "steady": steady, "plan": plan(receipt, precision)})
+            if not as_json:
+                say(told(models[index], warm[-1]["plan"]))
         order = random.Random(0)
         for done in range(repeats):
             for index in order.sample(range(len(engines)), len(engines)):
                 progress(done, repeats, f"round {done + 1} of {repeats}: {models[index]}")
-                result = engines[index].generate(prompts[index], **options)
+                inside = warm[index]["plan"]["repeats_per_window"]
+                result = engines[index].repeat(inside, **requests[index])
                 receipts[index].append(result.receipt)
-    rows = [
-        summarise(group) | {"warm_ups": count, "steady": steady}
-        for group, (count, steady) in zip(receipts, warm, strict=True)
-    ]
+    rows = [summarise(group) | warmed for group, warmed in zip(receipts, warm, strict=True)]
     after = environment.conditions()
     notes = environment.warnings(before)
     notes += [f"{r['model']}:{r['scheme']} was not steady" for r in rows if not r["steady"]]

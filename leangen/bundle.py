@@ -101,6 +101,9 @@ def create(target: Path, *, replace: bool = False) -> Iterator[Draft]:
     with atomic_folder(target, replace=replace) as folder:
         draft = Draft(folder)
         yield draft
+        for path in folder.rglob("*"):
+            if path.is_file():
+                path.chmod(0o644)  # onnx makes its weight files private to the user
         files = {
             path.relative_to(folder).as_posix(): {
                 "bytes": path.stat().st_size,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 
 from leangen import api
-from leangen.cli import summary
 from leangen.console import say, with_u
 from leangen.errors import RequestError
+from leangen.report import summary
 
 
 def run(args: argparse.Namespace) -> int:
@@ -16,6 +16,9 @@ def run(args: argparse.Namespace) -> int:
         args.model,
         threads=args.threads,
         region=args.region,
+        meter=args.meter,
+        intensity=args.intensity,
+        embodied=args.embodied,
         activations=args.activations,
         tag="chat",
     )

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from leangen import __version__
-from leangen.console import human_bytes, print_json, progress_bar, say, table, with_u
+from leangen.console import human_bytes, print_json, progress_bar, say, table
 from leangen.errors import LeangenError, RequestError
 
 Command = Callable[[argparse.Namespace], int]
+
+METER_HELP = "exec:COMMAND, file:PATH or a name of `leangen meters`; default: what is best there"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -86,7 +89,14 @@ def _parser() -> argparse.ArgumentParser:
         "leangen bench smollm2-135m:int4 smollm2-135m:int8 --repeats 10",
     )
     sub.add_argument("models", nargs="+", metavar="MODEL")
-    sub.add_argument("--repeats", type=int, default=10, help="measured generations per model")
+    sub.add_argument("--repeats", type=int, default=10, help="measured windows per model")
+    sub.add_argument(
+        "--precision",
+        type=_share,
+        default=0.05,
+        metavar="5%",
+        help="wanted ± of a window's edges: plans how many generations one window holds",
+    )
     _request_options(sub)
     _run_options(sub)
 
@@ -124,7 +134,18 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("model", metavar="MODEL")
 
     sub = add("meters", meters, "What energy sensors there are, or why not", "leangen meters")
+    sub.add_argument(
+        "action",
+        nargs="?",
+        choices=("list", "calibrate"),
+        default="list",
+        help="calibrate: fit the estimate to a counter, a battery or --meter, and keep the fit",
+    )
     sub.add_argument("--root", type=Path, default=Path("/"), help="another file system root")
+    sub.add_argument("--meter", metavar="SPEC", help=METER_HELP)
+    sub.add_argument(
+        "--seconds", type=float, default=5.0, help="calibrate: length of each of its 9 windows"
+    )
     sub.add_argument("--json", action="store_true")
 
     sub = add("ledger", ledger, "What was generated and what it cost", "leangen ledger --last 5")
@@ -133,6 +154,40 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--scheme", help="only this scheme")
     sub.add_argument("--tag", help="only this tag")
     sub.add_argument("--json", action="store_true")
+    _ledger_actions(sub)
+
+    sub = add(
+        "budget",
+        budget,
+        "Limits of joules or gCO2e: warn, or refuse to generate",
+        "leangen budget set day --joules 5000 --on-exceed refuse",
+    )
+    _budget_actions(sub)
+
+    sub = add(
+        "report",
+        report,
+        "What was generated and what it cost: trend, models, idle, budgets",
+        "leangen report -o report.html --since 30d",
+    )
+    sub.add_argument("-o", "--output", type=Path, metavar="FILE", help="write one HTML page")
+    sub.add_argument("--since", metavar="DAY", help="2026-11-01, or 30d for the last 30 days")
+    sub.add_argument("--by", default="model,scheme", help="default: model,scheme")
+    sub.add_argument("--json", action="store_true")
+
+    sub = add(
+        "metrics",
+        metrics,
+        "The ledger's sums in Prometheus' text format",
+        "leangen metrics --listen 127.0.0.1:9464",
+    )
+    sub.add_argument(
+        "--listen",
+        nargs="?",
+        const="127.0.0.1:9464",
+        metavar="HOST:PORT",
+        help="serve them until interrupted; default 127.0.0.1:9464",
+    )
 
     sub = add("rm", remove, "Remove a model from the store", "leangen rm smollm2-135m:int8")
     sub.add_argument("model", metavar="NAME[:SCHEME]")
@@ -146,6 +201,47 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _ledger_actions(ledger: argparse.ArgumentParser) -> None:
+    actions = ledger.add_subparsers(title="actions", dest="action", metavar="ACTION")
+
+    def add(name: str, summary: str) -> argparse.ArgumentParser:
+        sub = actions.add_parser(name, help=summary, description=summary)
+        sub.add_argument("--json", action="store_true", default=argparse.SUPPRESS)
+        return sub
+
+    sub = add("verify", "Find changed, missing and cut rows")
+    sub.add_argument("--head", metavar="HASH", help="what `leangen ledger head` printed once")
+    add("head", "The heads of all chains as one hash, to be noted elsewhere")
+    sub = add("sum", "Sums over groups")
+    sub.add_argument("--by", default="model,scheme", help="model,scheme,device,day,month,tag ...")
+    for name in ("model", "scheme", "tag"):
+        sub.add_argument(f"--{name}", help=f"only this {name}", default=argparse.SUPPRESS)
+    sub = add("merge", "Take in the ledgers of other machines")
+    sub.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    sub = add("export", "Write all receipts to a file")
+    sub.add_argument("--format", choices=("csv", "jsonl", "parquet", "codecarbon"), required=True)
+    sub.add_argument("-o", "--output", type=Path, required=True, metavar="FILE")
+    sub = add("import", "Append the receipts of such a file, or of codecarbon's emissions.csv")
+    sub.add_argument("file", type=Path, metavar="FILE")
+    sub = add("compact", "Remove old receipts; their sums and the heads of their chains stay")
+    sub.add_argument("--older-than", type=int, required=True, metavar="DAYS")
+
+
+def _budget_actions(budget: argparse.ArgumentParser) -> None:
+    actions = budget.add_subparsers(title="actions", dest="action", required=True, metavar="ACTION")
+    sub = actions.add_parser("set", help="add a limit, or change it")
+    sub.add_argument("per", choices=("day", "month", "tag", "request"), help="days are UTC")
+    limit = sub.add_mutually_exclusive_group(required=True)
+    limit.add_argument("--joules", type=float)
+    limit.add_argument("--gco2e", type=float, help="grams")
+    sub.add_argument("--tag", help="count only generations with this tag")
+    sub.add_argument("--on-exceed", choices=("warn", "refuse"), default="warn")
+    sub = actions.add_parser("show", help="the limits, and what is spent")
+    sub.add_argument("--json", action="store_true")
+    sub = actions.add_parser("rm", help="remove a limit")
+    sub.add_argument("name", help="as `leangen budget show` names it")
+
+
 def _json_and_threads(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--threads", type=int, help="default: physical cores that we may use")
     sub.add_argument("--json", action="store_true", help="one JSON document on standard output")
@@ -157,6 +253,11 @@ def _run_options(sub: argparse.ArgumentParser, *, as_json: bool = True) -> None:
     else:
         sub.add_argument("--threads", type=int, help="default: physical cores that we may use")
     sub.add_argument("--region", help="whose grid the carbon figure assumes, e.g. FR")
+    sub.add_argument("--meter", metavar="SPEC", help=METER_HELP)
+    sub.add_argument("--intensity", metavar="G|FILE", help="gCO2e/kWh, or a CSV of time, gCO2e/kWh")
+    sub.add_argument(
+        "--embodied", type=_embodied, metavar="KG,YEARS", help="making the hardware; gives SCI"
+    )
     sub.add_argument(
         "--activations",
         choices=("int8", "fp32"),
@@ -197,6 +298,11 @@ _REQUEST_FIELDS = (
 )
 
 
+def _share(text: str) -> float:
+    """`5%` or `0.05`."""
+    return float(text.removesuffix("%")) / 100 if text.endswith("%") else float(text)
+
+
 def _integers(text: str) -> list[int]:
     return [int(part) for part in text.replace(",", " ").split()]
 
@@ -204,6 +310,17 @@ def _integers(text: str) -> list[int]:
 def _condition(text: str) -> tuple[str, float]:
     name, _, value = text.partition("=")
     return name, float(value)
+
+
+def _embodied(text: str) -> tuple[float, float]:
+    try:
+        total_kg, lifetime_years = map(float, text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not KG,YEARS: give kgCO2e of the hardware and the years of its use, "
+            "such as 250,4"
+        ) from error
+    return total_kg, lifetime_years
 
 
 def _request(args: argparse.Namespace) -> tuple[str | None, dict[str, Any]]:
@@ -230,16 +347,21 @@ def demo(args: argparse.Namespace) -> int:
 
 
 def generate(args: argparse.Namespace) -> int:
-    from leangen import api, media
+    from leangen import api, media, report
 
     prompt, options = _request(args)
     engine = api.load(
         args.model,
         threads=args.threads,
         region=args.region,
+        intensity=args.intensity,
+        embodied=args.embodied,
         tag=args.tag,
         activations=args.activations,
+        meter=args.meter,
     )
+    if args.output is not None:
+        media.suffix_for(engine.family.MEDIA, args.output)  # before the work, not after it
     stream = engine.stream(prompt, **options)
     for step in stream:
         if not args.json:
@@ -261,7 +383,7 @@ def generate(args: argparse.Namespace) -> int:
         print()
     if saved is not None:
         print(saved)
-    say(summary(result.receipt))
+    say(report.summary(result.receipt))
     return 0
 
 
@@ -273,23 +395,6 @@ def _unused(stem: str, suffix: str) -> Path:
         number += 1
         path = Path(f"{stem}-{number}{suffix}")
     return path
-
-
-def summary(receipt: Any) -> str:
-    """One line: units, seconds, joules with their error bar and how they were got, carbon."""
-    energy, latency, units = receipt.energy, receipt.latency, receipt.units
-    parts = [
-        f"{units.count:.4g} {units.kind}s in {latency.total_s:.2f} s",
-        f"first after {latency.ttft_s:.2f} s" if latency.ttft_s is not None else "",
-        f"{with_u(energy.gross_j, energy.u_j, 'J')} ({energy.source})",
-        f"{with_u(energy.per_unit_j, energy.per_unit_u_j, 'J')}/{units.kind}"
-        if energy.per_unit_j is not None
-        else "",
-        f"{receipt.carbon.g * 1000:.2g} mgCO2e" if receipt.carbon.g is not None else "",
-        f"{human_bytes(receipt.peak_rss_bytes)} peak",
-    ]
-    line = " · ".join(part for part in parts if part)
-    return line if energy.source == "measured" else f"{line}\n{energy.reason}"
 
 
 def chat(args: argparse.Namespace) -> int:
@@ -307,9 +412,13 @@ def bench(args: argparse.Namespace) -> int:
         prompt=prompt,
         options=options,
         repeats=args.repeats,
+        precision=args.precision,
         threads=args.threads,
         activations=args.activations,
         region=args.region,
+        meter=args.meter,
+        intensity=args.intensity,
+        embodied=args.embodied,
         as_json=args.json,
     )
 
@@ -392,24 +501,39 @@ def verify(args: argparse.Namespace) -> int:
 
 def meters(args: argparse.Namespace) -> int:
     from leangen import meters as sensors
+    from leangen.meters import listing
 
-    rows = sensors.describe(args.root)
+    if not args.root.is_dir():
+        raise RequestError(f"--root {args.root} is not a folder")
+    if args.action == "calibrate":
+        return _calibrate(args)
+    rows = sensors.describe(args.root, meter=args.meter)
     if args.json:
         print_json(rows)
         return 0
-    table(
-        ["sensor", "status", "source", "scope", "tick", "why / what would enable it"],
-        [
-            [
-                row["sensor"],
-                row["status"],
-                row["source"] or "",
-                ", ".join(row["scope"]),
-                "" if row["tick_s"] is None else f"{row['tick_s'] * 1000:g} ms",
-                " ".join(text for text in (row["reason"], row["remedy"]) if text),
-            ]
-            for row in rows
-        ],
+    for line in listing.lines(rows):
+        print(line)
+    return 0
+
+
+def _calibrate(args: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from leangen import meters as sensors
+    from leangen.meters import calibrate, fit
+
+    if args.root != Path("/"):
+        raise RequestError("calibrate runs a load on this machine: it takes no --root")
+    selection = sensors.select(meter=args.meter)
+    found = calibrate.calibrate(selection, args.seconds)
+    path = fit.save(found)
+    if args.json:
+        print_json(asdict(found) | {"u_systematic": found.u_systematic, "path": str(path)})
+        return 0
+    print(
+        f"{found.idle_w:.3g} W idle + {found.core_w:.3g} W per busy core, fitted to "
+        f"{', '.join(found.reference)}: residual {found.residual:.1%}, the estimate is now within "
+        f"{found.u_systematic:.0%}; kept in {path}"
     )
     return 0
 
@@ -425,12 +549,98 @@ def ledger(args: argparse.Namespace) -> int:
         if getattr(args, name) is not None
     }
     book = Ledger(Store().ledger_path)
-    sums = book.summary(**filters)
-    entries = book.entries(limit=args.last, **filters)
+    if args.action is not None:
+        from leangen.ledger import commands
+
+        args.filters = filters
+        return commands.run(book, args)
+    sums = book.summary(where=filters)
+    entries = book.entries(filters, limit=args.last)
     if args.json:
-        print_json({"summary": sums, "entries": entries})
+        print_json({"summary": [row.to_json() for row in sums], "entries": entries})
     else:
         ledger_tables(sums, entries)
+    return 0
+
+
+def budget(args: argparse.Namespace) -> int:
+    from leangen import budget as budgets
+    from leangen import clock
+    from leangen.ledger import Ledger
+    from leangen.store import Store
+
+    store = Store()
+    if args.action == "rm":
+        budgets.remove(store.home, args.name)
+        return 0
+    if args.action == "set":
+        limit = budgets.Budget(
+            per=args.per,
+            limit=args.joules if args.gco2e is None else args.gco2e,
+            unit="J" if args.gco2e is None else "gCO2e",
+            tag=args.tag,
+            on_exceed=args.on_exceed,
+        )
+        budgets.keep(store.home, limit)
+        print(limit.name)
+        return 0
+    book, now = Ledger(store.ledger_path), clock.utc_now()
+    kept = budgets.read(store.home)
+    states = [budgets.spent(limit, book, now) for limit in kept if limit.per != "request"]
+    requests = [limit for limit in kept if limit.per == "request"]
+    if args.json:
+        rows = [{"name": limit.name, "budget": dataclasses.asdict(limit)} for limit in requests]
+        print_json([state.to_json() for state in states] + rows)
+        return 0
+    for state in states:
+        print(f"{state} ({state.budget.on_exceed})")
+    for limit in requests:
+        print(f"budget {limit.name}: {limit.limit:g} {limit.unit} a request (warn)")
+    if not kept:
+        say("there are no budgets: `leangen budget set day --joules 5000` makes one")
+    return 0
+
+
+def report(args: argparse.Namespace) -> int:
+    from leangen import budget, clock
+    from leangen import report as reports
+    from leangen.ledger import Ledger
+    from leangen.store import Store
+
+    store = Store()
+    book = Ledger(store.ledger_path)
+    limits = [limit for limit in budget.read(store.home) if limit.per != "request"]
+    view = reports.overview(
+        book,
+        by=[name.strip() for name in args.by.split(",")],
+        since=None if args.since is None else reports.since_day(args.since),
+        budgets=[budget.spent(limit, book, clock.utc_now()).to_json() for limit in limits],
+    )
+    if view is None:
+        since = f" since {args.since}" if args.since else ""
+        raise RequestError(f"the ledger holds no generation{since}: `leangen generate` adds to it")
+    if args.output is not None:
+        from leangen import page
+
+        page.write_overview(args.output, view)
+        say(f"wrote {args.output}")
+    if args.json:
+        print_json(view.to_json())
+    elif args.output is None:
+        reports.print_overview(view)
+    return 0
+
+
+def metrics(args: argparse.Namespace) -> int:
+    from leangen import metrics as exposition
+    from leangen.ledger import Ledger
+    from leangen.store import Store
+
+    book = Ledger(Store().ledger_path)
+    if args.listen is None:
+        print(exposition.text(book), end="")
+    else:
+        exposition.serve(book, args.listen)
     return 0
 
 

@@ -58,7 +58,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str =
 
     drawn = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left")
     for index, column in enumerate(columns):
-        numeric = any(row[index][:1].isdigit() or row[index][:1] in "+-±" for row in rows)
+        numeric = any(row[index][:1].isdigit() and len(row[index]) < 40 for row in rows)
         drawn.add_column(
             column, justify="right" if numeric else "left", overflow="fold", no_wrap=False
         )

@@ -12,27 +12,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from leangen import api, benchmark, environment, quality, report
+from leangen import api, benchmark, charts, environment, page, quality, report
 from leangen.catalog import CATALOG
-from leangen.cli import summary
 from leangen.console import print_json, progress_bar, say, table, with_u
 from leangen.engine import Engine, Result
 from leangen.files import write_atomic
 
 SCHEMES = ("fp32", "int8", "int4")
 REPEATS = 3
-RUNS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "smollm2-135m": (
-        None,
-        {
-            "messages": [{"role": "user", "content": "Why does a warm room need less light?"}],
-            "max_new_tokens": 48,
-            "ignore_eos": True,
-        },
-    ),
-    "piper-joe": (None, {}),
-    "terrain": (None, {"seed": 7}),
+RUNS: dict[str, dict[str, Any]] = {
+    "smollm2-135m": {
+        "messages": [{"role": "user", "content": "What can a small river do?"}],
+        "max_new_tokens": 48,
+        "ignore_eos": True,
+    },
+    "piper-joe": {},
+    "terrain": {"seed": 7, "conditions": {"difficulty": 1.0}},
 }
+"""What is generated; an empty entry is the family's own example."""
 SUFFIXES = {"text": ".txt", "audio": ".wav", "image": ".png"}
 COLUMNS = (
     *("model", "size", "bits/weight", "speed", "first unit", "joules per unit"),
@@ -44,16 +41,17 @@ def run(out: Path, *, threads: int | None, as_json: bool) -> int:
     """Generate everything into folder `out` and print one table; 0 when all was done."""
     out.mkdir(parents=True, exist_ok=True)
     rows = []
-    for name, (prompt, options) in RUNS.items():
+    for name, options in RUNS.items():
         reference: Any = None
         for scheme in SCHEMES:
-            row, observation = _one(name, scheme, prompt, options, threads, reference, out)
+            row, observation = _one(name, scheme, options, threads, reference, out)
             reference = observation if reference is None else reference
             rows.append(row)
     state = environment.conditions()
-    document = {"rows": rows, "environment": state, "notes": environment.warnings(state)}
+    notes = environment.warnings(state)
+    document = {"rows": rows, "environment": state, "notes": notes}
     write_atomic(out / "demo.json", json.dumps(document, indent=1).encode())
-    _write_page(out, rows, document["notes"])
+    _write_page(out, rows, notes)
     if as_json:
         print_json(document)
     else:
@@ -67,7 +65,6 @@ def run(out: Path, *, threads: int | None, as_json: bool) -> int:
 def _one(
     name: str,
     scheme: str,
-    prompt: Any,
     options: dict[str, Any],
     threads: int | None,
     reference: Any,
@@ -77,39 +74,37 @@ def _one(
     say(f"\n{name}:{scheme}")
     with progress_bar() as progress:
         engine = api.load(f"{name}:{scheme}", threads=threads, tag="demo", progress=progress)
-    prompt = engine.family.EXAMPLE if prompt is None and not options.get("messages") else prompt
-    result = _show(engine, prompt, options)
-    results = [result] + [engine.generate(prompt, **options) for _ in range(REPEATS)]
+    options = engine.or_example(None, options)
+    result = _show(engine, options)
+    repeats = [engine.generate(**options).receipt for _ in range(REPEATS)]
     saved = out / f"{name}-{scheme}{SUFFIXES[result.output.media]}"
     result.save(saved)
     observation = quality.observe(engine.session, reference)
-    measures = (
-        [] if reference is None else quality.measure(engine.bundle.family, reference, observation)
-    )
+    measures = [] if reference is None else quality.measure(engine.bundle, reference, observation)
     bundle = engine.bundle
-    row = benchmark.summarise([r.receipt for r in results[1:]]) | {
+    row = benchmark.summarise(repeats) | {
         "asked_scheme": scheme,
         "size_bytes": bundle.size_bytes,
         "bits_per_weight": bundle.quantization.get("bits_per_weight", 32.0),
         "file": saved.name,
         "text": result.text,
         "receipt": result.receipt.to_json(),
-        "cost": summary(result.receipt).splitlines()[0],
+        "cost": report.summary(result.receipt).splitlines()[0],
         "quality": [measure.to_json() for measure in measures],
     }
     return row, observation
 
 
-def _show(engine: Engine, prompt: Any, options: dict[str, Any]) -> Result:
+def _show(engine: Engine, options: dict[str, Any]) -> Result:
     """Generate once, streaming the text as it comes, and say what it cost."""
-    stream = engine.stream(prompt, **options)
+    stream = engine.stream(**options)
     wrote = False
     for step in stream:
         wrote |= bool(step.text)
         print(step.text, end="", file=sys.stderr, flush=True)
     if wrote:
         say("")
-    say(summary(stream.result.receipt).splitlines()[0])
+    say(report.summary(stream.result.receipt).splitlines()[0])
     return stream.result
 
 
@@ -138,12 +133,12 @@ def _write_page(out: Path, rows: Sequence[dict[str, Any]], notes: Sequence[str])
         models.append(
             {
                 "name": name,
-                "about": f"{entry.summary} ({entry.package} {entry.version}, {entry.licence})",
+                "about": f"{entry.summary} ({entry.source.title}, {entry.source.licence})",
                 "plots": _plots(group),
                 "outputs": [_output(out, row) for row in group],
             }
         )
-    report.write_page(
+    page.write_page(
         out / "report.html",
         title="leangen demo",
         lead="Three published models of three families at three precisions on ONNX Runtime, "
@@ -156,46 +151,42 @@ def _write_page(out: Path, rows: Sequence[dict[str, Any]], notes: Sequence[str])
 
 
 def _plots(group: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    def spread(row: dict[str, Any], key: str, scale: float) -> tuple[str, float, float, str]:
-        figure = row[key]
-        half = max(figure["p95"] - figure["median"], figure["median"] - figure["p5"])
-        return row["scheme"], figure["median"] * scale, half * scale, "measured"
+    """Charts of one model over its schemes."""
+
+    def bar(row: dict[str, Any], value: Any, u: Any = None, source: str = "measured") -> charts.Bar:
+        return charts.Bar(name=row["scheme"], value=value, u=u, source=source)
 
     unit = group[0]["unit"]
     plots = [
-        report.plot(
-            "Energy",
-            f"joules per {unit}",
-            [
-                (
-                    row["scheme"],
-                    row["j_per_unit"],
-                    row["j_per_unit_u"],
-                    "measured" if row["energy_source"] == "measured" else "estimated",
-                )
-                for row in group
-            ],
+        charts.bars(
+            f"Energy per {unit}",
+            "J",
+            [bar(r, r["j_per_unit"], r["j_per_unit_u"], r["energy_source"]) for r in group],
+            prefixed=True,
         ),
-        report.plot("Time of one generation", "ms", [spread(r, "total_s", 1e3) for r in group]),
-        report.plot(
-            "Size on disk",
-            "MB",
-            [(r["scheme"], r["size_bytes"] / 1e6, None, "measured") for r in group],
-        ),
+        charts.bars("Time of one generation", "ms", [bar(r, *_spread_ms(r)) for r in group]),
+        charts.bars("Size on disk", "MB", [bar(r, r["size_bytes"] / 1e6) for r in group]),
     ]
     for index, measure in enumerate(group[-1]["quality"]):
-        figures = [row["quality"][index] for row in group if row["quality"]]
         plots.append(
-            report.plot(
+            charts.bars(
                 f"{measure['name']} against fp32",
                 measure["unit"],
                 [
-                    (row["scheme"], figure["value"], figure["u"], "measured")
-                    for row, figure in zip(group[1:], figures, strict=True)
+                    bar(row, row["quality"][index]["value"], row["quality"][index]["u"])
+                    for row in group
+                    if row["quality"]
                 ],
             )
         )
     return plots
+
+
+def _spread_ms(row: dict[str, Any]) -> tuple[float, float]:
+    """Median, and the larger distance from it to p5 or p95."""
+    figure = row["total_s"]
+    half = max(figure["p95"] - figure["median"], figure["median"] - figure["p5"])
+    return figure["median"] * 1e3, half * 1e3
 
 
 def _output(out: Path, row: dict[str, Any]) -> dict[str, Any]:
@@ -203,7 +194,7 @@ def _output(out: Path, row: dict[str, Any]) -> dict[str, Any]:
     return {
         "scheme": row["scheme"],
         "text": row["text"],
-        "audio": report.data_uri(path, "audio/wav") if path.suffix == ".wav" else None,
-        "image": report.data_uri(path, "image/png") if path.suffix == ".png" else None,
+        "audio": page.data_uri(path, "audio/wav") if path.suffix == ".wav" else None,
+        "image": page.data_uri(path, "image/png") if path.suffix == ".png" else None,
         "cost": row["cost"],
     }

@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import dataclasses
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from leangen import carbon, clock, energy, families, host, media, meters
+from leangen import attribution, carbon, clock, energy, families, host, media, meters
+from leangen.budget import Guard
 from leangen.bundle import Bundle
 from leangen.errors import RequestError
-from leangen.ledger import Ledger
-from leangen.records import Latency, Output, Receipt, Runtime, Step, Units
+from leangen.ledger import Ledger, Ticket
+from leangen.records import Latency, MeterWindow, Output, Receipt, Runtime, Step, Units
 from leangen.session import Session
 
 BASELINE_S = 1.0
+LONGEST_BASELINE_S = 5.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -61,10 +63,13 @@ class Stream(Iterator[Step]):
     goes to the ledger and to `receipt`.
     """
 
-    def __init__(self, engine: Engine, request: Any) -> None:
+    def __init__(
+        self, engine: Engine, request: Any, *, repeats: int = 1, aligned: bool = False
+    ) -> None:
         self.receipt: Receipt | None = None
+        self._ticket: Ticket | None = None
         self._output: Output | None = None
-        self._steps = self._run(engine, request)
+        self._steps = self._run(engine, request, repeats, aligned)
 
     def __iter__(self) -> Iterator[Step]:
         return self
@@ -78,17 +83,25 @@ class Stream(Iterator[Step]):
 
     @property
     def result(self) -> Result:
-        """Output and receipt; RequestError while steps are left to take."""
+        """Output and receipt, which is then on the disk if the engine keeps a ledger.
+
+        Raises RequestError while steps are left to take, StorageError if the ledger took it not.
+        """
         if self._output is None or self.receipt is None:
             raise RequestError(
                 "the stream is not finished: take all its steps, then ask for result"
             )
+        if self._ticket is not None:
+            self._ticket.wait()
         return Result(self._output, self.receipt)
 
-    def _run(self, engine: Engine, request: Any) -> Iterator[Step]:
+    def _run(self, engine: Engine, request: Any, repeats: int, aligned: bool) -> Generator[Step]:
         steps: list[tuple[str, float, int]] = []
+        marks: dict[int, int] = {}
+        left = repeats
         started_at = clock.utc_now()
-        window = meters.begin(engine.selection)
+        cpu = engine._cpu_times()
+        window = meters.begin(engine.selection, aligned=aligned)
         begin_ns = clock.monotonic_ns()
         running = engine.family.run(engine.session, request)
         try:
@@ -98,19 +111,54 @@ class Stream(Iterator[Step]):
                     step = next(running)
                 except StopIteration as stop:
                     self._output = stop.value
-                    return
+                    left -= 1
+                    if left < 1:
+                        return
+                    running = engine.family.run(engine.session, request)
+                    continue
                 steps.append((step.kind, step.units, clock.monotonic_ns() - step_ns))
+                if meters.keep_up(window) and (energy_uj := window.energy_uj) is not None:
+                    marks[len(steps) - 1] = energy_uj
                 yield step
         finally:
             running.close()
             duration_ns = clock.monotonic_ns() - begin_ns
             windows = meters.end(window)
             if steps:
-                self.receipt = engine._receipt(
-                    request, self._output, steps, started_at, begin_ns, duration_ns, windows
+                measured = _Measured(
+                    started_at=started_at,
+                    begin_boottime_ns=window.begin_boottime_ns,
+                    duration_ns=duration_ns,
+                    windows=windows,
+                    steps=steps,
+                    marks=marks,
+                    cpu=None if cpu is None else (cpu, attribution.cpu_times()),
+                    repeats=repeats,
                 )
+                self.receipt = engine._receipt(request, self._output, measured)
                 if engine.ledger is not None:
-                    engine.ledger.append(self.receipt)
+                    self._ticket = engine.ledger.append(self.receipt)
+                if engine.guard is not None:
+                    engine.guard.after(self.receipt)
+                for tell in engine.on_receipt:
+                    tell(self.receipt)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Measured:
+    """What was observed of one window of work."""
+
+    started_at: str
+    begin_boottime_ns: int
+    duration_ns: int
+    windows: Sequence[MeterWindow]
+    steps: Sequence[tuple[str, float, int]]
+    """(kind, units, duration in ns)"""
+    marks: Mapping[int, int]
+    """Microjoules up to the end of a step, by its index."""
+    cpu: tuple[attribution.CpuTimes, attribution.CpuTimes] | None
+    repeats: int
+    """Generations within the window."""
 
 
 class Engine:
@@ -124,20 +172,30 @@ class Engine:
         session: Session,
         *,
         ledger: Ledger | None = None,
-        region: str | None = None,
+        footprint: carbon.Footprint | None = None,
         tag: str | None = None,
+        guard: Guard | None = None,
         baseline_s: float = BASELINE_S,
+        meter: str | None = None,
+        probes: Path | None = None,
         root: Path = Path("/"),
     ) -> None:
         self.session = session
-        self.family = families.get(session.bundle.family)
+        self.family = families.of(session.bundle)
         self.ledger = ledger
-        self.region = region
+        self.footprint = footprint or carbon.footprint()
         self.tag = tag
-        self.selection = meters.select(root)
+        self.guard = guard
+        self.on_receipt: list[Callable[[Receipt], None]] = []
+        """Called with each receipt after it went to the ledger, in the thread that generates."""
+        self.selection = meters.probed(
+            meters.select(root, meter=meter),
+            boot_id=host.host(root=root).boot_id,
+            cache=probes,
+        )
         self._baseline_s = baseline_s
         self._baseline: energy.Baseline | None = None
-        carbon.carbon_for(None, region=region)  # an unknown region fails here, not after the work
+        self.family.prepare(session)
 
     @property
     def bundle(self) -> Bundle:
@@ -155,17 +213,34 @@ class Engine:
                 f"it takes {', '.join(fields)}"
             )
         if prompt is not None:
-            if self.family.PROMPT is None:
+            if not self.family.INPUTS:
                 raise RequestError(
                     f"{self.bundle.name} ({self.bundle.family}) takes no prompt: "
                     f"its options are {', '.join(fields)}"
                 )
-            options[self.family.PROMPT] = prompt
+            options[self.family.INPUTS[0]] = prompt
         return kind(**options)
 
+    def or_example(self, prompt: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The options with the prompt in its field, or with the family's example input."""
+        inputs = self.family.INPUTS
+        if prompt is not None and inputs:
+            return {**options, inputs[0]: prompt}
+        return (
+            dict(options)
+            if any(name in options for name in inputs)
+            else {
+                **self.family.EXAMPLE,
+                **options,
+            }
+        )
+
     def stream(self, prompt: Any = None, /, **options: Any) -> Stream:
-        """Generate step by step; options as the family's `Request` documents them."""
-        return Stream(self, self.request(prompt, **options))
+        """Generate step by step; options as the family's `Request` documents them.
+
+        Raises RequestError also when a budget that refuses is used up.
+        """
+        return self._stream(self.request(prompt, **options))
 
     def generate(self, prompt: Any = None, /, **options: Any) -> Result:
         """Generate to the end."""
@@ -174,54 +249,86 @@ class Engine:
             pass
         return stream.result
 
-    def baseline(self) -> energy.Baseline | None:
-        """Idle power with this model loaded, measured once, after the first generation.
+    def repeat(self, repeats: int, prompt: Any = None, /, **options: Any) -> Result:
+        """Generate `repeats` times in one window that begins on a tick: one receipt over all.
 
-        None where it was not asked for (`baseline_s=0`) or no meter can tell.
+        For generations that are short against the meter's tick; `meters.plan_repeats` says how
+        many a wanted uncertainty takes. The output is the last one.
         """
-        if self._baseline is None and self._baseline_s > 0:
-            self._baseline = energy.measure_baseline(self.selection, self._baseline_s)
+        if repeats < 1:
+            raise RequestError(f"repeats is {repeats}, expected 1 or more")
+        request = self.request(prompt, **options)
+        stream = self._stream(request, repeats=repeats, aligned=True)
+        for _ in stream:
+            pass
+        return stream.result
+
+    def _stream(self, request: Any, *, repeats: int = 1, aligned: bool = False) -> Stream:
+        if self.guard is not None:
+            self.guard.before(self.tag)
+        return Stream(self, request, repeats=repeats, aligned=aligned)
+
+    def baseline(self) -> energy.Baseline | None:
+        """Idle power with this model loaded: measured once, after the first generation.
+
+        An estimate brings its own. None where it was not asked for (`baseline_s=0`) or no meter
+        can tell within `LONGEST_BASELINE_S`: a battery's firmware would take minutes.
+        """
+        if self._baseline is None:
+            self._baseline = self.selection.baseline
+            seconds = max(self._baseline_s, meters.least_seconds(self.selection))
+            patience_s = max(self._baseline_s, LONGEST_BASELINE_S)
+            if self._baseline is None and self._baseline_s > 0 and seconds <= patience_s:
+                self._baseline = meters.measure_baseline(self.selection, seconds)
         return self._baseline
 
-    def _receipt(
-        self,
-        request: Any,
-        output: Output | None,
-        steps: list[tuple[str, float, int]],
-        started_at: str,
-        begin_ns: int,
-        duration_ns: int,
-        windows: Sequence[Any],
-    ) -> Receipt:
+    def _cpu_times(self) -> attribution.CpuTimes | None:
+        """For this process's share: of sensors of the CPU; an estimate is of this process alone."""
+        if self.selection.source not in ("measured", "integrated"):
+            return None
+        if any(scope.startswith("gpu") for scope in self.selection.scope):
+            return None
+        return attribution.cpu_times()
+
+    def _receipt(self, request: Any, output: Output | None, measured: _Measured) -> Receipt:
         session, bundle = self.session, self.bundle
-        count = sum(units for _, units, _ in steps)
+        count = sum(units for _, units, _ in measured.steps)
+        repeated = {"repeats": measured.repeats} if measured.repeats > 1 else {}
         spent = energy.account(
-            windows,
+            measured.windows,
             scope=self.selection.scope,
             reason=self.selection.reason,
-            duration_ns=duration_ns,
+            duration_ns=measured.duration_ns,
             baseline=self.baseline(),
             units=count,
-            steps=[(kind, step_ns) for kind, _, step_ns in steps],
+            steps=[(kind, step_ns) for kind, _, step_ns in measured.steps],
+            marks=measured.marks,
+            cpu=measured.cpu,
         )
         return Receipt(
             id=uuid.uuid4().hex,
-            started_at=started_at,
-            duration_ns=duration_ns,
+            started_at=measured.started_at,
+            duration_ns=measured.duration_ns,
             host=host.host(),
             model=bundle.name,
             scheme=bundle.scheme,
             bundle=bundle.digest,
             family=bundle.family,
-            request=request.describe(),
+            request={**request.describe(), **repeated},
             units=Units(
                 kind=self.family.UNIT,
                 count=count,
-                prompt=output.prompt_units if output is not None else 0,
+                prompt=output.prompt_units * measured.repeats if output is not None else 0,
             ),
             energy=spent,
-            latency=_latency(steps, duration_ns),
-            carbon=carbon.carbon_for(spent.gross_j, region=self.region),
+            latency=_latency(measured.steps, measured.duration_ns, measured.repeats),
+            carbon=self.footprint.of(
+                spent.gross_j,
+                spent.u_j,
+                started_at=measured.started_at,
+                duration_s=measured.duration_ns / 1e9,
+                units=count,
+            ),
             peak_rss_bytes=host.peak_rss_bytes(),
             runtime=Runtime(
                 provider=session.provider,
@@ -231,11 +338,12 @@ class Engine:
                 versions=host.versions(),
             ),
             tag=self.tag,
+            begin_boottime_ns=measured.begin_boottime_ns,
         )
 
 
-def _latency(steps: Sequence[tuple[str, float, int]], duration_ns: int) -> Latency:
-    """Total, time to the first unit, and the spread of the steps after it."""
+def _latency(steps: Sequence[tuple[str, float, int]], duration_ns: int, repeats: int) -> Latency:
+    """Total of one generation, time to the first unit, and the spread of the steps after it."""
     done_ns = 0
     ttft_s = None
     first = 0
@@ -248,5 +356,8 @@ def _latency(steps: Sequence[tuple[str, float, int]], duration_ns: int) -> Laten
     later = [step_ns for _, _, step_ns in steps[first + 1 :]] or [ns for _, _, ns in steps]
     p50, p95 = np.percentile(later, [50, 95]) / 1e9
     return Latency(
-        total_s=duration_ns / 1e9, ttft_s=ttft_s, step_p50_s=float(p50), step_p95_s=float(p95)
+        total_s=duration_ns / 1e9 / repeats,
+        ttft_s=ttft_s,
+        step_p50_s=float(p50),
+        step_p95_s=float(p95),
     )

@@ -9,8 +9,18 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from leangen.errors import StorageError
+
+
+def default_home() -> Path:
+    """The store's folder: `$LEANGEN_HOME`, else the platform's cache."""
+    if home := os.environ.get("LEANGEN_HOME"):
+        return Path(home)
+    import platformdirs
+
+    return platformdirs.user_cache_path("leangen")
 
 
 def _explain(error: OSError, path: Path) -> StorageError:
@@ -70,8 +80,13 @@ def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
         raise
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write `data` to `path` through a sibling temporary file and a rename."""
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write into, a sibling of `path` that takes its name when the block succeeds.
+
+    On any exception it is removed and `path` is as it was. Raises StorageError for a full or
+    read-only disk.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         fd, name = tempfile.mkstemp(prefix=f".{path.name}.tmp-", dir=path.parent)
@@ -79,7 +94,7 @@ def write_atomic(path: Path, data: bytes) -> None:
         raise _explain(error, path) from error
     try:
         with os.fdopen(fd, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.chmod(name, 0o644)
@@ -90,3 +105,9 @@ def write_atomic(path: Path, data: bytes) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write `data` to `path` through a sibling temporary file and a rename."""
+    with atomic_file(path) as file:
+        file.write(data)

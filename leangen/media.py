@@ -11,7 +11,7 @@ import numpy as np
 from leangen import audio
 from leangen.errors import RequestError
 from leangen.files import write_atomic
-from leangen.records import Output
+from leangen.records import Media, Output
 
 SUFFIXES = {
     "text": (".txt",),
@@ -26,17 +26,23 @@ def save(output: Output, path: Path) -> Path:
 
     Raises RequestError for a suffix that the output cannot take.
     """
-    suffix = path.suffix.lower()
-    if suffix not in SUFFIXES[output.media]:
-        raise RequestError(
-            f"cannot save {output.media} as {path.name!r}: "
-            f"use a name that ends in {' or '.join(SUFFIXES[output.media])}"
-        )
+    suffix = suffix_for(output.media, path)
     if suffix == ".wav":
         audio.write_wav(path, np.asarray(output.array), int(output.sample_rate_hz or 0))
     else:
         write_atomic(path, encode(output, suffix))
     return path
+
+
+def suffix_for(media: Media, path: Path) -> str:
+    """The suffix of `path` in lower case; RequestError for one that `media` cannot take."""
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES[media]:
+        raise RequestError(
+            f"cannot save {media} as {path.name!r}: "
+            f"use a name that ends in {' or '.join(SUFFIXES[media])}"
+        )
+    return suffix
 
 
 def encode(output: Output, suffix: str) -> bytes:
@@ -54,7 +60,11 @@ def encode(output: Output, suffix: str) -> bytes:
     else:
         from PIL import Image
 
-        Image.fromarray(grid(to_bytes(array, output.extra.get("range")))).save(buffer, "png")
+        if output.extra.get("render") == "relief":
+            tiles = np.stack([relief(image[..., 0]) for image in array])
+        else:
+            tiles = to_bytes(array, output.extra.get("range"))
+        Image.fromarray(grid(tiles)).save(buffer, "png")
     return buffer.getvalue()
 
 
@@ -62,9 +72,28 @@ def to_bytes(
     images: np.ndarray[Any, Any], limits: tuple[float, float] | None
 ) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """Float images [n, h, w, c] as uint8; `limits` maps to 0..255, None takes their own range."""
-    low, high = limits if limits is not None else (float(images.min()), float(images.max()))
-    scaled = (images - low) / max(high - low, np.finfo(np.float32).tiny)
+    low, high = limits or (float(images.min()), float(images.max()))
+    scaled = (images - low) / max(high - low, float(np.finfo(np.float32).tiny))
     return np.asarray(np.round(np.clip(scaled, 0, 1) * 255), dtype=np.uint8)
+
+
+_ALTITUDES = (0.0, 0.15, 0.45, 0.75, 1.0)
+_COLOURS = ((58, 104, 122), (96, 140, 96), (176, 166, 112), (146, 116, 92), (244, 242, 238))
+_LIGHT = np.array([-1.0, -1.0, 1.6]) / np.linalg.norm([-1.0, -1.0, 1.6])
+_STEEPNESS = 20.0  # a slope of 1 per 20 pixels is drawn as 45 degrees: heights span about 1
+
+
+def relief(heights: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """A heightmap [h, w] as a map [h, w, 3]: lit from the upper left, coloured by altitude."""
+    down, right = np.gradient(heights.astype(np.float64) * _STEEPNESS)
+    normals = np.stack([-right, -down, np.ones_like(down)], axis=-1)
+    normals /= np.linalg.norm(normals, axis=-1, keepdims=True)
+    shade = 0.35 + 0.85 * np.clip(normals @ _LIGHT, 0, 1)
+    low, span = heights.min(), np.ptp(heights) or 1.0
+    altitude = (heights - low) / span
+    colours = [np.interp(altitude, _ALTITUDES, channel) for channel in zip(*_COLOURS, strict=True)]
+    drawn = np.stack(colours, axis=-1) * shade[..., None]
+    return np.asarray(np.clip(drawn, 0, 255), dtype=np.uint8)
 
 
 def grid(images: np.ndarray[Any, np.dtype[np.uint8]]) -> np.ndarray[Any, np.dtype[np.uint8]]:

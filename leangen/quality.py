@@ -14,13 +14,16 @@ from typing import Any
 
 import numpy as np
 
-from leangen import audio
-from leangen.families import diffusion, flow, language
+from leangen import audio, families
+from leangen.bundle import Bundle
+from leangen.families import density, diffusion, language, speech
+from leangen.records import Output
 from leangen.session import Session
 
 Array = np.ndarray[Any, Any]
 SEEDS = range(4)
 TEXT_TOKENS = 384
+DENSITY_ROWS = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +68,7 @@ def kl_and_top1(reference: Array, candidate: Array) -> tuple[Array, Array]:
 
 def _observe_text(session: Session, reference: Any) -> Array:
     text = files("leangen").joinpath("assets/quality.txt").read_text(encoding="utf-8")
-    return language.logits(session, language.encode(session, text)[:TEXT_TOKENS])
+    return language.logits(session, language.tokenizer(session).encode(text).ids[:TEXT_TOKENS])
 
 
 def _measure_text(reference: Array, candidate: Array) -> list[Measure]:
@@ -77,8 +80,8 @@ def _measure_text(reference: Array, candidate: Array) -> list[Measure]:
 
 
 def relative_rmse(reference: Array, candidate: Array) -> float:
-    """Root mean square difference over the reference's standard deviation."""
-    return float(np.sqrt(np.mean((reference - candidate) ** 2)) / reference.std())
+    """Root mean square of the difference over that of the reference."""
+    return float(np.linalg.norm(reference - candidate) / np.linalg.norm(reference))
 
 
 def psnr_db(reference: Array, candidate: Array) -> float:
@@ -109,34 +112,61 @@ def _measure_images(reference: list[Array], candidate: list[Array]) -> list[Meas
     ]
 
 
-def _observe_flow(session: Session, reference: Any) -> list[Any]:
-    """Speech: one output per seed, spoken with the reference's durations. Density: one array."""
-    return flow.observe(session, reference, SEEDS)
+def _observe_speech(session: Session, reference: Any) -> list[Output]:
+    """One utterance per seed, spoken in the reference's rhythm."""
+    said = speech.EXAMPLE["phonemes"]
+    return [
+        _finish(
+            speech.run(
+                session,
+                speech.Request(
+                    phonemes=said,
+                    seed=seed,
+                    durations=None if reference is None else reference[seed].extra["durations"],
+                ),
+            )
+        )
+        for seed in SEEDS
+    ]
 
 
-def _measure_flow(reference: list[Any], candidate: list[Any]) -> list[Measure]:
-    if reference[0].media == "audio":
-        distances = [
-            audio.log_mel_distance(a.array, b.array, a.sample_rate_hz)
-            for a, b in zip(reference, candidate, strict=True)
-        ]
-        return [_mean("log-mel distance", distances, "seeds", "dB")]
-    shift = candidate[0].array - reference[0].array
-    return [_mean("log-density change", shift, "rows", "nats")]
+def _measure_speech(reference: list[Output], candidate: list[Output]) -> list[Measure]:
+    distances = [
+        audio.log_mel_distance(a.array, b.array, int(a.sample_rate_hz or 0))
+        for a, b in zip(reference, candidate, strict=True)
+    ]
+    return [_mean("log-mel distance", distances, "seeds", "dB")]
+
+
+def _observe_density(session: Session, reference: Any) -> tuple[Array, Array]:
+    """The reference's own samples (rows), and their log-densities."""
+    rows = (
+        _finish(density.run(session, density.Request(count=DENSITY_ROWS))).array
+        if reference is None
+        else reference[0]
+    )
+    return rows, _finish(density.run(session, density.Request(data=rows))).array
+
+
+def _measure_density(
+    reference: tuple[Array, Array], candidate: tuple[Array, Array]
+) -> list[Measure]:
+    return [_mean("log-density change", candidate[1] - reference[1], "rows", "nats")]
 
 
 _FAMILIES: dict[str, tuple[Callable[..., Any], Callable[..., list[Measure]]]] = {
     "language": (_observe_text, _measure_text),
     "diffusion": (_observe_images, _measure_images),
-    "flow": (_observe_flow, _measure_flow),
+    "flow/speech": (_observe_speech, _measure_speech),
+    "flow/density": (_observe_density, _measure_density),
 }
 
 
 def observe(session: Session, reference: Any = None) -> Any:
     """What a model does on fixed inputs; `reference` is the observation of its reference."""
-    return _FAMILIES[session.bundle.family][0](session, reference)
+    return _FAMILIES[families.key(session.bundle)][0](session, reference)
 
 
-def measure(family: str, reference: Any, candidate: Any) -> list[Measure]:
-    """The family's measures between two observations."""
-    return _FAMILIES[family][1](reference, candidate)
+def measure(bundle: Bundle, reference: Any, candidate: Any) -> list[Measure]:
+    """The measures of the bundle's family between two observations."""
+    return _FAMILIES[families.key(bundle)][1](reference, candidate)

@@ -16,6 +16,9 @@ RECEIPT_SCHEMA = "leangen.receipt/1"
 Source = Literal["measured", "integrated", "estimated", "unavailable"]
 """How an energy was got: a counter, power samples summed, a model, or not at all."""
 
+Media = Literal["text", "audio", "image", "table"]
+"""What an output is, and so how it can be saved."""
+
 COVERAGE_FACTOR = 2.0
 """k of every stated uncertainty u: value ± u holds the truth in about 95% of windows."""
 
@@ -59,6 +62,8 @@ class MeterWindow:
     coverage: float | None = None
     """Share of the interval that the sensor really looked at."""
     faults: tuple[str, ...] = ()
+    terms: Mapping[str, float] = field(default_factory=dict)
+    """What the uncertainty is made of, joules at k=2: see `leangen.meters.uncertainty`."""
 
     def to_json(self) -> dict[str, Any]:
         """The receipt's entry in `energy.meters`."""
@@ -71,6 +76,7 @@ class MeterWindow:
             "tick_s": self.tick_s,
             "coverage": self.coverage,
             "faults": list(self.faults),
+            "terms": dict(self.terms),
         }
 
 
@@ -83,6 +89,9 @@ class StepEnergy:
     u_j: float
     method: Literal["measured", "shared"]
     """`shared`: below the tick, so a share by duration of the measured total."""
+    each_uj: tuple[int, ...] = ()
+    """Of each step in order, when they are few: each denoising step, each flow pass."""
+    each_method: Literal["measured", "shared"] = "shared"
 
     def to_json(self) -> dict[str, Any]:
         """The receipt's entry in `energy.steps`."""
@@ -91,6 +100,8 @@ class StepEnergy:
             "joules": joules(self.energy_uj),
             "u_j": self.u_j,
             "method": self.method,
+            "each_j": [joules(uj) for uj in self.each_uj],
+            "each_method": self.each_method,
         }
 
 
@@ -119,6 +130,10 @@ class Energy:
     per_unit_u_j: float | None = None
     meters: tuple[MeterWindow, ...] = ()
     steps: tuple[StepEnergy, ...] = ()
+    baseline: Mapping[str, Any] | None = None
+    """The idle power behind `idle_uj`, with its spread; None with no idle figure."""
+    attribution: Mapping[str, Any] | None = None
+    """This process's share of the marginal on a machine that others use too; not measured."""
 
     @property
     def gross_j(self) -> float | None:
@@ -160,6 +175,8 @@ class Energy:
             "tick_s": self.tick_s,
             "meters": [m.to_json() for m in self.meters],
             "steps": [s.to_json() for s in self.steps],
+            "baseline": None if self.baseline is None else dict(self.baseline),
+            "attribution": None if self.attribution is None else dict(self.attribution),
         }
 
 
@@ -199,15 +216,43 @@ class Units:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Embodied:
+    """The emissions of making the hardware, spread evenly over the time that it is used."""
+
+    total_kg: float
+    lifetime_years: float
+    g_per_s: float
+
+    def to_json(self) -> dict[str, Any]:
+        """The receipt's `carbon.embodied`."""
+        return {
+            "total_kg": self.total_kg,
+            "lifetime_years": self.lifetime_years,
+            "g_per_s": self.g_per_s,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Carbon:
-    """Operational emissions of one generation."""
+    """Emissions of one generation: operational, and the hardware's share where it is known."""
 
     g: float | None
-    """gCO2e; None when the energy is unavailable."""
-    intensity_g_per_kwh: float
+    """Operational gCO2e; None when the energy or the intensity is unavailable."""
+    intensity_g_per_kwh: float | None
     region: str
-    year: int
+    year: int | None
     source: str
+    u_g: float | None = None
+    """The energy's uncertainty in gCO2e (k = 2); the intensity is taken as given."""
+    reason: str | None = None
+    """Why `g` is None."""
+    embodied: Embodied | None = None
+    embodied_g: float | None = None
+    """The hardware's share by duration, in gCO2e; not part of `g`."""
+    sci_g_per_unit: float | None = None
+    """Software carbon intensity (ISO/IEC 21031), (g + embodied_g) per unit of work; None where the
+    embodied share is not given."""
+    sci_u_g_per_unit: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The receipt's `carbon`."""
@@ -217,6 +262,12 @@ class Carbon:
             "region": self.region,
             "year": self.year,
             "source": self.source,
+            "u_g": self.u_g,
+            "reason": self.reason,
+            "embodied": None if self.embodied is None else self.embodied.to_json(),
+            "embodied_g": self.embodied_g,
+            "sci_g_per_unit": self.sci_g_per_unit,
+            "sci_u_g_per_unit": self.sci_u_g_per_unit,
         }
 
 
@@ -274,6 +325,8 @@ class Receipt:
     peak_rss_bytes: int
     runtime: Runtime
     tag: str | None = None
+    begin_boottime_ns: int | None = None
+    """When the measured window began, since boot: tells which windows of one machine overlap."""
 
     def to_json(self) -> dict[str, Any]:
         """The receipt as plain JSON types, schema `leangen.receipt/1`."""
@@ -282,6 +335,7 @@ class Receipt:
             "id": self.id,
             "started_at": self.started_at,
             "duration_ns": self.duration_ns,
+            "begin_boottime_ns": self.begin_boottime_ns,
             "tag": self.tag,
             "host": self.host.to_json(),
             "model": self.model,
@@ -321,7 +375,7 @@ class Output:
     tokens: Sequence[int] | None = None
     array: Any = None
     """NumPy array: audio `[samples]`, images `[n, height, width, channels]`, rows `[n, d]`."""
-    media: Literal["text", "audio", "image", "table"] = "text"
+    media: Media = "text"
     sample_rate_hz: int | None = None
     stop_reason: str | None = None
     """Language: `eos`, `stop`, `length`."""

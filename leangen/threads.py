@@ -18,7 +18,7 @@ def choose(requested: int | None, *, root: Path = Path("/")) -> tuple[int, str]:
     allowed = sorted(os.sched_getaffinity(0))
     cores = {_physical_core(cpu, root) for cpu in allowed}
     reason = f"{len(cores)} physical cores of {len(allowed)} allowed CPUs"
-    quota = _cgroup_cpus(root)
+    quota = cgroup_cpus(root)
     if quota is not None and quota < len(cores):
         return max(1, math.floor(quota)), f"{reason}, limited by a cgroup quota of {quota:g} CPUs"
     return len(cores), reason
@@ -32,7 +32,7 @@ def _physical_core(cpu: int, root: Path) -> str:
         return str(cpu)
 
 
-def _cgroup_cpus(root: Path) -> float | None:
+def cgroup_cpus(root: Path) -> float | None:
     """CPUs that the tightest enclosing cgroup grants (v2 `cpu.max`, v1 `cfs_quota`), or None."""
     limits = []
     try:

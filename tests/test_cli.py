@@ -1,4 +1,4 @@
-"""Bad input on the command line: one line that says what to do, exit code 2, nothing left behind."""
+"""Bad input: one line that says what to do, exit code 2, nothing left behind."""
 
 import json
 import subprocess

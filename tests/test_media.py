@@ -19,14 +19,23 @@ def test_text(tmp_path):
 def test_images_are_scaled_by_the_stated_range(tmp_path):
     array = np.array([-1.0, 0.0, 1.0, 9.0], np.float32).reshape(1, 2, 2, 1)
     output = Output(array=array, media="image", extra={"range": (-1.0, 1.0)})
-    pixels = np.asarray(Image.open(media.save(output, tmp_path / "out.png")))
+    with Image.open(media.save(output, tmp_path / "out.png")) as image:
+        pixels = np.asarray(image)
     assert pixels.tolist() == [[0, 128], [255, 255]]
 
 
 def test_several_colour_images_make_a_grid(tmp_path):
     array = np.random.default_rng(0).random((3, 8, 8, 3), np.float32)
-    image = Image.open(media.save(Output(array=array, media="image"), tmp_path / "out.png"))
-    assert (image.size, image.mode) == ((16, 16), "RGB")
+    with Image.open(media.save(Output(array=array, media="image"), tmp_path / "out.png")) as image:
+        assert (image.size, image.mode) == ((16, 16), "RGB")
+
+
+def test_a_heightmap_is_lit_from_the_upper_left():
+    x, y = np.meshgrid(np.linspace(-1, 1, 33), np.linspace(-1, 1, 33))
+    hill = media.relief(np.sqrt(np.clip(1 - x**2 - y**2, 0, None)) / 4).sum(axis=-1, dtype=int)
+    assert hill[8, 8] > hill[24, 24]
+    np.testing.assert_array_equal(hill, hill.T)
+    assert media.relief(np.zeros((4, 5))).shape == (4, 5, 3)
 
 
 def test_a_constant_image_is_no_division_by_zero(tmp_path):

@@ -1,1 +1,64 @@
-"""exporters."""
+"""The exporters: one module per kind of source file, each making a bundle of it.
+
+An exporter is one module with
+
+    accepts(path) -> bool        whether the file looks like its kind: magic bytes, extension
+    export(path, out, *, name=None, source=None, replace=False, **options) -> Bundle
+
+`export` writes through `bundle.create`, so `out` appears whole or not at all. `source` says where
+the file came from and goes into the manifest. Damaged files raise SourceError, well-formed ones
+that leangen cannot run UnsupportedError.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from inspect import signature
+from pathlib import Path
+from types import ModuleType
+from typing import cast
+
+from leangen.bundle import Bundle
+from leangen.errors import RequestError, SourceError
+
+EXPORTERS = {
+    "gguf": "leangen.exporters.gguf",
+    "piper": "leangen.exporters.piper",
+    "pzflow": "leangen.exporters.pzflow",
+    "onnx": "leangen.exporters.onnx_file",
+}
+"""Modules by kind, the more particular first: a Piper voice is an ONNX file too."""
+
+
+def find(path: Path) -> ModuleType:
+    """The exporter of the file at `path`; SourceError when there is no file, or none accepts it."""
+    if not path.is_file():
+        raise SourceError(f"{path} is not a file: give the path of a model file to export")
+    for module_name in EXPORTERS.values():
+        module = import_module(module_name)
+        if module.accepts(path):
+            return module
+    raise SourceError(
+        f"{path} is none of the kinds that leangen exports ({', '.join(EXPORTERS)}): "
+        "check that the file is complete"
+    )
+
+
+def export(
+    path: Path,
+    out: Path,
+    *,
+    name: str | None = None,
+    replace: bool = False,
+    **options: object,
+) -> Bundle:
+    """Export the file at `path` with the exporter that accepts it.
+
+    Raises SourceError when none does, RequestError for an option that this exporter does not take.
+    """
+    module = find(path)
+    taken = signature(module.export).parameters
+    for option in options:
+        if option not in taken:
+            raise RequestError(f"--{option} does not apply to {path.name}: leave it out")
+    return cast(Bundle, module.export(path, out, name=name, replace=replace, **options))

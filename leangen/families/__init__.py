@@ -2,13 +2,18 @@
 
 A family is one module with
 
-    UNIT: str                         its unit of work: `token`, `pixel`, `audio-second`, `sample`
-    PROMPT: str | None                the field of Request that a positional prompt fills
-    Request                           a frozen dataclass that validates itself (RequestError)
-    run(session, request)             a generator: yields a Step as each is done, returns an Output
+    UNIT: str                its unit of work: `token`, `audio-second`, `sample`
+    MEDIA: str               what its outputs are: `text`, `audio`, `image` or `table`
+    INPUTS: tuple[str, ...]  the fields of Request one of which says what to generate from; a
+                             positional prompt fills the first; empty where nothing is needed
+    EXAMPLE: Mapping         options of a request for when no input is given: benchmarks, the demo
+    Request                  a frozen dataclass that validates itself (RequestError)
+    prepare(session)         opens what a first generation would otherwise have to wait for
+    run(session, request)    a generator: yields a Step as each is done, returns an Output
 
-`Request.describe()` gives the options that the receipt keeps, never the prompt's text. The
-engine times every family the same way.
+and, where bundles of it can be calibrated without data, `calibration_requests(session)`.
+`Request.describe()` gives the options that the receipt keeps, never the prompt's text. The engine
+times every family the same way. The flow family has a module per task, each with its own unit.
 """
 
 from __future__ import annotations
@@ -17,8 +22,9 @@ from collections.abc import Generator, Mapping
 from importlib import import_module
 from typing import Any, Protocol, cast
 
+from leangen.bundle import Bundle
 from leangen.errors import BundleError
-from leangen.records import Output, Step
+from leangen.records import Media, Output, Step
 from leangen.session import Session
 
 
@@ -34,11 +40,17 @@ class Family(Protocol):
     """The attributes of a family's module."""
 
     UNIT: str
-    PROMPT: str | None
+    MEDIA: Media
+    INPUTS: tuple[str, ...]
+    EXAMPLE: Mapping[str, Any]
 
     @property
     def Request(self) -> type[Any]:
         """The family's request class."""
+        ...
+
+    def prepare(self, session: Session) -> None:
+        """Open graphs and assets, so that the first generation costs what the later ones do."""
         ...
 
     def run(self, session: Session, request: Any) -> Generator[Step, None, Output]:
@@ -48,15 +60,23 @@ class Family(Protocol):
 
 FAMILIES = {
     "language": "leangen.families.language",
-    "flow": "leangen.families.flow",
+    "flow/speech": "leangen.families.speech",
+    "flow/density": "leangen.families.density",
     "diffusion": "leangen.families.diffusion",
     "oneshot": "leangen.families.oneshot",
 }
-"""Modules by name, imported on use: a speech request never loads a tokenizer."""
+"""Modules by name or name/task, imported on use: a speech request never loads a tokenizer."""
 
 
-def get(name: str) -> Family:
-    """The family of a bundle's manifest; BundleError for one this leangen does not have."""
+def key(bundle: Bundle) -> str:
+    """The key in FAMILIES: the manifest's family, and the config's `task` if it has one."""
+    task = bundle.config.get("task")
+    return bundle.family if task is None else f"{bundle.family}/{task}"
+
+
+def of(bundle: Bundle) -> Family:
+    """The family that runs a bundle; BundleError for one this leangen does not have."""
+    name = key(bundle)
     if name not in FAMILIES:
         raise BundleError(
             f"family {name!r} is not one of {', '.join(FAMILIES)}: update leangen to run it"

@@ -2,8 +2,9 @@
 
 A scheme is one module with
 
-    quantize(w, **options) -> Packed    w: float32 [n, k], one row per output
-    dequantize(packed) -> w             the float32 [n, k] that the packed form stands for
+    BITS                               bits of one code
+    quantize(w, **options) -> Packed   w: float [n, k], one row per output
+    dequantize(packed) -> w            the float32 [n, k] that the packed form stands for
 
 Blocks run along k. Zero points are packed integers, never floats (ORT is 30 to 100 times slower
 with float zero points).
@@ -33,18 +34,21 @@ class Packed:
     """Weights along k that share one scale; k itself for per-row scales."""
     q: np.ndarray[Any, np.dtype[np.uint8]]
     """Unsigned codes [n, k], one per byte, before bit packing."""
-    scales: np.ndarray[Any, np.dtype[np.float32]]
-    """[n, ceil(k / block_size)]"""
+    scales: np.ndarray[Any, np.dtype[np.floating[Any]]]
+    """[n, ceil(k / block_size)], float32 or float16; a negative scale mirrors its block."""
     zero_points: np.ndarray[Any, np.dtype[np.uint8]] | None
     """[n, ceil(k / block_size)], or None: symmetric around 2**(bits - 1)."""
 
     @property
+    def stored_bits(self) -> int:
+        """Bits on disk: codes, scales and zero points."""
+        zero_bits = 0 if self.zero_points is None else self.zero_points.size * self.bits
+        return self.q.size * self.bits + self.scales.nbytes * 8 + zero_bits
+
+    @property
     def bits_per_weight(self) -> float:
-        """Bits on disk per weight: codes, fp32 scales and zero points."""
-        n, k = self.shape
-        blocks = self.scales.size
-        zero_bits = 0 if self.zero_points is None else blocks * self.bits
-        return (n * k * self.bits + blocks * 32 + zero_bits) / (n * k)
+        """Bits on disk per weight: codes, scales and zero points."""
+        return self.stored_bits / self.q.size
 
 
 SCHEMES = {

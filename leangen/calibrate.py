@@ -1,0 +1,124 @@
+"""Runs a bundle to collect what quantization needs: feeds of its graphs, ranges of tensors."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from onnx import TensorProto, helper
+
+from leangen import families, threads
+from leangen.bundle import Bundle
+from leangen.errors import BundleError
+from leangen.graph_edit import Array, Graph, Range
+from leangen.session import Session
+
+Feeds = Mapping[str, Array]
+
+
+class _Recorder(Session):
+    """A session that keeps a copy of what every graph is fed."""
+
+    def __init__(self, bundle: Bundle, limit: int) -> None:
+        super().__init__(bundle)
+        self.limit = limit
+        self.feeds: dict[str, list[Feeds]] = {role: [] for role in bundle.graphs}
+
+    def run(
+        self, role: str, feeds: Mapping[str, Any], outputs: Sequence[str] | None = None
+    ) -> list[Array]:
+        if len(self.feeds[role]) < self.limit:
+            self.feeds[role].append({name: np.array(value) for name, value in feeds.items()})
+        return super().run(role, feeds, outputs)
+
+
+def record(bundle: Bundle, *, limit: int = 4) -> tuple[dict[str, list[Feeds]], list[Any]]:
+    """Generate what the family asks for as calibration: feeds per graph role, and the requests.
+
+    At most `limit` runs of each graph are kept; both are empty for a family whose module has no
+    `calibration_requests`.
+    """
+    family = families.of(bundle)
+    requests: Callable[[Session], Iterable[Any]] | None = getattr(
+        family, "calibration_requests", None
+    )
+    recorder = _Recorder(bundle, limit)
+    if requests is None:
+        return recorder.feeds, []
+    asked = list(requests(recorder))
+    for request in asked:
+        for _ in family.run(recorder, request):
+            pass
+    return recorder.feeds, [dict(request.describe()) for request in asked]
+
+
+def ranges(graph: Graph, tensors: Iterable[str], feeds: Iterable[Feeds]) -> dict[str, Range]:
+    """The range of each tensor over all feeds, and its largest shape.
+
+    Reduced inside the graph, so that no activation outlives its use.
+    """
+    names = list(dict.fromkeys(tensors))
+    model = graph.proto()
+    for index, name in enumerate(names):
+        for op, kind in (
+            ("ReduceMin", TensorProto.FLOAT),
+            ("ReduceMax", TensorProto.FLOAT),
+            ("Shape", TensorProto.INT64),
+        ):
+            output = f"calibrate/{index}/{op}"
+            options: dict[str, Any] = {} if op == "Shape" else {"keepdims": 0}
+            model.graph.node.append(helper.make_node(op, [name], [output], output, **options))
+            model.graph.output.append(helper.make_tensor_value_info(output, kind, None))
+    wanted = [output.name for output in model.graph.output][-3 * len(names) :]
+    found: dict[str, Range] = {}
+    with tempfile.TemporaryDirectory(prefix="leangen-") as folder:
+        path = Path(folder) / "ranges.onnx"
+        graph.save(path, model)
+        session = open_session(path)
+        for feed in feeds:
+            values = session.run(wanted, dict(feed))
+            for name, low, high, shape in zip(
+                names, values[0::3], values[1::3], values[2::3], strict=True
+            ):
+                if not (np.isfinite(low) and np.isfinite(high)):
+                    raise BundleError(
+                        f"tensor {name!r} of {graph.folder} became {low} to {high} while "
+                        "calibrating: export the model again, or use another scheme"
+                    )
+                old = found.get(name, Range(float(low), float(high), tuple(shape)))
+                found[name] = Range(
+                    min(old.low, float(low)),
+                    max(old.high, float(high)),
+                    max(old.shape, tuple(int(size) for size in shape), key=np.prod),
+                )
+    return found
+
+
+def open_session(path: Path) -> ort.InferenceSession:
+    """An ORT session for calibration: CPU, all cores that are ours, no warnings."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, _ = threads.choose(None)
+    options.log_severity_level = 3
+    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def relative_error(outputs: Sequence[Array], reference: Sequence[Array]) -> float:
+    """Squared relative error of a run, averaged over its float outputs.
+
+    An output whose shape changed counts as wholly wrong (1).
+    """
+    errors = []
+    for value, wanted in zip(outputs, reference, strict=True):
+        if wanted.dtype.kind != "f" or wanted.size == 0:
+            continue
+        if value.shape != wanted.shape:
+            errors.append(1.0)
+            continue
+        exact = wanted.astype(np.float64)
+        energy = float((exact**2).sum())
+        errors.append(float(((value - exact) ** 2).sum()) / energy if energy else 0.0)
+    return float(np.mean(errors)) if errors else 0.0

@@ -1,0 +1,232 @@
+"""Plain ONNX files: a denoiser (diffusion, consistency) or a one-shot generator, as a bundle.
+
+The inputs tell what a file is: a noisy sample and a noise level make a denoiser, a latent alone
+makes a generator. What a file does not say (what it predicts, its noise schedule, the range of a
+condition) comes from the options, or from the defaults that are documented in `export`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import helper
+
+from leangen import samplers
+from leangen.bundle import Bundle, create, open_bundle
+from leangen.errors import BundleError, RequestError, SourceError, UnsupportedError
+from leangen.graph_edit import Graph
+
+SAMPLE_NAMES = ("noisy", "sample", "x", "x_t", "noisy_sample", "latents", "input")
+SIGMA_NAMES = ("sigma", "sigmas", "noise_level")
+TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time", "step")
+LATENT_NAMES = ("z", "latent", "latents", "latent_sample", "noise", "input")
+_FAMILIES = ("diffusion", "oneshot")
+_VP_DEFAULT = {"kind": "linear", "timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02}
+
+
+def accepts(path: Path) -> bool:
+    """Whether the file is named like an ONNX file; `export` looks inside."""
+    return path.suffix == ".onnx"
+
+
+def export(
+    path: Path,
+    out: Path,
+    *,
+    name: str | None = None,
+    source: Mapping[str, Any] | None = None,
+    replace: bool = False,
+    family: str | None = None,
+    **options: Any,
+) -> Bundle:
+    """Write the denoiser or generator in `path` as an fp32 bundle and open it.
+
+    `family` is `diffusion` or `oneshot` where the inputs leave it open. Options of a denoiser:
+    `prediction` (`sample`; `epsilon` for a timestep model), `sampler` (`consistency` for a one-step
+    model, else `euler`), `steps` (1 for `sample` predictions in sigma, else 20), `sigma_min` 0.002,
+    `sigma_max` 80, `schedule` (linear betas 1e-4 to 0.02 over 1000 timesteps). Of a generator:
+    `latent` (`normal` or `uniform`). Of both: `shape` for sizes that the file leaves open,
+    `range` [low, high] of the values, `render` (`relief` for heightmaps), `conditions` name ->
+    {min, max, default}.
+    Raises SourceError for a file that is not ONNX or is cut off, UnsupportedError when its inputs
+    are not understood or an option does not fit.
+    """
+    graph = _load(path)
+    inputs = {
+        value.name: _Input.of(value)
+        for value in graph.model.graph.input
+        if not graph.has(value.name)
+    }
+    if family not in (None, *_FAMILIES):
+        raise UnsupportedError(
+            f"family {family!r} does not fit a plain ONNX file: expected {' or '.join(_FAMILIES)}"
+        )
+    leveled = _named(inputs, (*SIGMA_NAMES, *TIMESTEP_NAMES)) is not None
+    family = family or ("diffusion" if leveled else "oneshot")
+    make = _diffusion_config if family == "diffusion" else _oneshot_config
+    config = make(path, inputs, graph.model.graph.output[0].name, options)
+    if options:
+        raise UnsupportedError(
+            f"option {next(iter(options))!r} does not fit a {family} model: see "
+            "`leangen export --help`"
+        )
+    with create(out, replace=replace) as draft:
+        graph.save(draft.folder / "model.onnx")
+        draft.name, draft.family = name or path.stem, family
+        draft.graphs = {"model": "model.onnx"}
+        draft.config = config
+        draft.source = dict(source) if source is not None else {"kind": "file", "file": path.name}
+    return open_bundle(out)
+
+
+@dataclass(frozen=True, slots=True)
+class _Input:
+    """A graph input: its sizes (None where open), batch included, and NumPy type."""
+
+    shape: tuple[int | None, ...]
+    dtype: str
+
+    @classmethod
+    def of(cls, value: onnx.ValueInfoProto) -> _Input:
+        tensor = value.type.tensor_type
+        shape = tuple(d.dim_value if d.HasField("dim_value") else None for d in tensor.shape.dim)
+        return cls(shape, str(helper.tensor_dtype_to_np_dtype(tensor.elem_type)))
+
+
+def _load(path: Path) -> Graph:
+    """The graph, after checking that the file is whole."""
+    remedy = "check that it is complete, or export the model to ONNX again"
+    if not path.is_file():
+        raise SourceError(f"{path} is not a file: give the path of an ONNX file")
+    try:
+        graph = Graph(path)
+    except BundleError:
+        raise SourceError(f"{path} is not an ONNX file, or is cut off: {remedy}") from None
+    if not graph.nodes or not graph.model.graph.output:
+        raise SourceError(f"{path} holds no graph: {remedy}")
+    try:
+        graph.check_files()
+    except BundleError as error:
+        raise SourceError(f"{path}: {error}") from None
+    return graph
+
+
+def _named(inputs: Mapping[str, _Input], names: Sequence[str]) -> str | None:
+    """The first of these names that is an input, letter case aside."""
+    lower = {name.lower(): name for name in inputs}
+    return next((lower[name] for name in names if name in lower), None)
+
+
+def _image_input(
+    path: Path, inputs: Mapping[str, _Input], names: Sequence[str], options: dict[str, Any]
+) -> tuple[str, list[int]]:
+    """The sample's or latent's input and its shape without the batch."""
+    name = _named(inputs, names)
+    if name is None:
+        raise UnsupportedError(
+            f"{path} has inputs {', '.join(inputs) or 'none'}: expected one named "
+            f"{', '.join(names)}; rename it, or export a model that leangen knows"
+        )
+    shape = list(options.pop("shape", None) or inputs[name].shape[1:])
+    if not shape or None in shape:
+        raise UnsupportedError(
+            f"input {name!r} of {path} leaves its sizes open ({inputs[name].shape}): "
+            "give `shape`, without the batch, such as [3, 64, 64]"
+        )
+    if inputs[name].dtype != "float32":
+        raise UnsupportedError(
+            f"input {name!r} of {path} is {inputs[name].dtype}, expected float32: "
+            "export the model in float32"
+        )
+    return name, [int(size) for size in shape]
+
+
+def _diffusion_config(
+    path: Path, inputs: dict[str, _Input], output: str, options: dict[str, Any]
+) -> dict[str, Any]:
+    level = _named(inputs, (*SIGMA_NAMES, *TIMESTEP_NAMES))
+    if level is None:
+        raise UnsupportedError(
+            f"{path} has inputs {', '.join(inputs) or 'none'}: a denoiser needs its noise level as "
+            f"one of {', '.join((*SIGMA_NAMES, *TIMESTEP_NAMES))}"
+        )
+    in_sigma = level.lower() in SIGMA_NAMES
+    names = [name for name in SAMPLE_NAMES if name != level.lower()]
+    sample, shape = _image_input(path, inputs, names, options)
+    prediction = options.pop("prediction", "sample" if in_sigma else "epsilon")
+    if prediction not in (("sample", "epsilon") if in_sigma else ("sample", "epsilon", "v")):
+        raise UnsupportedError(
+            f"prediction {prediction!r} does not fit {path}: expected sample, epsilon"
+            + ("" if in_sigma else " or v")
+        )
+    one_step = in_sigma and prediction == "sample"
+    steps = int(options.pop("steps", 1 if one_step else 20))
+    sampler = options.pop("sampler", "consistency" if steps == 1 else "euler")
+    try:
+        samplers.get(sampler)
+    except RequestError as error:
+        raise UnsupportedError(str(error)) from None
+    noise: dict[str, Any] = {"input": level, **_fixed(path, level, inputs[level])}
+    if in_sigma:
+        noise |= {"kind": "sigma", "min": options.pop("sigma_min", 0.002)}
+        noise["max"] = options.pop("sigma_max", 80.0)
+    else:
+        noise |= {"kind": "timestep", "schedule": options.pop("schedule", _VP_DEFAULT)}
+    return {
+        "sample": {"input": sample, "output": output, "shape": shape},
+        "noise_level": noise,
+        "prediction": prediction,
+        "sampler": sampler,
+        "steps": steps,
+        **_common(path, inputs, {sample, level}, options),
+    }
+
+
+def _oneshot_config(
+    path: Path, inputs: dict[str, _Input], output: str, options: dict[str, Any]
+) -> dict[str, Any]:
+    latent, shape = _image_input(path, inputs, LATENT_NAMES, options)
+    kind = options.pop("latent", "normal")
+    if kind not in ("normal", "uniform"):
+        raise UnsupportedError(f"latent {kind!r} is unknown: expected normal or uniform")
+    return {
+        "latent": {"input": latent, "shape": shape, "kind": kind},
+        "output": output,
+        **_common(path, inputs, {latent}, options),
+    }
+
+
+def _common(
+    path: Path, inputs: Mapping[str, _Input], used: set[str], options: dict[str, Any]
+) -> dict[str, Any]:
+    """Conditions, range, rendering. A float condition of unknown range goes from 0 to 1."""
+    given = options.pop("conditions", {})
+    conditions = {}
+    for name, value in inputs.items():
+        if name in used:
+            continue
+        entry: dict[str, Any] = {"min": 0, "max": None, "default": 0}
+        if np.dtype(value.dtype).kind == "f":
+            entry = {"min": 0.0, "max": 1.0, "default": 0.5}
+        conditions[name] = entry | given.get(name, {}) | _fixed(path, name, value)
+    return {
+        "conditions": conditions,
+        "range": options.pop("range", None),
+        "render": options.pop("render", None),
+    }
+
+
+def _fixed(path: Path, name: str, value: _Input) -> dict[str, Any]:
+    """Shape for one sample, and type, of a small input."""
+    shape = [1 if size is None and place == 0 else size for place, size in enumerate(value.shape)]
+    if None in shape:
+        raise UnsupportedError(
+            f"input {name!r} of {path} has open sizes beyond the batch ({value.shape}): "
+            "export the model with fixed sizes"
+        )
+    return {"shape": shape, "dtype": value.dtype}

@@ -1,0 +1,118 @@
+"""One sequence in a language model: feed tokens, get the logits of what comes next.
+
+The key and value caches are NumPy memory bound as both past and present, so that a run appends in
+place. Inputs and the logits are bound once and changed in place too: a decoded token costs one
+call into ORT and no copies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from leangen.session import Session
+
+Floats = np.ndarray[Any, np.dtype[np.float32]]
+
+CHUNK = 512
+"""Prompt tokens per run: bounds the memory of attention scores and activations."""
+_ROUND = 256  # capacities are multiples of this, so that a follow-up request fits the same cache
+
+
+class Decoder:
+    """A sequence and its cache of `capacity` tokens; a context manager that frees the cache.
+
+    Not for use by two threads at once. `capacity` is checked by the caller.
+    """
+
+    def __init__(self, session: Session, capacity: int) -> None:
+        self._spare: list[_Cache] = session.keep("language.spare_caches", list)
+        fitting = [cache for cache in self._spare if cache.capacity >= capacity]
+        if fitting:
+            self._cache = fitting[0]
+            self._spare.remove(self._cache)
+        else:
+            self._spare.clear()
+            self._cache = _Cache(session, -(-capacity // _ROUND) * _ROUND)
+        self.length = 0
+        """Tokens fed so far."""
+
+    def __enter__(self) -> Decoder:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._spare[:] = [self._cache]
+
+    def feed(self, tokens: Sequence[int]) -> Floats:
+        """Append tokens; logits [vocab] after the last, valid until the next call."""
+        logits = np.empty(0, np.float32)
+        for start in range(0, len(tokens), CHUNK):
+            logits = self._run(tokens[start : start + CHUNK], all_logits=False)[0]
+        return logits
+
+    def feed_all(self, tokens: Sequence[int]) -> Floats:
+        """Append up to `CHUNK` tokens; logits [n, vocab] after each, valid until the next call."""
+        return self._run(tokens, all_logits=True)
+
+    def _run(self, tokens: Sequence[int], *, all_logits: bool) -> Floats:
+        self.length += len(tokens)
+        return self._cache.run(tokens, self.length, all_logits=all_logits)
+
+
+class _Cache:
+    """Key and value buffers, and the binding of them and of the other inputs and outputs."""
+
+    def __init__(self, session: Session, capacity: int) -> None:
+        config = session.bundle.config
+        self.capacity = capacity
+        self._graph = session.graph("model")
+        self._binding = self._graph.io_binding()
+        self._vocab = config["vocab_size"]
+        # Zeroed pages are the kernel's until written: an unused tail takes no memory.
+        shape = (config["layers"], 2, 1, config["kv_heads"], capacity, config["head_dim"])
+        self._buffers = np.zeros(shape, np.float32)
+        for layer, pair in enumerate(self._buffers):
+            for kind, buffer in zip(("key", "value"), pair, strict=True):
+                value = ort.OrtValue.ortvalue_from_numpy(buffer)
+                self._binding.bind_ortvalue_input(f"past_{kind}_{layer}", value)
+                self._binding.bind_ortvalue_output(f"present_{kind}_{layer}", value)
+        self._last = np.zeros(1, np.int32)
+        self._total = np.zeros((), np.int32)
+        self._logits_from = np.zeros(1, np.int64)
+        self._input("seqlens_k", self._last)
+        self._input("total_sequence_length", self._total)
+        self._input("logits_from", self._logits_from)
+        self._ids = np.zeros((1, 0), np.int64)
+        self._logits = np.zeros((1, 0, 0), np.float32)
+
+    def run(self, tokens: Sequence[int], total: int, *, all_logits: bool) -> Floats:
+        """Logits [1 or n, vocab] of `tokens`, which end the sequence at `total`."""
+        n = len(tokens)
+        wanted = n if all_logits else 1
+        if self._ids.shape[1] != n:
+            self._ids = np.zeros((1, n), np.int64)
+            self._input("input_ids", self._ids)
+        if self._logits.shape[1] != wanted:
+            self._logits = np.zeros((1, wanted, self._vocab), np.float32)
+            value = ort.OrtValue.ortvalue_from_numpy(self._logits)
+            self._binding.bind_ortvalue_output("logits", value)
+        self._ids[0] = tokens
+        self._last[0] = total - 1
+        self._total[...] = total
+        self._logits_from[0] = 0 if all_logits else -1
+        self._graph.run_with_iobinding(self._binding)
+        logits: Floats = self._logits[0]
+        return logits
+
+    def _input(self, name: str, array: np.ndarray[Any, Any]) -> None:
+        # The OrtValue is a window on the array's memory: later changes to the array are seen.
+        self._binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))

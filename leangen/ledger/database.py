@@ -1,0 +1,212 @@
+"""The ledger's file: its tables, opening it safely, transactions, and what can go wrong."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from leangen.errors import StorageError
+
+APPLICATION_ID = 0x6C67656E  # "lgen": tells a ledger from any other SQLite file
+VERSION = 2
+BUSY_S = 30.0
+HEADER = b"SQLite format 3\0"
+
+SCHEMA = """
+CREATE TABLE entries (
+    entry INTEGER PRIMARY KEY,
+    chain TEXT NOT NULL,
+    seq INTEGER NOT NULL,
+    prev BLOB NOT NULL,
+    hash BLOB NOT NULL,
+    document TEXT NOT NULL,
+    UNIQUE (chain, seq)
+) STRICT;
+CREATE TABLE checkpoints (
+    chain TEXT NOT NULL,
+    seq INTEGER NOT NULL,
+    head BLOB NOT NULL,
+    totals TEXT NOT NULL,
+    PRIMARY KEY (chain, seq)
+) STRICT, WITHOUT ROWID;
+CREATE TABLE receipts (
+    entry INTEGER PRIMARY KEY REFERENCES entries (entry),
+    id TEXT NOT NULL UNIQUE,
+    started_at TEXT NOT NULL,
+    day TEXT AS (substr(started_at, 1, 10)),
+    month TEXT AS (substr(started_at, 1, 7)),
+    model TEXT NOT NULL,
+    scheme TEXT NOT NULL,
+    family TEXT NOT NULL,
+    source TEXT NOT NULL,
+    tag TEXT,
+    host TEXT NOT NULL,
+    device TEXT NOT NULL,
+    unit TEXT NOT NULL,
+    units REAL NOT NULL,
+    duration_ns INTEGER NOT NULL,
+    gross_uj INTEGER,
+    u_random_j REAL,
+    u_systematic_j REAL,
+    idle_uj INTEGER,
+    idle_u_j REAL,
+    carbon_g REAL,
+    overlaps INTEGER NOT NULL DEFAULT 0,
+    share REAL NOT NULL DEFAULT 1
+) STRICT;
+CREATE INDEX receipts_by_time ON receipts (started_at);
+CREATE TABLE domains (
+    domain INTEGER PRIMARY KEY,
+    host TEXT NOT NULL,
+    boot_id TEXT NOT NULL,
+    scope TEXT NOT NULL,
+    UNIQUE (host, boot_id, scope)
+) STRICT;
+CREATE TABLE windows (
+    domain INTEGER NOT NULL REFERENCES domains (domain),
+    end_ns INTEGER NOT NULL,
+    begin_ns INTEGER NOT NULL,
+    entry INTEGER NOT NULL REFERENCES receipts (entry),
+    energy_uj INTEGER NOT NULL,
+    own_ns REAL NOT NULL,
+    PRIMARY KEY (domain, end_ns, entry)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX windows_by_entry ON windows (entry);
+CREATE TABLE rollups (
+    day TEXT NOT NULL,
+    month TEXT AS (substr(day, 1, 7)),
+    model TEXT NOT NULL,
+    scheme TEXT NOT NULL,
+    family TEXT NOT NULL,
+    source TEXT NOT NULL,
+    tag TEXT,
+    host TEXT NOT NULL,
+    device TEXT NOT NULL,
+    unit TEXT NOT NULL,
+    receipts INTEGER NOT NULL,
+    unmeasured INTEGER NOT NULL,
+    overlapping INTEGER NOT NULL,
+    units REAL NOT NULL,
+    duration_ns INTEGER NOT NULL,
+    gross_uj INTEGER NOT NULL,
+    random_j2 REAL NOT NULL,
+    systematic_j REAL NOT NULL,
+    idle_uj INTEGER NOT NULL,
+    idle_u_j REAL NOT NULL,
+    idle_of_uj INTEGER NOT NULL,
+    carbon_g REAL NOT NULL
+) STRICT;
+CREATE UNIQUE INDEX rollups_by_key
+    ON rollups (day, model, scheme, family, source, tag, host, device, unit);
+"""
+
+
+def _check_header(path: Path) -> None:
+    """Refuse a file that is no database before SQLite touches it."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(HEADER))
+    except FileNotFoundError:
+        return
+    if start and start != HEADER:
+        raise StorageError(
+            f"{path} is not a ledger (it is no SQLite file): move it away or choose another place"
+        )
+
+
+def connect(path: Path) -> sqlite3.Connection:
+    """Open the ledger at `path`, made if there is none; statements commit one by one.
+
+    Raises StorageError for a file that is not a ledger, sqlite3.Error and OSError otherwise.
+    """
+    _check_header(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    db = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
+    try:
+        _prepare(db, path)
+    except BaseException:
+        db.close()
+        raise
+    return db
+
+
+def _prepare(db: sqlite3.Connection, path: Path) -> None:
+    """Make the tables in an empty file; refuse one that is not a ledger this leangen can read."""
+    db.execute("PRAGMA synchronous=FULL")
+    db.execute("PRAGMA temp_store=MEMORY")
+    if _identity(db) == (0, 0):
+        db.execute("PRAGMA auto_vacuum=INCREMENTAL")  # compaction gives space back without a copy
+        with transaction(db):
+            empty = db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone() == (0,)
+            if empty and _identity(db) == (0, 0):  # no other process was quicker
+                for statement in SCHEMA.split(";"):
+                    db.execute(statement)
+                db.execute(f"PRAGMA application_id={APPLICATION_ID}")
+                db.execute(f"PRAGMA user_version={VERSION}")
+    application, version = _identity(db)
+    if application != APPLICATION_ID:
+        raise StorageError(
+            f"{path} is a SQLite file of another program: move it away or choose another place"
+        )
+    if version > VERSION:
+        raise StorageError(
+            f"{path} is a ledger of version {version}, this leangen knows {VERSION}: update leangen"
+        )
+    if version < VERSION:
+        raise StorageError(
+            f"{path} is a ledger of version {version}, from before the first release, which this "
+            f"leangen does not read (it knows {VERSION}): move it away, a new one is made on use"
+        )
+    if db.execute("PRAGMA journal_mode").fetchone() != ("wal",):
+        try:
+            db.execute("PRAGMA journal_mode=WAL")
+        except sqlite3.OperationalError as error:
+            # Another process is at work: it, or a later open, switches. Until then a rollback
+            # journal is as safe, only slower. A read-only file needs no journal.
+            if not error.sqlite_errorname.startswith(("SQLITE_BUSY", "SQLITE_READONLY")):
+                raise
+
+
+def _identity(db: sqlite3.Connection) -> tuple[int, int]:
+    (application,) = db.execute("PRAGMA application_id").fetchone()
+    (version,) = db.execute("PRAGMA user_version").fetchone()
+    return application, version
+
+
+@contextmanager
+def transaction(db: sqlite3.Connection, mode: str = "IMMEDIATE") -> Iterator[None]:
+    """All of the block or nothing.
+
+    IMMEDIATE takes the write lock at once, so it cannot deadlock later; DEFERRED is for reading one
+    state with several queries.
+    """
+    db.execute(f"BEGIN {mode}")
+    try:
+        yield
+        db.execute("COMMIT")
+    except BaseException:
+        if db.in_transaction:  # SQLite may have rolled back by itself
+            db.execute("ROLLBACK")
+        raise
+
+
+def explain(error: sqlite3.Error, path: Path) -> StorageError:
+    """What SQLite raised, as the error that the user meets."""
+    name = getattr(error, "sqlite_errorname", "")
+    if name == "SQLITE_FULL":
+        return StorageError(
+            f"disk full: the ledger {path} took no more, what it holds is intact; free some space "
+            "(`leangen gc`, `leangen rm`) and try again"
+        )
+    if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
+        return StorageError(
+            f"the ledger {path} is damaged ({error}): nothing was changed; move it away to start a "
+            "new one, `sqlite3 FILE .recover` may save its rows"
+        )
+    if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
+        return StorageError(
+            f"the ledger {path} was locked by another process for {BUSY_S:g} s: try again"
+        )
+    return StorageError(f"cannot use the ledger {path}: {error}; choose a writable place")

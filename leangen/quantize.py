@@ -1,0 +1,297 @@
+"""Makes a low-precision bundle of an fp32 one: a treatment for each node, with its reason.
+
+Linear layers and embeddings take their treatment from the recipe. Convolutional graphs are planned
+from measurements: what each node's treatment alone does to the graph's output (`sensitivity`), on
+inputs that the model itself makes (`calibrate`). The manifest keeps every choice and figure.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from functools import partial
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+from leangen import calibrate, plan, schemes
+from leangen.bundle import Bundle, create, open_bundle
+from leangen.calibrate import Feeds
+from leangen.errors import UnknownSchemeError
+from leangen.graph_edit import Graph
+from leangen.plan import Choice
+from leangen.treatments import CODE_BITS, Site, Treatments, find_sites
+
+Progress = Callable[[int, int, str], None]
+"""Called with (done, total, what) as the work goes on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How a kind of model is quantized."""
+
+    measured: bool = True
+    """Plan from calibration runs; else every layer of a kind is treated alike."""
+    activation_error: float = 0.04
+    """Relative RMSE that rounding activations to 8 bits may add to a graph's output."""
+    keep_fp32: Mapping[str, str] = field(default_factory=dict)
+    """Patterns of node names that stay fp32, with the reason."""
+    fp32_activations: Mapping[str, str] = field(default_factory=dict)
+    """Patterns of node names of which only the weights are quantized, with the reason."""
+
+    def kept(self, node: str) -> str | None:
+        """Why a node stays fp32, or None."""
+        return next((why for glob, why in self.keep_fp32.items() if fnmatch(node, glob)), None)
+
+    def weights_only(self, node: str) -> str | None:
+        """Why a node's activations stay fp32, or None."""
+        patterns = self.fp32_activations.items()
+        return next((why for glob, why in patterns if fnmatch(node, glob)), None)
+
+
+RECIPES = {
+    "language": Recipe(measured=False),
+    "flow/density": Recipe(
+        fp32_activations={"*": "rounded activations shift a log-density by tenths of a nat"}
+    ),
+    "flow/speech": Recipe(
+        activation_error=0.1,
+        keep_fp32={
+            "/dp/*": "duration predictor: it sets how long each sound lasts, so an error moves "
+            "everything after it"
+        },
+        fp32_activations={
+            "/dec/*": "rounded activations put a hiss under silence (log-mel distance 6 dB)"
+        },
+    ),
+}
+"""Recipes by family or family/task; the rest take the default one."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    """One graph with a choice for each of its nodes."""
+
+    graph: Graph
+    sites: Sequence[Site]
+    """The nodes to treat; `choices` also has those that stay fp32."""
+    treatments: Treatments
+    choices: dict[str, Choice]
+    parameters: Mapping[str, int]
+    """Float parameters of the original graph: name and size."""
+
+
+@dataclass(slots=True)
+class _Result:
+    """One graph, quantized."""
+
+    nodes: dict[str, dict[str, Any]]
+    stored_bits: int
+    low_weights: int
+    """Weights at 8 bits or fewer."""
+    weights: int
+    relative_rmse: float | None = None
+
+
+def quantize(
+    bundle: Bundle,
+    scheme: str,
+    out: Path,
+    *,
+    replace: bool = False,
+    progress: Progress | None = None,
+) -> Bundle:
+    """Write `bundle` in `scheme` (`int8` or `int4`) to folder `out` and open it.
+
+    The result is deterministic. Raises UnknownSchemeError for an unknown scheme, for a bundle that
+    is quantized already and for one without weights to quantize; StorageError when `out` exists
+    (unless `replace`) or the disk is full.
+    """
+    schemes.get(scheme)
+    if bundle.scheme != "fp32":
+        raise UnknownSchemeError(
+            f"bundle {bundle.path} is {bundle.scheme} already, expected fp32: "
+            f"quantize the fp32 bundle of {bundle.name} instead"
+        )
+    report = progress or (lambda done, total, what: None)
+    total = len(bundle.graphs) + 1
+    report(0, total, "calibrating")
+    feeds, requests = _feeds(bundle)
+    with create(out, replace=replace) as draft:
+        planned = {}
+        for done, role in enumerate(bundle.graphs, start=1):
+            note = partial(_note, report, done, total, role)
+            planned[role] = _plan(bundle, role, scheme, feeds[role], note)
+        _agree(planned.values())
+        results = {}
+        for role, name in bundle.graphs.items():
+            target = draft.folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            results[role] = _write(planned[role], target)
+            results[role].relative_rmse = _rmse(bundle, role, target, feeds[role])
+        _copy_assets(bundle, draft.folder)
+        draft.name, draft.family, draft.scheme = bundle.name, bundle.family, scheme
+        draft.graphs, draft.config = dict(bundle.graphs), dict(bundle.config)
+        draft.source = dict(bundle.source)
+        draft.quantization = _describe(scheme, results, requests)
+        if not draft.quantization["weights_8bit_or_fewer"]:
+            raise UnknownSchemeError(
+                f"{scheme} fits no weight of bundle {bundle.path}: use it as it is, in fp32"
+            )
+    report(total, total, "done")
+    return open_bundle(out)
+
+
+def _feeds(bundle: Bundle) -> tuple[dict[str, list[Feeds]], list[Any]]:
+    """Calibration feeds by graph role, where the recipe needs them, and the requests."""
+    if _recipe(bundle).measured:
+        return calibrate.record(bundle)
+    return {role: [] for role in bundle.graphs}, []
+
+
+def _recipe(bundle: Bundle) -> Recipe:
+    task = bundle.config.get("task")
+    key = bundle.family if task is None else f"{bundle.family}/{task}"
+    return RECIPES.get(key, Recipe())
+
+
+def _note(report: Progress, done: int, total: int, role: str, what: str) -> None:
+    report(done, total, f"{role}: {what}")
+
+
+def _plan(
+    bundle: Bundle, role: str, scheme: str, feeds: Sequence[Feeds], note: Callable[[str], None]
+) -> _Planned:
+    recipe = _recipe(bundle)
+    graph = Graph(bundle.graph(role))
+    parameters = graph.float_parameters()
+    found = find_sites(graph)
+    kept = {site.node.name: recipe.kept(site.node.name) for site in found}
+    sites = [site for site in found if kept[site.node.name] is None]
+    if recipe.measured and feeds:
+        untouched = sum(parameters.values()) - sum(
+            parameters[weight] for weight in {site.weight for site in found}
+        )
+        treatments, choices = plan.measured(
+            graph,
+            sites,
+            feeds,
+            scheme,
+            untouched=untouched,
+            activation_error=recipe.activation_error,
+            weights_only=recipe.weights_only,
+            note=note,
+        )
+    else:
+        note(f"{len(sites)} layers")
+        treatments = Treatments(graph)
+        choices = plan.uniform(graph, sites, treatments, scheme)
+    for name, reason in kept.items():
+        if reason is not None:
+            choices[name] = Choice("fp32", reason)
+    return _Planned(graph, sites, treatments, choices, parameters)
+
+
+def _agree(planned: Collection[_Planned]) -> None:
+    """Give a node that several graphs have (a flow, forward and back) its most exact treatment."""
+    best: dict[str, Choice] = {}
+    for part in planned:
+        for name, choice in part.choices.items():
+            if name not in best or _code_bits(choice) > _code_bits(best[name]):
+                best[name] = choice
+    for part in planned:
+        for name in part.choices:
+            part.choices[name] = best[name]
+
+
+def _code_bits(choice: Choice) -> int:
+    return CODE_BITS.get(choice.treatment, 32)
+
+
+def _write(part: _Planned, target: Path) -> _Result:
+    """Write the quantized graph and account for what it stores."""
+    treated = {
+        site.node.name: part.treatments.apply(site, part.choices[site.node.name].treatment)
+        for site in part.sites
+        if part.choices[site.node.name].treatment != "fp32"
+    }
+    part.graph.replace({name: stand_in.nodes for name, stand_in in treated.items()})
+    part.graph.save(target)
+    of_weight = {
+        site.weight: treated[site.node.name] for site in part.sites if site.node.name in treated
+    }
+    size_of = {site.node.name: site.weights for site in part.sites}
+    nodes: dict[str, dict[str, Any]] = {}
+    for name, choice in part.choices.items():
+        bits = treated[name].stored_bits / size_of[name] if name in treated else 32.0
+        nodes[name] = {
+            "treatment": choice.treatment,
+            "bits": round(bits, 3),
+            "reason": choice.reason,
+        }
+    return _Result(
+        nodes=nodes,
+        stored_bits=sum(
+            of_weight[name].stored_bits if name in of_weight else 32 * size
+            for name, size in part.parameters.items()
+        ),
+        low_weights=sum(
+            size
+            for name, size in part.parameters.items()
+            if name in of_weight and of_weight[name].code_bits <= 8
+        ),
+        weights=sum(part.parameters.values()),
+    )
+
+
+def _rmse(bundle: Bundle, role: str, target: Path, feeds: Sequence[Feeds]) -> float | None:
+    """Relative RMSE of the quantized graph's outputs on the calibration feeds."""
+    if not feeds:
+        return None
+    exact = calibrate.open_session(bundle.graph(role))
+    small = calibrate.open_session(target)
+    errors = [
+        calibrate.relative_error(small.run(None, dict(feed)), exact.run(None, dict(feed)))
+        for feed in feeds
+    ]
+    return sqrt(sum(errors) / len(errors))
+
+
+def _describe(
+    scheme: str, results: Mapping[str, _Result], requests: Sequence[Any]
+) -> dict[str, Any]:
+    weights = max(1, sum(result.weights for result in results.values()))
+    several = len(results) > 1
+    return {
+        "scheme": scheme,
+        "bits_per_weight": sum(result.stored_bits for result in results.values()) / weights,
+        "weights_8bit_or_fewer": sum(r.low_weights for r in results.values()) / weights,
+        "nodes": {
+            f"{role}:{name}" if several else name: entry
+            for role, result in results.items()
+            for name, entry in result.nodes.items()
+        },
+        "calibration": {
+            "requests": list(requests),
+            "relative_rmse": {
+                role: result.relative_rmse
+                for role, result in results.items()
+                if result.relative_rmse is not None
+            },
+        },
+    }
+
+
+def _copy_assets(bundle: Bundle, folder: Path) -> None:
+    """Every file but the graphs and their weights: tokenizer, phoneme map ..."""
+    weights = {
+        str((Path(name).parent / location).as_posix())
+        for role, name in bundle.graphs.items()
+        for location in Graph(bundle.graph(role)).external_files()
+    }
+    for name in bundle.files:
+        if name not in weights and name not in bundle.graphs.values():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(bundle.path / name, folder / name)

@@ -1,0 +1,137 @@
+"""Names: what they may look like, and that the catalog's own pins are well formed."""
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from leangen.bundle import create
+from leangen.catalog import CATALOG, DATA, gguf_forms, parse_ref
+from leangen.errors import UnknownModelError
+from leangen.home import Home
+
+PINS = {**{name: entry.source for name, entry in CATALOG.items()}, **DATA}
+
+
+@pytest.mark.parametrize("name", PINS)
+def test_a_pin_names_one_wheel_and_files_inside(name):
+    wheel = PINS[name]
+    assert re.fullmatch("[0-9a-f]{64}", wheel.sha256)
+    assert wheel.filename.startswith(f"{wheel.package.replace('-', '_')}-{wheel.version}-")
+    assert wheel.size_bytes > 0 and wheel.licence
+    assert len({member.rsplit("/")[-1] for member in wheel.members}) == len(wheel.members) > 0
+
+
+def test_models_and_data_never_share_a_name():
+    assert not set(CATALOG) & set(DATA)
+
+
+@pytest.mark.parametrize("entry", CATALOG.values(), ids=lambda entry: entry.name)
+def test_every_entry_has_a_reference_and_says_what_its_aliases_are(entry):
+    assert "fp32" in entry.forms
+    for alias, scheme in entry.aliases.items():
+        assert alias not in entry.forms and scheme in entry.forms and entry.notes[alias]
+
+
+@pytest.mark.parametrize(
+    ("kind", "aliases"), [("Q4_1", {"int4": "gguf"}), ("Q4_K_M", {"int4": "gguf"}), ("Q8_0", {})]
+)
+def test_int4_is_the_lossless_form_of_a_4_bit_gguf_only(kind, aliases):
+    assert gguf_forms(kind).get("aliases", {}) == aliases
+
+
+def test_a_float_gguf_has_no_packed_form():
+    assert list(gguf_forms("BF16")["forms"]) == ["fp32"]
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "scheme"),
+    [
+        ("smollm2-135m", "smollm2-135m", None),
+        ("smollm2-135m:int4", "smollm2-135m", "int4"),
+        ("hf:org/name", "hf:org/name", None),
+        ("hf:org/name:gguf", "hf:org/name", "gguf"),
+        ("hf:org/name/sub/m.Q4_0.gguf:int8", "hf:org/name/sub/m.Q4_0.gguf", "int8"),
+        ("hf:org/name@v1.0:int4", "hf:org/name@v1.0", "int4"),
+        ("hf:org/name@refs/pr/1", "hf:org/name@refs/pr/1", None),
+    ],
+)
+def test_names_are_read(text, name, scheme):
+    ref = parse_ref(text)
+    assert (ref.name, ref.scheme, ref.path) == (name, scheme, None)
+    assert str(ref) == text
+
+
+@pytest.mark.parametrize("text", ["./m", "/a/b", "../m", "a/b", "~/m", "./terrain", "./x:int4"])
+def test_what_looks_like_a_path_is_one(text):
+    ref = parse_ref(text)
+    assert ref.path is not None and ref.name == ""
+
+
+def test_a_bundle_folder_needs_no_slash_but_a_catalog_name_wins(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine", "terrain"):
+        with create(tmp_path / name) as draft:
+            draft.name = name
+    assert parse_ref("mine").path is not None
+    assert parse_ref("terrain").path is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        " ",
+        "C:\\models\\m",
+        "terrain\\int8",
+        "terrain:",
+        "terrain:../../x",
+        "terrain:int8:int4",
+        "terrain\n",
+        "terrain\0",
+        "hf:",
+        "hf:name",
+        "hf:../x",
+        "hf:a/../b",
+        "hf:a/b/../../c",
+        "hf:a/b@../c",
+        "hf://a/b",
+        "~nobody-of-that-name/x",
+        "--list",
+    ],
+)
+def test_weird_names_are_refused(text):
+    with pytest.raises(UnknownModelError):
+        parse_ref(text)
+
+
+def test_a_typo_gets_the_nearest_name():
+    with pytest.raises(UnknownModelError, match=r"smolm2.*did you mean smollm2-135m\?.*--list"):
+        parse_ref("smolm2:int4")
+    with pytest.raises(UnknownModelError, match="did you mean piper-joe"):
+        parse_ref("piper")
+
+
+def test_a_file_is_told_how_to_become_a_bundle(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "m.gguf").touch()
+    with pytest.raises(UnknownModelError, match="leangen export m.gguf -o DIR"):
+        parse_ref("m.gguf")
+
+
+@given(st.text(max_size=40) | st.from_regex(r"hf:[a-z./@:-]{0,20}", fullmatch=True))
+def test_any_text_is_refused_or_names_one_folder_of_the_store(text):
+    try:
+        ref = parse_ref(text)
+    except UnknownModelError:
+        return
+    if ref.path is None:
+        home = Home()
+        assert home.models(ref.name).resolve().parent == home.path.resolve() / "models"
+        assert ref.scheme is None or re.fullmatch(r"[A-Za-z0-9][\w.-]*", ref.scheme)
+
+
+def test_a_hint_names_each_model_once():
+    with pytest.raises(UnknownModelError, match=r"did you mean terrain\? "):
+        parse_ref("terain", ["terrain", "terrain"])

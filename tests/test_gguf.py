@@ -1,0 +1,134 @@
+"""GGUF files that cannot be exported say why, and leave nothing behind."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from gguf_fixtures import Tiny, write
+
+from leangen import exporters
+from leangen.bundle import open_bundle, verify
+from leangen.errors import SourceError, StorageError, UnsupportedError
+from leangen.exporters import gguf, gguf_checkpoint
+
+
+def refused(tmp_path, tiny, error, *patterns):
+    path = write(tmp_path / "tiny.gguf", tiny)
+    with pytest.raises(error) as caught:
+        gguf.export(path, tmp_path / "out")
+    message = str(caught.value)
+    assert "\n" not in message
+    for pattern in (re.escape(str(path)), *patterns):
+        assert re.search(pattern, message), message
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["tiny.gguf"]
+
+
+def test_a_truncated_file_says_so_wherever_it_ends(tmp_path):
+    whole = write(tmp_path / "whole.gguf", Tiny()).read_bytes()
+    cut = tmp_path / "cut.gguf"
+    ends = np.unique(np.linspace(5, len(whole) - 1, 25).astype(int))
+    for end in [*ends, *range(5, 60, 7)]:
+        cut.write_bytes(whole[:end])
+        with pytest.raises(SourceError, match=r"truncated or damaged .* download it again"):
+            gguf.export(cut, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_not_a_gguf_file(tmp_path):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"PK\x03\x04 something else")
+    assert not gguf.accepts(path)
+    assert not gguf.accepts(tmp_path / "missing")
+    with pytest.raises(SourceError, match="is not a GGUF file .*PK"):
+        gguf.export(path, tmp_path / "out")
+
+
+def test_another_architecture_is_named(tmp_path):
+    refused(tmp_path, Tiny(architecture="gemma3"), UnsupportedError, "'gemma3'", "'llama' only")
+
+
+def test_missing_tensors_are_listed(tmp_path):
+    gone = ("blk.0.attn_k.weight", "blk.1.ffn_up.weight")
+    refused(tmp_path, Tiny(skip=gone), SourceError, *(f"{name} is missing" for name in gone))
+
+
+def test_a_missing_embedding_is_listed(tmp_path):
+    missing = "token_embd.weight"
+    refused(tmp_path, Tiny(skip=(missing,)), SourceError, f"{missing} is missing")
+
+
+def test_a_wrong_shape_is_stated(tmp_path):
+    bad = Tiny(skip=("blk.1.attn_q.weight",))
+    bad.extra = {"blk.1.attn_q.weight": np.zeros((48, 64), np.float32)}
+    refused(tmp_path, bad, SourceError, r"blk.1.attn_q.weight is \[48, 64\], expected \[64, 64\]")
+
+
+def test_unknown_tensors_are_not_ignored(tmp_path):
+    extra = {"blk.0.attn_q_norm.weight": np.ones(16, np.float32)}
+    refused(tmp_path, Tiny(extra=extra), UnsupportedError, "attn_q_norm")
+
+
+@pytest.mark.parametrize(
+    ("more", "what"),
+    [
+        ({"llama.expert_count": 8}, "mixture of experts"),
+        ({"llama.rope.scaling.type": "yarn"}, "rope scaling of type 'yarn'"),
+        ({"llama.attention.sliding_window": 32}, "sliding window"),
+        ({"llama.rope.dimension_count": 8}, "rotation of a part"),
+        ({"split.count": 3}, "one of 3 parts"),
+    ],
+)
+def test_variants_that_would_compute_wrongly_are_refused(tmp_path, more, what):
+    refused(tmp_path, Tiny(metadata=more), UnsupportedError, what)
+
+
+def test_metadata_of_a_wrong_type_is_refused(tmp_path):
+    more = {"llama.block_count": "two"}
+    refused(tmp_path, Tiny(metadata=more), SourceError, "wrong type or value")
+
+
+def test_an_unsupported_quantization_names_it_and_the_supported_ones(tmp_path, monkeypatch):
+    monkeypatch.setattr(gguf_checkpoint, "TYPES", ("F32", "Q8_0"))
+    tiny = Tiny(types={"blk.0.attn_q": "Q4_0"})
+    refused(tmp_path, tiny, UnsupportedError, r"Q4_0 \(1 tensors, such as blk.0.attn_q", "Q8_0")
+
+
+def test_an_unknown_form_and_an_existing_target_are_refused(tmp_path):
+    path = write(tmp_path / "tiny.gguf", Tiny())
+    with pytest.raises(UnsupportedError, match="form is 'int3'"):
+        gguf.export(path, tmp_path / "out", form="int3")
+    gguf.export(path, tmp_path / "out")
+    with pytest.raises(StorageError, match="exists already"):
+        gguf.export(path, tmp_path / "out")
+    gguf.export(path, tmp_path / "out", replace=True)
+
+
+def test_the_manifest_tells_what_the_bundle_is(tmp_path):
+    tiny = Tiny(default_type="Q4_1", types={"token_embd": "Q8_0", "blk.0.attn_output": "F16"})
+    path = write(tmp_path / "Tiny-Q4_1.gguf", tiny)
+    bundle = gguf.export(path, tmp_path / "out", form="gguf")
+    verify(bundle)
+    assert (bundle.name, bundle.family, bundle.scheme) == ("tiny-q4_1", "language", "gguf")
+    assert bundle.config["context_length"] == 128
+    assert bundle.config["eos_ids"] == [2, 0]  # the file's own first
+    assert bundle.source["kind"] == "gguf"
+    assert "F16, F32, Q4_1, Q8_0" in bundle.source["weights"]
+    nodes = bundle.quantization["nodes"]
+    assert nodes["/layers.0/attn/qkv"]["scheme"] == "Q4_1"
+    assert nodes["/layers.0/attn/o"]["scheme"] == "fp32"
+    assert nodes["/lm_head"]["scheme"] == nodes["/embed"]["scheme"] == "Q8_0"
+    assert all(node["reason"] for node in nodes.values())
+    assert 6 < bundle.quantization["bits_per_weight"] < 32
+    fp32 = gguf.export(path, tmp_path / "fp32", name="tiny", source={"kind": "test"})
+    assert (fp32.name, fp32.scheme, fp32.quantization) == ("tiny", "fp32", {})
+    assert fp32.source["kind"] == "test"
+    assert open_bundle(fp32.path) == fp32
+    json.dumps(dict(bundle.config))
+
+
+def test_the_registry_finds_the_exporter(tmp_path):
+    path = write(tmp_path / "no-extension", Tiny())
+    assert exporters.find(path) is gguf
+    with pytest.raises(SourceError, match="is not a file"):
+        exporters.find(tmp_path / "missing.gguf")

@@ -1,0 +1,96 @@
+"""A tiny bundle of every family, exported the way a user's model would be."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import onnx
+from flow_models import coupling_info, flow_state, write_voice
+from gguf_fixtures import Tiny, write
+
+from leangen.bundle import Bundle
+from leangen.exporters import gguf, onnx_file, piper, pzflow
+
+
+def language(folder: Path) -> Bundle:
+    """Two layers of a llama with random weights."""
+    return gguf.export(write(folder / "tiny.gguf", Tiny(tied=False)), folder / "bundle")
+
+
+def speech(folder: Path) -> Bundle:
+    """A VITS of a few hundred weights."""
+    return piper.export(write_voice(folder), folder / "bundle")
+
+
+def density(folder: Path) -> Bundle:
+    """Three spline couplings over three columns."""
+    folder.mkdir(parents=True, exist_ok=True)
+    bounds = (np.float32([0, 0, 0]), np.float32([1, 2, 3]), 4)
+    parts = [("ShiftBounds", bounds), *[coupling_info(), ("Roll", (1,))] * 3]
+    path = folder / "tiny.pzflow.pkl"
+    path.write_bytes(pickle.dumps(flow_state(parts, 3)))
+    return pzflow.export(path, folder / "bundle")
+
+
+def _graph(text: str, path: Path, **weights: tuple[int, ...]) -> Path:
+    """An ONNX file of a graph in ONNX's text form, with random weights of the given shapes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    model = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["": 21]>\n{text}')
+    rng = np.random.default_rng(0)
+    for name, shape in weights.items():
+        scale = np.float32(1 / np.sqrt(np.prod(shape[1:])))
+        values = rng.standard_normal(shape, np.float32) * scale
+        model.graph.initializer.append(onnx.numpy_helper.from_array(values, name))
+    onnx.save(model, path)
+    return path
+
+
+def diffusion(folder: Path) -> Bundle:
+    """A denoiser of two convolutions, 8 x 8 pixels, with one condition."""
+    text = """
+    denoiser (float[b, 1, 8, 8] noisy, float[b] sigma, float[b] wetness) => (float[b, 1, 8, 8] y) {
+        axes = Constant <value = int64[3] {1, 2, 3}> ()
+        s = Unsqueeze (sigma, axes)
+        c = Unsqueeze (wetness, axes)
+        one = Constant <value = float {1.0}> ()
+        t = Add (s, one)
+        x = Div (noisy, t)
+        h = Conv <pads = [1, 1, 1, 1]> (x, w0)
+        a = Sigmoid (h)
+        b0 = Add (a, c)
+        y = Conv <pads = [1, 1, 1, 1]> (b0, w1)
+    }"""
+    path = _graph(text, folder / "tiny.onnx", w0=(32, 1, 3, 3), w1=(1, 32, 3, 3))
+    return onnx_file.export(path, folder / "bundle", conditions={"wetness": {"default": 0.5}})
+
+
+def oneshot(folder: Path) -> Bundle:
+    """A generator: a dense layer, then a convolution, 8 x 8 pixels."""
+    text = """
+    generator (float[b, 16] z) => (float[b, 1, 8, 8] y) {
+        m = MatMul (z, w0)
+        shape = Constant <value = int64[4] {-1, 16, 8, 8}> ()
+        h = Reshape (m, shape)
+        y = Conv <pads = [1, 1, 1, 1]> (h, w1)
+    }"""
+    path = _graph(text, folder / "tiny.onnx", w0=(16, 1024), w1=(1, 16, 3, 3))
+    return onnx_file.export(path, folder / "bundle", family="oneshot")
+
+
+BUILDERS = {
+    "language": language,
+    "flow/speech": speech,
+    "flow/density": density,
+    "diffusion": diffusion,
+    "oneshot": oneshot,
+}
+OPTIONS = {
+    "language": {"tokens": [3, 4, 5], "max_new_tokens": 6, "ignore_eos": True},
+    "flow/speech": {"phonemes": "abc ab."},
+    "flow/density": {"count": 20},
+    "diffusion": {"steps": 3, "conditions": {"wetness": 0.2}},
+    "oneshot": {"count": 2},
+}
+"""A request per family that its tiny bundle can carry out."""
