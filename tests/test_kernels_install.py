@@ -44,9 +44,7 @@ def test_the_package_tells_the_reason(tmp_path):
 @pytest.mark.slow
 def test_the_wheel_fits_every_python_of_the_platform(tmp_path):
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(tmp_path), "."]
-    subprocess.run(
-        command, cwd=ROOT, check=True, env={**os.environ, "LEANGEN_BUILD_KERNELS": "1"}
-    )
+    subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "LEANGEN_BUILD_KERNELS": "1"})
     (wheel,) = tmp_path.glob("*.whl")
     assert "-py3-none-linux_" in wheel.name
     target = tmp_path / "installed"

@@ -3,8 +3,9 @@
     options = onnxruntime.SessionOptions()
     options.register_custom_ops_library(str(leangen_kernels.library()))
 
-Operators are in the domain `leangen`; `layout` packs weights for them. The library is compiled
-when the package is installed with LEANGEN_BUILD_KERNELS=1 (see `build`) and needs neither Numba nor Python to run.
+Operators are in the domain `leangen`; `layout` packs weights for them. The library is compiled when
+the package is installed with LEANGEN_BUILD_KERNELS=1 (see `build`); it needs neither Numba nor
+Python to run.
 LEANGEN_KERNELS forces a variant (avx512, avxvnni, avx2, neon, portable) or says `off`.
 """
 
@@ -35,7 +36,10 @@ def status() -> tuple[str | None, str]:
         why = "it was never built"
         if _WHY_NOT.exists():
             why = _WHY_NOT.read_text(encoding="utf-8").strip()
-        return None, f"no kernel library: {why}; install with LEANGEN_BUILD_KERNELS=1 and a C compiler"
+        return (
+            None,
+            f"no kernel library: {why}; install with LEANGEN_BUILD_KERNELS=1 and a C compiler",
+        )
     return _chosen()
 
 
