@@ -1,8 +1,8 @@
 """setuptools' build backend, which asks for Numba only where the kernels can be built with it.
 
 Numba has no wheel for some platforms, and a build requirement that cannot be met would fail the
-whole installation: without it leangen installs and runs on ONNX Runtime's own kernels. While leangen
-runs no model on the library yet, it is built only with LEANGEN_BUILD_KERNELS=1.
+whole installation: without it leangen installs and runs on ONNX Runtime's own kernels. The library
+is built only with LEANGEN_BUILD_KERNELS=1, as leangen runs no model on it yet.
 """
 
 from __future__ import annotations

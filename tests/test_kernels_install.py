@@ -15,8 +15,11 @@ def build(tmp_path, **environment):
     """What `setup.py` leaves in a build folder, from a copy of the sources."""
     return subprocess.run(
         [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(tmp_path)],
-        cwd=ROOT, env={**os.environ, "LEANGEN_BUILD_KERNELS": "1", **environment}, capture_output=True, text=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        env={**os.environ, "LEANGEN_BUILD_KERNELS": "1", **environment},
+        capture_output=True,
+        text=True,
+    )
 
 
 def test_without_a_compiler_the_reason_is_left(tmp_path):
