@@ -170,7 +170,7 @@ def _plan(
     found = find_sites(graph)
     kept = {site.node.name: recipe.kept(site.node.name) for site in found}
     sites = [site for site in found if kept[site.node.name] is None]
-    if recipe.measured and feeds:
+    if recipe.measured and feeds and sites:
         untouched = sum(parameters.values()) - sum(
             parameters[weight] for weight in {site.weight for site in found}
         )
