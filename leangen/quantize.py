@@ -22,7 +22,8 @@ from leangen.calibrate import Feeds
 from leangen.errors import UnknownSchemeError
 from leangen.graph_edit import Graph
 from leangen.plan import Choice
-from leangen.treatments import CODE_BITS, Site, Treatments, find_sites
+from leangen.sites import Site, find_sites
+from leangen.treatments import CODE_BITS, Treatments
 
 Progress = Callable[[int, int, str], None]
 """Called with (done, total, what) as the work goes on."""

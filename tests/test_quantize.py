@@ -21,7 +21,8 @@ from leangen.quantize import RECIPES, quantize
 from leangen.schemes import int4, int8
 from leangen.sensitivity import Probe, isolate
 from leangen.session import Session
-from leangen.treatments import CODE_BITS, Treatments, find_sites
+from leangen.sites import find_sites
+from leangen.treatments import CODE_BITS, Treatments
 
 SCHEMES = ("int8", "int4")
 
@@ -80,7 +81,9 @@ def layer(tmp_path, name, w_dtype=np.float32):
         constants["b"] = rng.standard_normal(outputs).astype(np.float32)
         inputs.append("b")
     node = helper.make_node(op, inputs, ["y"], "/layer", **options)
-    graph = model([node], [value("x", ["b", *x_shape[1:]])], [value("y", None)], constants, opset=15)
+    graph = model(
+        [node], [value("x", ["b", *x_shape[1:]])], [value("y", None)], constants, opset=15
+    )
     onnx.save(graph, tmp_path / "layer.onnx")
     return tmp_path / "layer.onnx", rng.standard_normal(x_shape).astype(np.float32)
 
@@ -91,7 +94,9 @@ def dequantized(graph, site, treatment):
     matrix = (np.swapaxes(w, 0, 1) if site.swapped else w).reshape(site.rows, site.columns)
     match treatment:
         case "w8":
-            back = int8.dequantize(int8.quantize(matrix))
+            block = 32 if site.columns % 32 == 0 else site.columns
+            packed = int8.quantize(matrix, block_size=block, scale_dtype=np.float16)
+            back = int8.dequantize(packed)
         case "w8a8":
             back = int8.dequantize(int8.quantize(matrix, q_max=63))
         case "w4":
