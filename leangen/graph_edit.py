@@ -197,7 +197,7 @@ class Graph:
         self, name: str, data_name: str, file: Any, placed: dict[tuple[int, int], int]
     ) -> TensorProto:
         """Write one constant's bytes unless the same memory is in the file already."""
-        stored = self._stored.get(name) if name not in self._added else None
+        stored: TensorProto | None = None if name in self._added else self._stored[name]
         if stored is not None and stored.data_location != TensorProto.EXTERNAL:
             inline = stored.ByteSize() < _INLINE_BYTES
             if inline or stored.data_type not in _DTYPES.values():

@@ -11,7 +11,8 @@ from leangen import calibrate
 from leangen.calibrate import Feeds
 from leangen.graph_edit import Graph, Range
 from leangen.sensitivity import Probe
-from leangen.treatments import BLOCK, Site, Treatments
+from leangen.sites import Site
+from leangen.treatments import BLOCK, Treatments
 
 INT8_ERROR = 0.06
 """Relative RMSE of a graph's output that 8-bit weights may add; worse nodes get 16 bits."""
@@ -287,6 +288,8 @@ def _stored_bits(site: Site, treatment: str) -> float:
         case "matmul4":
             return site.weights * (4 + 32 / BLOCK)
         case "matmul8" | "gather8":
-            return site.weights * 9.0
+            return site.weights * (8 + 32 / BLOCK)
+        case "w8" if site.columns % BLOCK == 0:
+            return site.weights * (8 + 16 / BLOCK)
         case _:
             return site.weights * 8.0 + site.rows * 32

@@ -22,7 +22,8 @@ from leangen.calibrate import Feeds
 from leangen.errors import UnknownSchemeError
 from leangen.graph_edit import Graph
 from leangen.plan import Choice
-from leangen.treatments import CODE_BITS, Site, Treatments, find_sites
+from leangen.sites import Site, find_sites
+from leangen.treatments import CODE_BITS, Treatments
 
 Progress = Callable[[int, int, str], None]
 """Called with (done, total, what) as the work goes on."""
@@ -170,7 +171,7 @@ def _plan(
     found = find_sites(graph)
     kept = {site.node.name: recipe.kept(site.node.name) for site in found}
     sites = [site for site in found if kept[site.node.name] is None]
-    if recipe.measured and feeds:
+    if recipe.measured and feeds and sites:
         untouched = sum(parameters.values()) - sum(
             parameters[weight] for weight in {site.weight for site in found}
         )

@@ -47,22 +47,21 @@ class Probe:
         flags = {flag: np.array(name in treated) for name, flag in self._flags.items()}
         return list(self._session.run(None, {**feed, **flags}))
 
-    def error(self, names: Iterable[str], *, runs: int | None = None) -> float:
-        """Squared relative error of the outputs with just these nodes treated.
+    def error(self, names: Iterable[str]) -> float:
+        """Squared relative error of the outputs with just these nodes treated, over all feeds."""
+        return float(np.mean([self._error(names, run) for run in range(len(self._feeds))]))
 
-        The mean over the first `runs` of the feeds; over all when None.
-        """
-        treated = frozenset(names)
-        trials = zip(self._feeds[:runs], self._reference[:runs], strict=True)
-        return float(
-            np.mean(
-                [calibrate.relative_error(self._run(feed, treated), ref) for feed, ref in trials]
-            )
-        )
+    def _error(self, names: Iterable[str], run: int) -> float:
+        outputs = self._run(self._feeds[run], frozenset(names))
+        return calibrate.relative_error(outputs, self._reference[run])
 
     def harm(self, names: Sequence[str], negligible: float) -> dict[str, float]:
-        """`isolate` with this probe, on the first feed: enough to put the nodes in order."""
-        return isolate(names, lambda group: self.error(group, runs=1), negligible)
+        """`isolate` on the feed that all the treatments together harm most.
+
+        One feed is enough to put the nodes in order; what they do together, `error` tells.
+        """
+        worst = max(range(len(self._feeds)), key=lambda run: self._error(names, run))
+        return isolate(names, lambda group: self._error(group, worst), negligible)
 
 
 def isolate(

@@ -1,8 +1,8 @@
 """What can become of a node with weights: the ONNX nodes that stand in for it.
 
     w8a8              7 of 8 bits per row: static QDQ around a convolution, u8 x s8 arithmetic
-    w8, w4            8 bits per row, 4 bits per block: unpacked by standard ops that ORT folds
-                      when it loads; small on disk, runs as fp32 does
+    w8, w4            8 or 4 bits per block (8 also per row): unpacked by standard ops that ORT
+                      folds when it loads; small on disk, runs as fp32 does
     matmul8, matmul4  8 or 4 bits per block: MatMulNBits, activations rounded to int8 per block
     w16               half precision, likewise: for weights that 8 bits harm
     gather8           8 bits per block: GatherBlockQuantized unpacks only the rows asked for
@@ -15,43 +15,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from types import ModuleType
+from typing import Any
 
 import numpy as np
-from onnx import NodeProto, helper
+from onnx import NodeProto, TensorProto, helper
 
-from leangen.graph_edit import Array, Graph, Range, attributes
+from leangen.graph_edit import Array, Graph, Range
 from leangen.schemes import Packed, int4, int8
-
-Kind = Literal["conv", "deconv", "linear", "embedding"]
+from leangen.sites import Site
 
 MICROSOFT = "com.microsoft"
 CODE_BITS = {"w4": 4, "matmul4": 4, "w8": 8, "w8a8": 8, "matmul8": 8, "gather8": 8, "w16": 16}
 """Bits of a weight's code, by treatment."""
 BLOCK = 32
 """Weights per scale in blockwise forms; MatMulNBits rounds activations in the same blocks."""
-_MIN_WEIGHTS = 1024
-"""Smaller weights stay as they are: nothing to save."""
-
-
-@dataclass(frozen=True, slots=True)
-class Site:
-    """A node whose weight can be quantized."""
-
-    node: NodeProto
-    weight: str
-    kind: Kind
-    rows: int
-    """Outputs: rows of the weight matrix."""
-    columns: int
-    """Weights per output."""
-    swapped: bool
-    """The stored weight has its inputs first: [k, n], or [in, out, ...] of ConvTranspose."""
-
-    @property
-    def weights(self) -> int:
-        """How many weights it has."""
-        return self.rows * self.columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,51 +42,6 @@ class Treated:
     """Bits of one code."""
     stored_bits: int
     """Codes, scales and zero points of the whole weight."""
-
-
-def find_sites(graph: Graph) -> list[Site]:
-    """The nodes with float weights that some treatment fits, in graph order."""
-    sites = []
-    for node in graph.nodes:
-        found = _classify(graph, node)
-        if found is None:
-            continue
-        weight, kind, swapped = found
-        if not graph.has(weight) or not graph.is_float(weight):
-            continue
-        shape = graph.shape(weight)
-        if len(shape) < 2 or (kind in ("linear", "embedding") and len(shape) != 2):
-            continue
-        size = int(np.prod(shape, dtype=np.int64))
-        rows = shape[1] if swapped else shape[0]
-        if size >= _MIN_WEIGHTS:
-            sites.append(Site(node, weight, kind, rows, size // rows, swapped))
-    return sites
-
-
-def _classify(graph: Graph, node: NodeProto) -> tuple[str, Kind, bool] | None:
-    """(weight, kind, swapped) of a node, before its weight is looked at."""
-    options = attributes(node)
-    match node.op_type:
-        case "Conv":
-            return node.input[1], "conv", False
-        case "ConvTranspose":
-            return node.input[1], "deconv", True
-        case "MatMul":
-            return node.input[1], "linear", True
-        case "Gemm" if options.get("alpha", 1) == options.get("beta", 1) == 1 and not options.get(
-            "transA"
-        ):
-            bias = node.input[2] if len(node.input) > 2 else ""
-            if not bias or (graph.has(bias) and len(graph.shape(bias)) == 1):
-                return node.input[1], "linear", not options.get("transB", 0)
-        case "FusedMatMul" if options.get("alpha", 1) == 1 and not any(
-            options.get(name) for name in ("transA", "transBatchA", "transBatchB")
-        ):
-            return node.input[1], "linear", not options.get("transB", 0)
-        case "Gather" if options.get("axis", 0) == 0:
-            return node.input[0], "embedding", False
-    return None
 
 
 class Treatments:
@@ -138,8 +71,8 @@ class Treatments:
         """The nodes that do what the site's node does, with its weight packed."""
         make: dict[str, Callable[[Site], tuple[list[NodeProto], int]]] = {
             "w8a8": self._static_int8,
-            "w8": self._unpacked_int8,
-            "w4": self._unpacked_int4,
+            "w8": lambda site: self._unpacked(site, int8),
+            "w4": lambda site: self._unpacked(site, int4),
             "w16": self._half,
             "matmul8": self._matmul8,
             "matmul4": self._matmul4,
@@ -171,7 +104,7 @@ class Treatments:
         name, node = site.weight, site.node
         source, target = node.input[0], node.output[0]
         add, shared = self._constant, self._graph.add_shared
-        codes = add(f"{name}/q7", lambda: _signed(packed).reshape(self._graph.shape(name)))
+        codes = add(f"{name}/q7", lambda: _signed(packed.q).reshape(self._graph.shape(name)))
         scale = add(f"{name}/q7_scale", lambda: packed.scales[:, 0])
         zero = shared(np.zeros(site.rows, np.int8))
         scale_x, zero_x = _affine(self._ranges[source])
@@ -198,53 +131,38 @@ class Treatments:
         nodes += _qdq(f"{node.name}/y", target, shared(scale_y), shared(zero_y))
         return nodes, packed.stored_bits
 
-    def _unpacked_int8(self, site: Site) -> tuple[list[NodeProto], int]:
-        packed = self._pack(site, "8bit", int8.quantize)
-        name, shape = site.weight, self._graph.shape(site.weight)
-        axis = 1 if site.swapped else 0
-        broadcast = [1] * len(shape)
-        broadcast[axis] = site.rows
-
-        def codes() -> Array:
-            if not site.swapped:
-                return _signed(packed).reshape(shape)
-            inner = _signed(packed).reshape(shape[1], shape[0], *shape[2:])
-            return np.ascontiguousarray(np.swapaxes(inner, 0, 1))
-
-        q = self._constant(f"{name}/q8", codes)
-        scale = self._constant(f"{name}/q8_scale", lambda: packed.scales.reshape(broadcast))
-        label = site.node.name
-        nodes = [
-            _node("Cast", [q], f"{label}/w_codes", to=1),
-            _node("Mul", [f"{label}/w_codes", scale], f"{label}/w"),
-        ]
-        return [*nodes, _with_weight(site.node, f"{label}/w")], packed.stored_bits
-
-    def _unpacked_int4(self, site: Site) -> tuple[list[NodeProto], int]:
-        packed = self._pack(site, "4bit", _int4_small_scales)
+    def _unpacked(self, site: Site, scheme: ModuleType) -> tuple[list[NodeProto], int]:
+        bits: int = scheme.BITS
+        block = BLOCK if site.columns % BLOCK == 0 else site.columns
+        packed = self._pack(site, f"unpacked{bits}", lambda w: _with_small_scales(scheme, w, block))
         name, label, shared = site.weight, site.node.name, self._graph.add_shared
         shape = self._graph.shape(name)
-        inner = (shape[1], shape[0], *shape[2:]) if site.swapped else shape
-        blocks = packed.q.reshape(site.rows, -1, BLOCK)
-        # Low nibbles hold a block's first half, high ones its second: Concat puts it together.
-        half = BLOCK // 2
-        q = self._constant(f"{name}/q4", lambda: blocks[..., :half] | blocks[..., half:] << 4)
-        scale = self._constant(f"{name}/q4_scale", lambda: packed.scales[..., None])
-        nodes = [
-            _node("Mod", [q, shared(np.uint8(16))], f"{label}/w_low"),
-            _node("BitShift", [q, shared(np.uint8(4))], f"{label}/w_high", direction="RIGHT"),
-            _node("Concat", [f"{label}/w_low", f"{label}/w_high"], f"{label}/w_codes", axis=2),
-            _node("Cast", [f"{label}/w_codes"], f"{label}/w_wide", to=1),
-            _node("Sub", [f"{label}/w_wide", shared(np.float32(8))], f"{label}/w_signed"),
-        ]
+        blocks = packed.q.reshape(site.rows, -1, block)
+        signed, scaled = f"{label}/w_signed", f"{label}/w_scaled"
+        if bits == 4:
+            # Low nibbles hold a block's first half, high ones its second: Concat joins them.
+            half = block // 2
+            q = self._constant(f"{name}/q4", lambda: blocks[..., :half] | blocks[..., half:] << 4)
+            low, high, codes, wide = (f"{label}/w_{x}" for x in ("low", "high", "codes", "wide"))
+            nodes = [
+                _node("Mod", [q, shared(np.uint8(16))], low),
+                _node("BitShift", [q, shared(np.uint8(4))], high, direction="RIGHT"),
+                _node("Concat", [low, high], codes, axis=2),
+                _node("Cast", [codes], wide, to=TensorProto.FLOAT),
+                _node("Sub", [wide, shared(np.float32(8))], signed),
+            ]
+        else:
+            q = self._constant(f"{name}/q8", lambda: _signed(blocks))
+            nodes = [_node("Cast", [q], signed, to=TensorProto.FLOAT)]
+        scale = self._constant(f"{name}/q{bits}_scale", lambda: packed.scales[..., None])
         if packed.scales.dtype == np.float16:
-            nodes.append(_node("Cast", [scale], f"{label}/w_scale", to=1))
+            nodes.append(_node("Cast", [scale], f"{label}/w_scale", to=TensorProto.FLOAT))
             scale = f"{label}/w_scale"
-        whole = shared(np.array(inner, np.int64))
+        inner = (shape[1], shape[0], *shape[2:]) if site.swapped else shape
         last = f"{label}/w_inner" if site.swapped else f"{label}/w"
         nodes += [
-            _node("Mul", [f"{label}/w_signed", scale], f"{label}/w_blocks"),
-            _node("Reshape", [f"{label}/w_blocks", whole], last),
+            _node("Mul", [signed, scale], scaled),
+            _node("Reshape", [scaled, shared(np.array(inner, np.int64))], last),
         ]
         if site.swapped:
             order = [1, 0, *range(2, len(shape))]
@@ -254,7 +172,7 @@ class Treatments:
     def _half(self, site: Site) -> tuple[list[NodeProto], int]:
         name, label = site.weight, site.node.name
         half = self._constant(f"{name}/f16", lambda: self._graph.array(name).astype(np.float16))
-        cast = _node("Cast", [half], f"{label}/w", to=1)
+        cast = _node("Cast", [half], f"{label}/w", to=TensorProto.FLOAT)
         return [cast, _with_weight(site.node, f"{label}/w")], 16 * site.weights
 
     # Linear layers and embeddings
@@ -340,16 +258,19 @@ def _affine(span: Range) -> tuple[Array, Array]:
     return np.asarray(scale), np.asarray(zero)
 
 
-def _signed(packed: Packed) -> Array:
-    return (packed.q ^ np.uint8(0x80)).view(np.int8)
+def _signed(codes: Array) -> Array:
+    """8-bit codes around 128 as int8."""
+    return (codes ^ np.uint8(0x80)).view(np.int8)
 
 
-def _int4_small_scales(w: Array) -> Packed:
-    """4-bit weights with float16 scales where those hold the weights' size, else float32."""
-    size = np.abs(w)
-    largest, smallest = size.max(), size.max(axis=1).min()
-    fits = largest < 2.0**15 and smallest > 2.0**-10  # scales stay normal float16 numbers
-    return int4.quantize(w, scale_dtype=np.float16 if fits else np.float32)
+def _with_small_scales(scheme: ModuleType, w: Array, block: int) -> Packed:
+    """Quantized with float16 scales where those hold the weights' size, else with float32 ones."""
+    rows = np.abs(w).max(axis=1)
+    largest, smallest = rows.max(), rows[rows > 0].min(initial=np.inf)
+    fits = largest < 2.0**15 and smallest > 2.0**-7  # scales stay normal float16 numbers
+    dtype = np.float16 if fits else np.float32
+    packed: Packed = scheme.quantize(w, block_size=block, scale_dtype=dtype)
+    return packed
 
 
 def _nbits_layout(packed: Packed) -> Array:

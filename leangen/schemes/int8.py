@@ -1,4 +1,4 @@
-"""int8: 8-bit codes, symmetric around 128, one float32 scale per row or block."""
+"""int8: 8-bit codes, symmetric around 128, one scale per row or block."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ def quantize(
     *,
     block_size: int | None = None,
     q_max: int = 127,
+    scale_dtype: type[np.floating[Any]] = np.float32,
     threads: int | None = None,
 ) -> Packed:
     """Quantize `w` [n, k]; scales are per row unless `block_size` is given.
@@ -35,8 +36,8 @@ def quantize(
         q_max=q_max,
         # At 8 bits clipping pays in long rows only; in a block, some scale a little above the span
         # happens to fit its few dozen weights better.
-        ratios=_WIDER if block_size is not None else _NARROWER,
-        scale_dtype=np.float32,
+        ratios=_WIDER if block_size is not None and block_size <= 64 else _NARROWER,
+        scale_dtype=scale_dtype,
         threads=threads or os.cpu_count() or 1,
     )
 

@@ -118,7 +118,8 @@ def _storable(scale: Floats, dtype: type[np.floating[Any]]) -> Floats:
     """The scale as its stored type holds it: never zero by underflow, never infinite."""
     limits = np.finfo(dtype)
     size = np.clip(np.abs(scale), float(limits.smallest_subnormal), float(limits.max))
-    return np.copysign(size, scale).astype(dtype).astype(np.float32)
+    stored: Floats = np.copysign(size, scale).astype(dtype).astype(np.float32)
+    return stored
 
 
 def _error(w: Floats, scale: Floats, unit: Floats, q_min: int, q_max: int) -> tuple[Floats, Floats]:
