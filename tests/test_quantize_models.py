@@ -56,7 +56,9 @@ def terrain_fp32(bundle):
 
 def _heightmaps(of):
     session = Session(of)
-    return [drain(diffusion.run(session, diffusion.Request(seed=s)))[1].array for s in TERRAIN_SEEDS]
+    return [
+        drain(diffusion.run(session, diffusion.Request(seed=s)))[1].array for s in TERRAIN_SEEDS
+    ]
 
 
 @pytest.mark.parametrize(("scheme", "largest"), [("int8", 0.10), ("int4", 0.20)])
@@ -78,7 +80,7 @@ def test_a_voice_sounds_the_same(bundle, record_property):
     exact, low = Session(bundle("piper-joe")), Session(bundle("piper-joe", "int8"))
     distances = []
     for seed in SPEECH_SEEDS:
-        said = dict(phonemes=speech.EXAMPLE["phonemes"], seed=seed)
+        said = {"phonemes": speech.EXAMPLE["phonemes"], "seed": seed}
         _, reference = drain(speech.run(exact, speech.Request(**said)))
         rhythm = reference.extra["durations"]
         _, ours = drain(speech.run(low, speech.Request(**said, durations=rhythm)))
@@ -103,8 +105,7 @@ def test_galaxies_stay_as_likely(bundle, record_property):
     exact, low = Session(bundle("galaxy-flow")), Session(bundle("galaxy-flow", "int8"))
     rows = drain(density.run(exact, density.Request(count=DENSITY_ROWS)))[1].array
     reference, ours = (
-        drain(density.run(session, density.Request(data=rows)))[1].array
-        for session in (exact, low)
+        drain(density.run(session, density.Request(data=rows)))[1].array for session in (exact, low)
     )
     change = float(np.mean(ours - reference))
     report(record_property, low.bundle, log_density_change_nats=change)
