@@ -1,4 +1,4 @@
-"""Every treatment of every kind of node: ONNX Runtime computes what the packed weight stands for."""
+"""Each treatment of each kind of node: ONNX Runtime computes what the packed weight stands for."""
 
 import numpy as np
 import onnx
