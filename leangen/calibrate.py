@@ -62,6 +62,8 @@ def ranges(graph: Graph, tensors: Iterable[str], feeds: Iterable[Feeds]) -> dict
     Reduced inside the graph, so that no activation outlives its use.
     """
     names = list(dict.fromkeys(tensors))
+    if not names:
+        return {}
     model = graph.proto()
     for index, name in enumerate(names):
         for op, kind in (

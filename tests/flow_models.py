@@ -38,11 +38,11 @@ def voice_json() -> dict:
     }
 
 
-def write_voice(folder: Path, *, speakers: int = 1) -> Path:
+def write_voice(folder: Path, *, speakers: int = 1, width: int = 4) -> Path:
     """A random VITS of Piper's structure and node names: a few hundred weights, 4 channels."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "tiny.onnx"
-    onnx.save(voice_model(speakers), path)
+    onnx.save(voice_model(speakers, width), path)
     config = voice_json()
     if speakers > 1:
         config |= {"num_speakers": speakers, "speaker_id_map": {"ann": 0, "bob": 1}}
@@ -50,7 +50,7 @@ def write_voice(folder: Path, *, speakers: int = 1) -> Path:
     return path
 
 
-def voice_model(speakers: int = 1) -> onnx.ModelProto:
+def voice_model(speakers: int = 1, width: int = 4) -> onnx.ModelProto:
     """The graph: text encoder, duration predictor, alignment, flow, decoder; batch 1."""
     rng = np.random.default_rng(7)
     nodes, constants = [], {}
@@ -62,7 +62,7 @@ def voice_model(speakers: int = 1) -> onnx.ModelProto:
         return name
 
     def weight(name, *shape):
-        array = rng.normal(0, 0.5, shape).astype(np.float32)
+        array = rng.normal(0, 1 / np.sqrt(width), shape).astype(np.float32)
         constants[name] = numpy_helper.from_array(array, name)
         return name
 
@@ -88,7 +88,7 @@ def voice_model(speakers: int = 1) -> onnx.ModelProto:
         op("Gather", f"/Gather_{i}", "scales", const(i), axis=0) for i in range(3)
     )
     # the name `sid` belongs to a weight in a voice of one speaker, as in published ones
-    table = weight("sid" if speakers == 1 else "enc_p.emb.weight", len(SYMBOLS), 8)
+    table = weight("sid" if speakers == 1 else "enc_p.emb.weight", len(SYMBOLS), 2 * width)
     embedded = op("Gather", "/enc_p/emb/Gather", table, "input")
     hidden = op("Transpose", "/enc_p/Transpose", embedded, perm=[0, 2, 1])
     shape = op("Shape", "/enc_p/Shape", hidden)
@@ -96,10 +96,10 @@ def voice_model(speakers: int = 1) -> onnx.ModelProto:
     phoneme_mask = mask("/enc_p", count, "input_lengths")
     hidden = op("Mul", "/enc_p/Mul", hidden, phoneme_mask)
     if speakers > 1:
-        voice = op("Gather", "/emb_g/Gather", weight("emb_g.weight", speakers, 8), "sid")
+        voice = op("Gather", "/emb_g/Gather", weight("emb_g.weight", speakers, 2 * width), "sid")
         voice = op("Unsqueeze", "/Unsqueeze_g", voice, const([2]))
         hidden = op("Add", "/enc_p/Add_g", hidden, voice)
-    stats = conv("/enc_p/proj", hidden, 8, 8)
+    stats = conv("/enc_p/proj", hidden, 2 * width, 2 * width)
     mean, log_scale = op("Split", "/enc_p/Split", stats, outputs=2, axis=1)
 
     size = op(
@@ -113,7 +113,7 @@ def voice_model(speakers: int = 1) -> onnx.ModelProto:
     noise = op("RandomNormalLike", "/dp/RandomNormalLike", zeros, dtype=TensorProto.FLOAT)
     noise = op("Mul", "/dp/Mul_noise", noise, noise_w)
     joined = op("Concat", "/dp/Concat", hidden, noise, axis=1)
-    log_frames = conv("/dp/proj", joined, 1, 10)
+    log_frames = conv("/dp/proj", joined, 1, 2 * width + 2)
     frames = op("Mul", "/Mul", op("Exp", "/Exp", log_frames), phoneme_mask)
     frames = op("Ceil", "/Ceil", op("Mul", "/Mul_1", frames, length_scale))
 
@@ -144,21 +144,21 @@ def voice_model(speakers: int = 1) -> onnx.ModelProto:
     spread = op("Mul", "/Mul_5", noise, op("Exp", "/Exp_1", log_scale))
     prior = op("Add", "/Add", mean, op("Mul", "/Mul_6", spread, noise_scale))
 
-    x = conv("/flow/flows.0/pre", prior, 4, 4)
+    x = conv("/flow/flows.0/pre", prior, width, width)
     x = op("Mul", "/flow/flows.0/Mul", x, frame_mask)
     none = op(
         "ConstantOfShape", "/flow/flows.0/ConstantOfShape", op("Shape", "/flow/flows.0/Shape", x)
     )
     x = op("Add", "/flow/flows.0/Add", op("Tanh", "/flow/flows.0/Tanh", x), none)
     x = op("Mul", "/Mul_7", op("Add", "/flow/flows.0/Add_1", x, prior), frame_mask)
-    x = conv("/dec/conv_pre", x, 4, 4)
+    x = conv("/dec/conv_pre", x, width, width)
     if speakers > 1:
-        x = op("Add", "/dec/Add_g", x, conv("/dec/cond", voice, 4, 8))
+        x = op("Add", "/dec/Add_g", x, conv("/dec/cond", voice, width, 2 * width))
     x = op(
         "ConvTranspose",
         "/dec/ups.0/ConvTranspose",
         x,
-        weight("dec.ups.0.weight", 4, 1, HOP),
+        weight("dec.ups.0.weight", width, 1, HOP),
         strides=[HOP],
     )
     x = op("Tanh", "/dec/Tanh", x)

@@ -44,7 +44,11 @@ def condition_feeds(config: Mapping[str, Any], chosen: Mapping[str, float]) -> d
         if not isinstance(value, int | float) or not np.isfinite(value):
             raise RequestError(f"condition {name} is {value!r}, expected a number")
         if (low is not None and value < low) or (high is not None and value > high):
-            raise RequestError(f"condition {name} is {value:g}, expected {low:g} to {high:g}")
+            ends = [end for end in (low, high) if end is not None]
+            span = " to ".join(f"{end:g}" for end in ends)
+            if len(ends) == 1:
+                span += " or more" if high is None else " or less"
+            raise RequestError(f"condition {name} is {value:g}, expected {span}")
     return {
         name: np.full(entry["shape"], chosen.get(name, entry["default"]), entry["dtype"])
         for name, entry in known.items()
