@@ -1,0 +1,113 @@
+"""Each treatment of each kind of node: ONNX Runtime computes what the packed weight stands for."""
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from onnx import helper, numpy_helper
+
+from leangen.graph_edit import Graph, Range
+from leangen.sites import find_sites
+from leangen.treatments import CODE_BITS, Treatments
+
+LAYERS = {
+    # op, attributes, shape of the weight, of the input, of the bias
+    "conv 2-D": ("Conv", {"pads": [1, 1, 1, 1]}, (33, 32, 3, 3), (1, 32, 7, 7), (33,)),
+    "conv 1-D": ("Conv", {"strides": [2]}, (40, 64, 5), (2, 64, 31), None),
+    "conv grouped": ("Conv", {"group": 4}, (64, 16, 2, 2), (1, 64, 5, 5), (64,)),
+    "deconv 2-D": ("ConvTranspose", {"strides": [2, 2]}, (32, 24, 2, 2), (1, 32, 4, 4), (24,)),
+    "deconv 1-D": ("ConvTranspose", {"strides": [3]}, (48, 20, 4), (1, 48, 9), None),
+    "matmul": ("MatMul", {}, (96, 33), (5, 96), None),
+    "matmul with a tail": ("MatMul", {}, (50, 64), (2, 3, 50), None),
+    "gemm": ("Gemm", {}, (64, 40), (5, 64), (40,)),
+    "gemm transposed": ("Gemm", {"transB": 1}, (40, 64), (5, 64), (40,)),
+    "embedding": ("Gather", {}, (70, 64), (2, 6), None),
+}
+# Half a step of the weight's (and, with static int8, the activations') rounding, as a share of an
+# output's RMS, with room for chance.
+LARGEST = {"w16": 1e-3, "w8": 0.015, "gather8": 0.015, "matmul8": 0.02, "w8a8": 0.04}
+LARGEST |= {"w4": 0.15, "matmul4": 0.15}
+
+
+def layer(name, path):
+    """The file of one layer with random weights, and an input for it."""
+    op, options, weight, shape, bias = LAYERS[name]
+    rng = np.random.default_rng(len(name))
+    constants = [("w", weight)] + ([("b", bias)] if bias else [])
+    tensors = [
+        numpy_helper.from_array(rng.normal(0, 1, s).astype(np.float32), n) for n, s in constants
+    ]
+    x = rng.normal(0, 1, shape).astype(np.float32)
+    inputs = ["x", *(tensor.name for tensor in tensors)]
+    if op == "Gather":
+        x, inputs = rng.integers(0, weight[0], shape), ["w", "x"]
+    kind = helper.np_dtype_to_tensor_dtype(x.dtype)
+    graph = helper.make_graph(
+        [helper.make_node(op, inputs, ["y"], "layer", **options)],
+        "g",
+        [helper.make_tensor_value_info("x", kind, list(shape))],
+        [helper.make_tensor_value_info("y", 1, None)],
+        tensors,
+    )
+    opsets = [helper.make_opsetid("", 21)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), path)
+    return x
+
+
+def run(path, x):
+    (y,) = ort.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"x": x})
+    return y
+
+
+def span(name, values):
+    return {name: Range(float(values.min()), float(values.max()), values.shape)}
+
+
+def offered(name, tmp_path):
+    """What fits the layer: its graph and site, an input, and the exact output."""
+    path = tmp_path / "exact.onnx"
+    x = layer(name, path)
+    exact = run(path, x)
+    graph = Graph(path)
+    (site,) = find_sites(graph)
+    treatments = Treatments(graph, span("x", x) | span("y", exact))
+    return graph, site, treatments, x, exact
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_each_treatment_is_close_and_counts_its_bits(name, tmp_path):
+    seen = offered(name, tmp_path)[2].offered(offered(name, tmp_path)[1])
+    assert seen
+    for treatment in seen:
+        graph, site, treatments, x, exact = offered(name, tmp_path)
+        treated = treatments.apply(site, treatment)
+        assert treated.code_bits == CODE_BITS[treatment]
+        assert site.weights == np.prod(LAYERS[name][2])
+        assert treated.stored_bits >= treated.code_bits * site.weights
+        graph.replace({"layer": treated.nodes})
+        graph.save(tmp_path / "low.onnx")
+        ours = run(tmp_path / "low.onnx", x)
+        assert ours.shape == exact.shape
+        error = np.linalg.norm(ours - exact) / np.linalg.norm(exact)
+        assert 0 < error < LARGEST[treatment], treatment
+
+
+def test_the_kinds_together_use_every_treatment(tmp_path):
+    seen = set()
+    for name in LAYERS:
+        _, site, treatments, _, _ = offered(name, tmp_path)
+        seen.update(treatments.offered(site))
+    assert seen == set(CODE_BITS)
+
+
+def test_small_and_computed_weights_are_no_sites(tmp_path):
+    layer("matmul", tmp_path / "g.onnx")
+    model = onnx.load(tmp_path / "g.onnx")
+    small = numpy_helper.from_array(np.ones((31, 33), np.float32), "w")
+    model.graph.initializer[0].CopyFrom(small)
+    onnx.save(model, tmp_path / "small.onnx")
+    assert find_sites(Graph(tmp_path / "small.onnx")) == []
+    model = onnx.load(tmp_path / "g.onnx")
+    model.graph.node[0].input[1] = "x"
+    onnx.save(model, tmp_path / "computed.onnx")
+    assert find_sites(Graph(tmp_path / "computed.onnx")) == []
