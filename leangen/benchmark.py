@@ -159,7 +159,7 @@ def run(
             progress(index, len(engines), f"warming up {models[index]}")
             receipt, count, steady = warm_up(engine, requests[index])
             warm.append({"warm_ups": count, "steady": steady, "plan": plan(receipt, precision)})
-            if not as_json and engine.selection.source != "estimated":
+            if not as_json:
                 say(told(models[index], warm[-1]["plan"]))
         order = random.Random(0)
         for done in range(repeats):
