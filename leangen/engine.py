@@ -226,14 +226,8 @@ class Engine:
         inputs = self.family.INPUTS
         if prompt is not None and inputs:
             return {**options, inputs[0]: prompt}
-        return (
-            dict(options)
-            if any(name in options for name in inputs)
-            else {
-                **self.family.EXAMPLE,
-                **options,
-            }
-        )
+        given = any(name in options for name in inputs)
+        return dict(options) if given else {**self.family.EXAMPLE, **options}
 
     def stream(self, prompt: Any = None, /, **options: Any) -> Stream:
         """Generate step by step; options as the family's `Request` documents them.

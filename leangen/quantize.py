@@ -19,14 +19,12 @@ from typing import Any
 from leangen import calibrate, plan, schemes
 from leangen.bundle import Bundle, create, open_bundle
 from leangen.calibrate import Feeds
+from leangen.console import Progress
 from leangen.errors import UnknownSchemeError
 from leangen.graph_edit import Graph
 from leangen.plan import Choice
 from leangen.sites import Site, find_sites
 from leangen.treatments import CODE_BITS, Treatments
-
-Progress = Callable[[int, int, str], None]
-"""Called with (done, total, what) as the work goes on."""
 
 
 @dataclass(frozen=True, slots=True)
