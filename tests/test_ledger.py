@@ -244,7 +244,7 @@ def test_a_ledger_with_other_tables_is_named_and_left_alone(tmp_path):
     db.execute("ALTER TABLE receipts RENAME COLUMN model TO modell")
     db.close()
     with Ledger(path) as ledger, pytest.raises(StorageError, match="not as leangen makes them"):
-        ledger.append(receipt()).wait()
+        ledger.append(receipt(1)).wait()
 
 
 def test_a_newer_ledger_is_refused(ledger):
