@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from leangen.commands import doctor, verify
+from leangen.commands import doctor, export, verify
 
 
 class Module(Protocol):
@@ -20,4 +20,4 @@ class Module(Protocol):
         """Add the parser."""
 
 
-MODULES: tuple[Module, ...] = (doctor, verify)
+MODULES: tuple[Module, ...] = (doctor, export, verify)
