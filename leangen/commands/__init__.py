@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from leangen.commands import doctor, export, verify
+from leangen.commands import budget, doctor, export, ledger, metrics, report, verify
 
 
 class Module(Protocol):
@@ -20,4 +20,4 @@ class Module(Protocol):
         """Add the parser."""
 
 
-MODULES: tuple[Module, ...] = (doctor, export, verify)
+MODULES: tuple[Module, ...] = (ledger, budget, report, metrics, export, verify, doctor)
