@@ -7,37 +7,11 @@ Names are those that transformers writes to safetensors files.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
+from leangen.exporters.checkpoint import Json, Layout
 from leangen.exporters.decoder import DecoderConfig, Experts
-
-Json = Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Layout:
-    """A model's shape, and where its tensors are."""
-
-    config: DecoderConfig
-    names: Mapping[str, str]
-    """Our name without `layers.I.` to the tensor's without `.weight`; `{i}` layer, `{e}` expert."""
-    transposed: bool = False
-    """Matrices of the layers are stored [inputs, outputs] (GPT-2's Conv1D)."""
-    unit_gain: bool = False
-    """Norms are stored as what is added to a gain of 1 (Gemma)."""
-    interleaved_qkv: bool = False
-    """The joint q, k, v matrix holds a head's three parts beside each other (GPT-NeoX)."""
-    joint: Mapping[str, tuple[str, int]] = field(default_factory=dict)
-    """Our name to the joint matrix that holds it and its place there: rows of equal share, or for
-    q, k and v rows by their heads."""
-    skipped_positions: int = 0
-    """Rows at the start of the table of positions that no token uses (OPT)."""
-    rotated: float = 1.0
-    """The share of each head that is rotated."""
-    ropes: Mapping[str, Json] = field(default_factory=dict)
-    """The parameters of each table of angles."""
-
 
 LLAMA = {
     "embed": "model.embed_tokens",
