@@ -149,6 +149,9 @@ def kernels() -> Iterator[Finding]:
         yield Finding("kernels", status, detail, remedy or None)
         return
     yield Finding("kernels", "ok", f"{variant}: {why}")
+    if newer := _newer_sources(Path(leangen_kernels.__file__).parent):
+        detail = f"the library is older than {newer}, from which it is made"
+        yield Finding("kernels", "problem", detail, "pip install -e .")
     from leangen_kernels import selftest
 
     results = selftest.results_apart()
@@ -158,6 +161,19 @@ def kernels() -> Iterator[Finding]:
         yield Finding("self-test", "problem", f"{name}: {problem}", remedy)
     if not wrong:
         yield Finding("self-test", "ok", f"{', '.join(results)} agree with NumPy")
+
+
+def _newer_sources(package: Path) -> str | None:
+    """A source that changed since the library was built; only a source tree has the C part."""
+    from leangen_kernels import build
+
+    native = package.parent / "native"
+    if not native.is_dir():
+        return None
+    sources = [*native.glob("*.[ch]"), *(package / f"{name}.py" for name in build.SOURCES)]
+    newest = max(sources, key=lambda path: path.stat().st_mtime)
+    built = (package / build.LIBRARY).stat().st_mtime
+    return newest.name if newest.stat().st_mtime > built else None
 
 
 def energy(root: Path) -> Iterator[Finding]:

@@ -1,10 +1,12 @@
 """`leangen doctor`: every finding in plain words, what is broken told with its remedy."""
 
 import json
+import os
 
 import boards_at
 import leangen_kernels
 import pytest
+from leangen_kernels import build
 from ledger_fakes import receipt
 
 from leangen import doctor
@@ -54,12 +56,29 @@ def test_kernels_that_compute_something_else_are_a_problem(monkeypatch):
     from leangen_kernels import selftest
 
     monkeypatch.setattr(leangen_kernels, "status", lambda: ("avx2", "the fastest"))
+    monkeypatch.setattr(doctor, "_newer_sources", lambda package: None)
     monkeypatch.setattr(selftest, "results_apart", lambda: {"Linear": "differs", "Conv": None})
     found = by_name(doctor.kernels())["self-test"]
     assert (found.status, found.detail) == ("problem", "Linear: differs")
     assert "LEANGEN_KERNELS=portable" in found.remedy
     monkeypatch.setattr(selftest, "results_apart", lambda: {"Linear": None, "Conv": None})
     assert by_name(doctor.kernels())["self-test"].detail == "Linear, Conv agree with NumPy"
+
+
+def test_a_library_older_than_its_sources_is_found(tmp_path):
+    package, native = tmp_path / "leangen_kernels", tmp_path / "native"
+    package.mkdir()
+    for name in (*(f"{name}.py" for name in build.SOURCES), build.LIBRARY):
+        (package / name).touch()
+    assert doctor._newer_sources(package) is None, "an installed package has no C sources"
+    native.mkdir()
+    source = native / "bridge.c"
+    source.touch()
+    os.utime(source, (1, 1))
+    os.utime(package / build.LIBRARY, (2**31, 2**31))
+    assert doctor._newer_sources(package) is None
+    os.utime(source, (2**31 + 1, 2**31 + 1))
+    assert doctor._newer_sources(package) == "bridge.c"
 
 
 def test_a_changed_ledger_is_found_and_left(home):

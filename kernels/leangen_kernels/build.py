@@ -97,7 +97,7 @@ def _objects(
         running = {pool.submit(_compile, v, paths[v]): v for v in missing}
         for count, future in enumerate(as_completed(running), 1):
             name, (seconds, failure) = running[future].name, future.result()
-            say(f"{name} kernels: {failure or f'{seconds:.1f} s'} ({count} of {len(missing)})")
+            say(f"{name}: {failure or f'{seconds:.1f} s'} ({count} of {len(missing)})")
             if failure is not None:
                 failures.append(f"Numba did not compile the {name} kernels: {failure}")
     if failures:
