@@ -212,7 +212,7 @@ def main() -> None:
     """Train, evaluate, write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--steps", type=int, default=1800)
+    parser.add_argument("--steps", type=int, default=1200)
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     texts, test = molecules("train"), molecules("test")
