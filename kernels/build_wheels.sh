@@ -13,7 +13,7 @@ for machine in x86_64 aarch64; do
   rm -rf build/lib* build/bdist*
   CC="$machine-linux-gnu-gcc" LEANGEN_KERNELS_MACHINE="$machine" \
     python -m pip wheel --no-deps --wheel-dir "$made/$machine" .
-  python -m zipfile -l "$made/$machine"/*.whl | grep --quiet libleangen_kernels.so ||
+  python -m zipfile -l "$made/$machine"/*.whl | grep libleangen_kernels.so ||
     { echo "error: there is no library in the $machine wheel" >&2; exit 1; }
   auditwheel repair --wheel-dir "$folder" "$made/$machine"/*.whl
 done
