@@ -103,10 +103,27 @@ class Draft(Graph):
             helper.make_node(op_type, list(inputs), list(outputs), name, domain=domain, **options)
         )
 
+    def bypass(self, node: NodeProto) -> None:
+        """Take out a node that hands its first input on; its readers read that input instead.
+
+        Where the node makes an output of the graph, what made the input makes that.
+        """
+        source, target = node.input[0], node.output[0]
+        self.remove(node)
+        maker = self.producer(source) if target in self._outputs else None
+        for changed in [maker] if maker is not None else self.consumers(target):
+            old, new = (source, target) if changed is maker else (target, source)
+            self.remove(changed)
+            for names in (changed.input, changed.output):
+                for index, name in enumerate(names):
+                    if name == old:
+                        names[index] = new
+            self.add_node(changed)
+
     def prune(self) -> None:
         """Remove nodes that nothing needs, such as what fed a pattern that is gone."""
         needed = set(self._outputs)
-        for node in reversed(self._sorted()):
+        for node in reversed(self.sorted()):
             if needed.intersection(node.output):
                 needed.update(tensor_names([node]))
             else:
@@ -115,10 +132,10 @@ class Draft(Graph):
     def finish(self) -> None:
         """Make the rules' changes the graph's: nodes in order, leangen's domain declared."""
         self.prune()
-        self.nodes = self._sorted()
+        self.nodes = self.sorted()
         self.require(DOMAIN)
 
-    def _sorted(self) -> list[NodeProto]:
+    def sorted(self) -> list[NodeProto]:
         """Every node after those whose tensors it reads; else in the order they were added."""
         done: set[int] = set()
         order: list[NodeProto] = []

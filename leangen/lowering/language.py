@@ -14,6 +14,7 @@ from onnx import NodeProto
 
 from leangen.graph_edit import attributes
 from leangen.lowering.draft import DOMAIN, Draft, options_are, set_option
+from leangen.lowering.rows import keep_batched
 
 X, WEIGHTS, GAIN, BIAS, RESIDUAL = range(5)  # inputs of Linear
 
@@ -32,6 +33,7 @@ def rewrite(graph: Draft) -> int:
     for node in graph.all("SimplifiedLayerNormalization", "RMSNormalization"):
         _norm(graph, node)
     replaced = [_attention(graph, node) for node in graph.all("GroupQueryAttention")]
+    keep_batched(graph)
     return sum(replaced)
 
 
