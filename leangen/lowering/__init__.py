@@ -75,7 +75,7 @@ def find(
         except StorageError as error:
             return None, f"ONNX Runtime's own: {error}"
     if not entry.nodes:
-        return None, "ONNX Runtime's own: leangen's kernels fit no node of this graph"
+        return None, "ONNX Runtime's own: leangen's kernels fit no node of it"
     path = entry.path / (FP32_MODEL if fp32_activations else MODEL)
     counts = ", ".join(f"{count} by {rule}" for rule, count in entry.nodes.items())
     return Lowered(path, variant, library), f"{why}; nodes replaced: {counts}"

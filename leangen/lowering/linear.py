@@ -10,6 +10,9 @@ exactly are kept as fp16.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 from leangen_kernels import layout
 from onnx import NodeProto
@@ -42,22 +45,22 @@ def _from_nbits(graph: Draft, node: NodeProto) -> bool:
         q = np.stack([q & 15, q >> 4], axis=-1).reshape(n, -1)
     scale = graph.array(scales).reshape(n, groups).astype(np.float32)
     minima = _minima(graph, zeros, scale, bits) if zeros else None
-    output, replaced = node.output[0], [node]
-    if minima is None and (found := _offset(graph, node, k, size)) is not None:
-        offsets, gemm = found
-        minima = _without_center(offsets, scale, 1 << (bits - 1))
-        output, replaced = gemm.output[0], [node, gemm]
-    scale = _per_block(scale, k, size)
-    minima = None if minima is None else _per_block(minima, k, size)
-    weights = Codes(bits, q[:, :k], scale, minima)
+    weights = Codes(bits, q[:, :k], _per_block(scale, k, size), _per_block(minima, k, size))
     level = options.get("accuracy_level", 0)
     activations = "int8" if level == INT8_LEVEL else "fp32"
-    return put(graph, replaced, x, bias, output, weights, activations)
+    offset = None if zeros else _offset(graph, node, k, size)
+    if offset is not None:
+        gemm, offsets = offset
+        minima = _without_center(offsets, scale, 1 << (bits - 1))
+        whole = replace(weights, minima=_per_block(minima, k, size))
+        if put(graph, [node, gemm], x, bias, gemm.output[0], whole, activations):
+            return True
+    return put(graph, [node], x, bias, node.output[0], weights, activations)
 
 
-def _per_block(values: Array, k: int, size: int) -> Array:
+def _per_block(values: Array | None, k: int, size: int) -> Any:
     """Values of groups of `size` columns, for each of the layout's blocks where they cover it."""
-    if size % layout.BLOCK:
+    if values is None or size % layout.BLOCK:
         return values
     return np.repeat(values, size // layout.BLOCK, axis=1)[:, : -(-k // layout.BLOCK)]
 
@@ -71,8 +74,8 @@ def _minima(graph: Draft, zeros: str, scale: Array, bits: int) -> Array:
     return -points.astype(np.float32) * scale
 
 
-def _offset(graph: Draft, node: NodeProto, k: int, size: int) -> tuple[Array, NodeProto] | None:
-    """The offsets [n, groups] that blocks' sums of x are multiplied by, and the Gemm that does."""
+def _offset(graph: Draft, node: NodeProto, k: int, size: int) -> tuple[NodeProto, Array] | None:
+    """The Gemm that adds the sums of x over blocks times offsets, and the offsets [n, groups]."""
     gemm = graph.only_reader(node.output[0], "Gemm")
     if gemm is None or len(gemm.input) != 3 or gemm.input[2] != node.output[0]:
         return None
@@ -89,7 +92,7 @@ def _offset(graph: Draft, node: NodeProto, k: int, size: int) -> tuple[Array, No
         or not graph.has(gemm.input[1])
     ):
         return None
-    return graph.array(gemm.input[1]), gemm
+    return gemm, graph.array(gemm.input[1])
 
 
 def _without_center(offsets: Array, scale: Array, center: int) -> Array:
