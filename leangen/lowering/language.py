@@ -13,7 +13,7 @@ from leangen_kernels import layout
 from onnx import NodeProto
 
 from leangen.graph_edit import attributes
-from leangen.lowering.draft import DOMAIN, Draft, options_are, set_option
+from leangen.lowering.draft import Draft, options_are, set_option
 from leangen.lowering.rows import keep_batched
 
 X, WEIGHTS, GAIN, BIAS, RESIDUAL = range(5)  # inputs of Linear
@@ -24,12 +24,10 @@ def rewrite(graph: Draft) -> int:
     if not graph.all("Linear"):  # attention alone is not worth a second copy of the weights
         return 0
     graph.prune()
-    for node in graph.all("SkipSimplifiedLayerNormalization"):
-        _split_skip(graph, node)
     for node in graph.all("Linear"):
         _gate(graph, node)
-    for node in graph.all("Add"):
-        _residual(graph, node)
+    for node in graph.all("SkipSimplifiedLayerNormalization"):
+        _split_skip(graph, node)
     for node in graph.all("SimplifiedLayerNormalization", "RMSNormalization"):
         _norm(graph, node)
     replaced = [_attention(graph, node) for node in graph.all("GroupQueryAttention")]
@@ -38,19 +36,35 @@ def rewrite(graph: Draft) -> int:
 
 
 def _split_skip(graph: Draft, node: NodeProto) -> None:
-    """Norm of a sum as an Add and a norm, each to be drawn into its neighbour."""
+    """Norm of a sum as a sum, drawn into the `Linear` before it, and a norm.
+
+    An Add on its own stays: it may broadcast, which a residual does not.
+    """
     x, residual, gain, *bias = node.input
-    mean, variance = [*node.output, "", "", ""][1:3]
-    total = [*node.output, "", "", ""][3] or f"{node.name}/total"
+    y, mean, variance, total = [*node.output, "", "", ""][:4]
     if any(bias) or mean or variance:
         return
-    y, epsilon = node.output[0], attributes(node).get("epsilon", 1e-5)
+    total, epsilon = total or f"{node.name}/sum", attributes(node).get("epsilon", 1e-5)
     graph.remove(node)
-    graph.put("Add", f"{node.name}/add", [x, residual], [total], domain="")
+    if not any(_residual(graph, *pair, total) for pair in ((x, residual), (residual, x))):
+        graph.put("Add", f"{node.name}/add", [x, residual], [total], domain="")
     graph.put(
         "SimplifiedLayerNormalization", node.name, [total, gain], [y],
         domain="", axis=-1, epsilon=epsilon,
     )  # fmt: skip
+
+
+def _residual(graph: Draft, product: str, residual: str, total: str) -> bool:
+    """Let the `Linear` that makes `product` make product + residual, if nothing reads it alone."""
+    linear = graph.producer(product, "Linear")
+    if linear is None or linear.input[RESIDUAL] or graph.is_output(product):
+        return False
+    if graph.consumers(product):  # the sum itself is gone already
+        return False
+    graph.remove(linear)
+    linear.input[RESIDUAL], linear.output[0] = residual, total
+    graph.add_node(linear)
+    return True
 
 
 def _gate(graph: Draft, linear: NodeProto) -> None:
@@ -82,20 +96,6 @@ def _gate(graph: Draft, linear: NodeProto) -> None:
     set_option(linear, "gated", 1)
     linear.output[0] = product.output[0]
     graph.add_node(linear)
-
-
-def _residual(graph: Draft, add: NodeProto) -> None:
-    for linear_input, other in ((add.input[0], add.input[1]), (add.input[1], add.input[0])):
-        linear = graph.producer(linear_input, "Linear")
-        if linear is None or linear.domain != DOMAIN or linear.input[RESIDUAL]:
-            continue
-        if graph.only_reader(linear_input) is None or graph.has(other):
-            continue
-        graph.remove(add, linear)
-        linear.input[RESIDUAL] = other
-        linear.output[0] = add.output[0]
-        graph.add_node(linear)
-        return
 
 
 def _norm(graph: Draft, norm: NodeProto) -> None:
