@@ -40,13 +40,14 @@ class Twin:
     def norm(self, name, x):
         return reference.rms_norm(x, self.weights.gain(name), self.config.rms_epsilon)
 
-    def logits(self, tokens):
-        """Logits [n, vocab] after each token."""
+    def logits(self, tokens, *, nudge=0.0):
+        """Logits [n, vocab] after each token; `nudge` is a relative error of the embeddings."""
         config = self.config
         angles = np.outer(np.arange(len(tokens)), self.weights.inverse_frequencies())
         cosines, sines = np.cos(angles), np.sin(angles)
         later = np.triu(np.full((len(tokens), len(tokens)), -np.inf), 1)
         h = self.matrix("embed")[tokens]
+        h = h * (1 + nudge * np.random.default_rng(0).standard_normal(h.shape))
         for i in range(config.layers):
             layer = f"layers.{i}"
             x = self.norm(f"{layer}.attn_norm", h)

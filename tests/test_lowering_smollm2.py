@@ -67,18 +67,34 @@ def first_difference(start, found, logits):
     return 0.0 if len(wrong) == 0 else float(behind[wrong[0]])
 
 
-@pytest.mark.parametrize("activations", ["fp32", "int8"])
-def test_greedy_text_is_that_of_the_numpy_twin(path, bundles, activations):
-    session = Session(bundles["gguf"], activations=activations)
-    twin = Twin(path, activations=activations)
-    behind = []
+def test_greedy_text_with_fp32_activations_is_that_of_the_numpy_twin(path, bundles):
+    session = Session(bundles["gguf"], activations="fp32")
+    twin = Twin(path, activations="fp32")
     for prompt in PROMPTS:
         start, found = greedy(session, prompt)
-        logits = twin.logits(start + found[:-1])
-        behind.append(first_difference(start, found, logits))
-        print(f"{activations} {prompt!r}: {behind[-1]:.2g}")
+        assert first_difference(start, found, twin.logits(start + found[:-1])) <= TIE
     assert session.kernels != "ort"
-    assert max(behind) <= TIE
+
+
+def test_rounded_activations_part_from_the_twin_no_more_than_it_does_from_itself(
+    path, bundles, tokens
+):
+    """Where an activation falls between two codes, fp32 and float64 may round apart.
+
+    All that follows then differs, as it does in the twin alone once its input is off by an fp32
+    rounding error.
+    """
+    twin, window = Twin(path), tokens[:200]
+    expected = twin.logits(window)
+    apart, of_itself = (
+        float(np.sqrt(((logits - expected) ** 2).mean()))
+        for logits in (
+            language.logits(Session(bundles["gguf"]), window),
+            twin.logits(window, nudge=np.finfo(np.float32).eps),
+        )
+    )
+    print(f"rms of logits apart: {apart:.4f}, the twin from itself {of_itself:.4f}")
+    assert apart <= 1.2 * of_itself
 
 
 def test_greedy_text_with_fp32_activations_is_that_of_ort(bundles):
