@@ -38,12 +38,12 @@ class Twin:
         return y if bias is None else y + bias
 
     def norm(self, name, x):
-        return reference.rms_norm(x, self.weights.gain(name), self.config.rms_epsilon)
+        return reference.rms_norm(x, self.weights.gain(name), self.config.epsilon)
 
     def logits(self, tokens, *, nudge=0.0):
         """Logits [n, vocab] after each token; `nudge` is a relative error of the embeddings."""
         config = self.config
-        angles = np.outer(np.arange(len(tokens)), self.weights.inverse_frequencies())
+        angles = np.outer(np.arange(len(tokens)), self.weights.inverse_frequencies(config.rotation(0)))
         cosines, sines = np.cos(angles), np.sin(angles)
         later = np.triu(np.full((len(tokens), len(tokens)), -np.inf), 1)
         h = self.matrix("embed")[tokens]

@@ -13,8 +13,9 @@ from leangen.graph_edit import attributes
 from leangen.lowering.draft import Draft
 
 _ROWWISE = (
-    *("Linear", "MatMulNBits", "SimplifiedLayerNormalization", "RMSNormalization", "Add", "Mul"),
-    *("QuickGelu", "Sigmoid", "Concat", "Split"),
+    *("Linear", "MatMulNBits", "Add", "Mul", "Div", "Concat", "Split"),
+    *("SimplifiedLayerNormalization", "RMSNormalization", "LayerNormalization"),
+    *("QuickGelu", "Gelu", "Relu", "Sigmoid", "Tanh"),
 )
 """Operators that treat each row alike, as long as they look at the last axis only."""
 
@@ -36,7 +37,7 @@ def keep_batched(graph: Draft) -> None:
             whole = all(changed[tensor] for tensor in rows)
             if node.op_type == "Reshape" and _unflattens(graph, node, ids, whole):
                 reshapes.append(node)
-            elif node.op_type in _ROWWISE and _on_last_axis(node):
+            elif node.op_type in _ROWWISE and _on_rows(graph, node, changed):
                 changed |= dict.fromkeys(node.output, whole)
             else:
                 return
@@ -81,8 +82,11 @@ def _unflattens(graph: Draft, node: NodeProto, ids: str, whole: bool) -> bool:
     return attributes(head) == {} and tail == [-1] and whole
 
 
-def _on_last_axis(node: NodeProto) -> bool:
-    return attributes(node).get("axis", -1) == -1
+def _on_rows(graph: Draft, node: NodeProto, changed: dict[str, bool]) -> bool:
+    """Whether a node works along the last axis, on tensors that all change, and on constants."""
+    return attributes(node).get("axis", -1) == -1 and all(
+        tensor in changed or not tensor or graph.has(tensor) for tensor in node.input
+    )
 
 
 def _is_attended(graph: Draft, tensor: str) -> bool:
