@@ -170,6 +170,7 @@ def generate(args: argparse.Namespace) -> int:
         embodied=args.embodied,
         tag=args.tag,
         activations=args.activations,
+        kernels=args.kernels,
         meter=args.meter,
     )
     if args.output is not None:
@@ -227,6 +228,7 @@ def bench(args: argparse.Namespace) -> int:
         precision=args.precision,
         threads=args.threads,
         activations=args.activations,
+        kernels=args.kernels,
         region=args.region,
         meter=args.meter,
         intensity=args.intensity,

@@ -190,7 +190,7 @@ class Store:
         return self._home.usage()
 
     def collect_garbage(self, *, dry_run: bool = False) -> list[dict[str, Any]]:
-        """Remove downloads and what killed processes left: what, bytes, path of each.
+        """Remove downloads, lowered models and what killed processes left: what, bytes, path.
 
         What another process works on stays, and so does what leangen did not make.
         """
@@ -202,7 +202,10 @@ class Store:
                     rows += [row(f"{name} (source)", path, name=name) for path in paths]
                     if not dry_run:
                         home.delete(paths)
-        return rows
+        lowered = home.lowered()
+        if not dry_run:
+            home.delete([Path(entry["path"]) for entry in lowered])
+        return [*rows, *lowered]
 
     def _make(self, name: str, scheme: str, job: _Job) -> Bundle:
         """Export or quantize a bundle that is missing; the model's lock is held."""

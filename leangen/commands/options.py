@@ -34,6 +34,12 @@ def run_options(sub: argparse.ArgumentParser, *, as_json: bool = True) -> None:
         default="int8",
         help="fp32: low-bit layers do not round activations (slower)",
     )
+    sub.add_argument(
+        "--kernels",
+        choices=("auto", "ort"),
+        default="auto",
+        help="ort: ONNX Runtime's own, for comparison; default: leangen's where they fit",
+    )
 
 
 def request_options(sub: argparse.ArgumentParser) -> None:

@@ -26,18 +26,20 @@ _ROUND = 256  # capacities are multiples of this, so that a follow-up request fi
 class Decoder:
     """A sequence and its cache of `capacity` tokens; a context manager that frees the cache.
 
-    Not for use by two threads at once. `capacity` is checked by the caller.
+    Not for use by two threads at once; several decoders of one session may run in several threads.
+    `capacity` is checked by the caller.
     """
 
     def __init__(self, session: Session, capacity: int) -> None:
         self._spare: list[_Cache] = session.keep("language.spare_caches", list)
-        fitting = [cache for cache in self._spare if cache.capacity >= capacity]
-        if fitting:
-            self._cache = fitting[0]
-            self._spare.remove(self._cache)
-        else:
-            self._spare.clear()
-            self._cache = _Cache(session, -(-capacity // _ROUND) * _ROUND)
+        try:  # one call, so that two threads never get the same one
+            spare: _Cache | None = self._spare.pop()
+        except IndexError:
+            spare = None
+        if spare is None or spare.capacity < capacity:
+            spare = None  # freed before the larger one is made
+            spare = _Cache(session, -(-capacity // _ROUND) * _ROUND)
+        self._cache = spare
         self.length = 0
         """Tokens fed so far."""
 
@@ -69,7 +71,11 @@ class Decoder:
 
 
 class _Cache:
-    """Key and value buffers, and the binding of them and of the other inputs and outputs."""
+    """Key and value buffers, and the binding of them and of the other inputs and outputs.
+
+    What the graph keeps in the buffers is its own affair: leangen's attention orders keys otherwise
+    than ORT's does. Both take a capacity that is a multiple of 16.
+    """
 
     def __init__(self, session: Session, capacity: int) -> None:
         config = session.bundle.config
