@@ -187,27 +187,95 @@ def test_rows(machine, rng):
     check_rows(machine, rng)
 
 
+def attention_tiles(machine):
+    return [(q, c) for q, c in ((4, 1), (4, 4), (8, 2)) if machine.has(f"attend_fp32_{q}_{c}")]
+
+
+def held(machine, cache, rows, *, keys):
+    """A cache of one head from its rows, made by the kernels that narrow them."""
+    room, width = rows.shape
+    narrow = np.zeros((room, cache.columns(width)), cache.dtype)
+    for row, out in zip(rows, narrow, strict=True):
+        if cache.name == "fp32":
+            out[:] = row
+        else:
+            machine.call(f"narrow_{cache.name}", row.copy(), target := out.copy(), width)
+            out[:] = target
+    blocks = narrow[:, :width].reshape(-1, 16, width)
+    blocks = (blocks.swapaxes(1, 2) if keys else blocks).reshape(len(blocks), -1)
+    scales = narrow[:, width:].reshape(len(blocks), -1)
+    return np.ascontiguousarray(np.concatenate([blocks, scales], 1)).reshape(1, 1, room, -1)
+
+
 def check_attend(machine, rng):
-    for width, group, past, new, window in ((16, 1, 0, 1, 0), (64, 3, 30, 2, 0), (32, 2, 3, 40, 7)):
-        total = past + new
-        room = -(-total // 16) * 16
-        q = rng.standard_normal((new * group, width)).astype(np.float32) / math.sqrt(width)
-        keys, values = (rng.standard_normal((room, width)).astype(np.float32) for _ in range(2))
-        blocks = np.ascontiguousarray(keys.reshape(-1, 16, width).swapaxes(1, 2))
-        for row in range(0, new * group, 4):
-            rows = np.zeros((4, width), np.float32)
-            rows[: len(q) - row] = q[row : row + 4]
-            y = np.zeros((4, width), np.float32)
-            scores = np.zeros((4, room), np.float32)
-            machine.call(
-                "attend", np.ascontiguousarray(rows.T), blocks, values, scores, y,
-                width, row, group, past, new, window,
-            )  # fmt: skip
-            for t in range(min(4, len(q) - row)):
-                end = past + (row + t) // group + 1
-                seen = slice(max(0, end - window) if window else 0, end)
-                shares = np.exp(keys[seen].astype(np.float64) @ rows[t])
-                assert np.allclose(y[t], shares / shares.sum() @ values[seen], atol=1e-5)
+    shapes = ((16, 1, 0, 1, 0), (64, 3, 130, 3, 0), (32, 2, 3, 80, 7), (64, 7, 60, 5, 50))
+    for cache in layout.CACHES.values():
+        for width, group, past, new, window in shapes:
+            total = past + new
+            room = -(-total // 16) * 16
+            q = rng.standard_normal((new * group, width)).astype(np.float32) / math.sqrt(width)
+            keys, values = (rng.standard_normal((room, width)).astype(np.float32) for _ in range(2))
+            keys, values = (
+                held(machine, cache, keys, keys=True),
+                held(machine, cache, values, keys=False),
+            )
+            plain = [
+                layout.read_cache(cache, given, keys=order)[0, 0]
+                for given, order in ((keys, True), (values, False))
+            ]
+            results = []
+            for queries, columns in attention_tiles(machine):
+                if width % (16 * columns):
+                    continue
+                kernel = f"attend_{cache.name}_{queries}_{columns}"
+                y = np.zeros_like(q)
+                for row in range(0, len(q), queries):
+                    state = None
+                    rows = np.zeros((queries, width), np.float32)
+                    rows[: len(q) - row] = q[row : row + queries]
+                    token = min((row + queries - 1) // group, new - 1)
+                    begin = max(0, past + row // group + 1 - window) if window else 0
+                    for chunk in range(begin // 64 * 64, past + token + 1, 64):
+                        more = np.full(queries * (width + 2), np.nan, np.float32)
+                        machine.call(
+                            kernel, np.ascontiguousarray(rows.T), keys, values,
+                            np.zeros((64, queries), np.float32), more,
+                            width, row, group, past, new, window, chunk,
+                        )  # fmt: skip
+                        if state is None:
+                            state = more
+                        else:
+                            machine.call("merge", state, more, width, queries)
+                    for t in range(min(queries, len(q) - row)):
+                        out = np.zeros(width, np.float32)
+                        machine.call("finish", state, out, width, queries, t)
+                        y[row + t] = out
+                for i in range(len(q)):
+                    end = past + i // group + 1
+                    seen = slice(max(0, end - window) if window else 0, end)
+                    shares = np.exp(plain[0][seen] @ q[i])
+                    assert np.allclose(y[i], shares / shares.sum() @ plain[1][seen], atol=1e-5)
+                results.append(y)
+            assert all(np.array_equal(y, results[0]) for y in results)
+
+
+def check_narrow(machine, rng):
+    numbers = [0.0, -0.0, 1.0, 65504.0, 65519.0, 65520.0, -1e6, 6e-8, 2.9e-8, 6.1e-5, 1 / 3, 1e-30]
+    x = np.concatenate([numbers, rng.standard_normal(500) * 10.0 ** rng.integers(-9, 5, 500)])
+    x = x.astype(np.float32)
+    machine.call("narrow_fp16", x, y := np.zeros(512, np.float16), 512)
+    with np.errstate(over="ignore"):
+        assert np.array_equal(y.view(np.uint16), x.astype(np.float16).view(np.uint16))
+    for scale in (1.0, 1e-38, 0.0, 1e30):
+        x = (rng.standard_normal(64) * scale).astype(np.float32)
+        machine.call("narrow_int8", x, y := np.zeros(68, np.int8), 64)
+        codes, scales = reference.quantize_rows(x[None])
+        assert np.array_equal(y[:64], codes[0])
+        assert y[64:].copy().view(np.float32) == scales[0]
+
+
+def test_narrow(machine, rng):
+    check_narrow(machine, rng)
 
 
 def test_attend(machine, rng):
@@ -221,6 +289,7 @@ def test_aarch64_under_an_emulator(variant, tmp_path_factory, rng):
     check_quantize(machine, rng)
     check_rows(machine, rng)
     check_attend(machine, rng)
+    check_narrow(machine, rng)
     for form in FORMS:
         check_linear(machine, form, rng, [(1, 16, 32), (3, 17, 33), (9, 40, 100)])
 

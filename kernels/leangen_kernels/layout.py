@@ -17,6 +17,11 @@ signed bytes, their scale (fp32) and what their sum amounts to: with a minimum t
 scale (fp32), else `-center` times the integer sum (int32). With fp32 activations it is 32 floats
 and their sum times 1 or `-center`. Rows stand in tiles of as many tokens as the kernel takes at
 once: the first block of each row of the tile, then the second of each, and so on.
+
+**Caches** of keys and values [batch, heads, capacity, columns] stand in blocks of 16 positions of a
+head. A block of keys is [width, 16], so that 16 scores need no horizontal sum; one of values is
+[16, width]. Their numbers are fp32, fp16 or int8; columns are the width, with int8 four more: after
+the codes of a block come its 16 scales (fp32), one for each position. A number is `scale * code`.
 """
 
 from __future__ import annotations
@@ -162,6 +167,47 @@ def unpack(form: Form, packed: Array, n: int, k: int) -> tuple[Array, Array, Arr
     numbers = numbers.reshape(-1, blocks, 2 if form.minimum else 1, ROWS).transpose(2, 0, 3, 1)
     rows = numbers.reshape(numbers.shape[0], -1, blocks)[:, :n].astype(np.float32)
     return codes, rows[0], rows[1] if form.minimum else None
+
+
+@dataclass(frozen=True, slots=True)
+class Cache:
+    """How keys and values are held."""
+
+    name: str
+    size: int
+    """Bytes of a number."""
+    scaled: bool
+    """Whether every position of every head has a scale."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """What ONNX Runtime sees."""
+        return np.dtype({"fp32": np.float32, "fp16": np.float16, "int8": np.int8}[self.name])
+
+    def columns(self, width: int) -> int:
+        """The last dimension of a cache for heads of this width."""
+        return width + (4 if self.scaled else 0)
+
+
+CACHES = {
+    cache.name: cache
+    for cache in (Cache("fp32", 4, False), Cache("fp16", 2, False), Cache("int8", 1, True))
+}
+
+
+def read_cache(cache: Cache, held: Array, *, keys: bool) -> Array:
+    """The float64 keys or values [batch, heads, capacity, width] that a cache stands for."""
+    batch, heads, capacity, columns = held.shape
+    width = columns - cache.columns(0)
+    blocks = held.reshape(batch, heads, capacity // ROWS, ROWS * columns)
+    numbers = blocks[..., : ROWS * width].astype(np.float64)
+    if keys:
+        numbers = numbers.reshape(*blocks.shape[:3], width, ROWS).swapaxes(-1, -2)
+    numbers = numbers.reshape(batch, heads, capacity, width)
+    if cache.scaled:
+        scales = np.ascontiguousarray(blocks[..., ROWS * width :]).view(np.float32)
+        numbers = numbers * scales.reshape(batch, heads, capacity, 1)
+    return np.ascontiguousarray(numbers)
 
 
 def interleave_gate_up(gate: Array, up: Array) -> Array:

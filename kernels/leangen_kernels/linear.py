@@ -38,14 +38,16 @@ from leangen_kernels.simd import (
     to_floats,
 )
 from leangen_kernels.unroll import registers, static, unrolled
+from leangen_kernels.vectors import VARIANT
 
 TILES = (1, 2, 4, 8)
 FP32_TILES = (1, 4)
 """Tokens per tile. The caller chooses the tile, and need not fill the last one."""
 
 # How far ahead of the codes being used to ask for more. One row of activations is over so fast
-# that the hardware's own prefetcher does not keep memory busy.
+# that the prefetcher of older hardware does not keep memory busy; that of newer one does better.
 _AHEAD = 1536
+_PREFETCH = VARIANT.dot != "vnni512"
 
 # What a form and a tile fix, see `_specialized`.
 BITS = CODE_BYTES = TOKENS = 0
@@ -71,7 +73,7 @@ def int8(
                 total[t] = splat(0.0)
             x_at = x + token * blocks * INT8_BLOCK_BYTES
             for _ in range(blocks):
-                if TOKENS == 1:
+                if TOKENS == 1 and _PREFETCH:
                     for line in static((CODE_BYTES + 127) // 64):
                         prefetch(codes_at, _AHEAD + 64 * line)
                 for t in static(TOKENS):
@@ -205,6 +207,7 @@ def kernels() -> dict[str, tuple[Callable[..., Any], str]]:
                     MINIMUM=form.minimum,
                     CODE_BYTES=form.code_bytes,
                     TOKENS=tile,
+                    _PREFETCH=_PREFETCH,
                     BLOCK=BLOCK,
                     ROWS=ROWS,
                     INT8_BLOCK_BYTES=INT8_BLOCK_BYTES,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from leangen_kernels.layout import BLOCK, Array, Form, unpack
+from leangen_kernels.layout import BLOCK, CACHES, Array, Cache, Form, unpack
 
 TINY = np.float32(1e-30)
 
@@ -18,13 +18,17 @@ def quantize(x: Array) -> tuple[Array, Array]:
     The scale is a block's largest magnitude over 127; codes round to nearest, ties to even. Blocks
     whose largest magnitude is below 1e-30 are zero.
     """
-    blocks = _in_blocks(x)
-    largest = np.abs(blocks).max(-1)
+    codes, scales = quantize_rows(_in_blocks(x))
+    return codes.reshape(x.shape[0], -1)[:, : x.shape[1]], scales
+
+
+def quantize_rows(x: Array) -> tuple[Array, Array]:
+    """The same with one scale for each row, the last axis."""
+    largest = np.abs(x).max(-1)
     kept = largest >= TINY
     scales = np.where(kept, largest / np.float32(127), np.float32(0)).astype(np.float32)
     inverse = np.divide(np.float32(127), largest, out=np.zeros_like(largest), where=kept)
-    codes = np.rint(blocks * inverse[..., None]).astype(np.int8)
-    return codes.reshape(x.shape[0], -1)[:, : x.shape[1]], scales
+    return np.rint(x * inverse[..., None]).astype(np.int8), scales
 
 
 def _in_blocks(x: Array) -> Array:
@@ -96,6 +100,15 @@ def rotate(x: Array, cosines: Array, sines: Array) -> Array:
     return np.concatenate([first * cosines - second * sines, second * cosines + first * sines], -1)
 
 
+def held(x: Array, cache: Cache) -> Array:
+    """What is left of rows [..., width] in a cache, float64."""
+    if cache.scaled:
+        codes, scales = quantize_rows(x.astype(np.float32))
+        return np.multiply(codes, scales[..., None], dtype=np.float64)
+    with np.errstate(over="ignore"):
+        return x.astype(cache.dtype).astype(np.float64)
+
+
 def attention(
     qkv: Array,
     past_key: Array,
@@ -106,8 +119,9 @@ def attention(
     *,
     heads: int,
     window: int = 0,
+    cache: Cache = CACHES["fp32"],
 ) -> tuple[Array, Array, Array]:
-    """The operator `Attention` with its keys in plain order [batch, kv_heads, capacity, width].
+    """The operator `Attention` with its caches in plain order [batch, kv_heads, capacity, width].
 
     `lengths` [batch] counts the positions after this run. Returns y and the caches, float64.
     """
@@ -120,7 +134,8 @@ def attention(
         at = slice(past, past + new)
         rows = qkv[b].reshape(new, heads + 2 * kv_heads, width).swapaxes(0, 1)
         turned = rotate(rows[: heads + kv_heads], cosines[at], sines[at])
-        keys[b, :, at], values[b, :, at] = turned[heads:], rows[heads + kv_heads :]
+        keys[b, :, at] = held(turned[heads:], cache)
+        values[b, :, at] = held(rows[heads + kv_heads :], cache)
         for token in range(new):
             end = past + token + 1
             seen = slice(max(0, end - window) if window else 0, end)

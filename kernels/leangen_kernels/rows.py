@@ -20,6 +20,7 @@ from leangen_kernels.simd import (
     store_first_floats,
     store_float,
     store_floats,
+    store_halves,
     store_int,
     store_ints_as_bytes,
     sum_floats,
@@ -136,12 +137,34 @@ def rotate(x: int, y: int, cosines: int, sines: int, half: int, factor: float) -
         store_first_floats(y + 4 * (half + i), second * cosine + first * sine, left)
 
 
+def narrow_fp16(x: int, y: int, n: int) -> None:
+    """y = x in fp16; n is a multiple of 16."""
+    for i in range(0, n, ROWS):
+        store_halves(y + 2 * i, load_floats(x + 4 * i, 0))
+
+
+def narrow_int8(x: int, y: int, n: int) -> None:
+    """y = int8 codes of x, then their one scale; n is a multiple of 16."""
+    most = splat(0.0)
+    for i in range(0, n, ROWS):
+        most = larger_magnitude(most, load_floats(x + 4 * i, 0))
+    largest = largest_magnitude(most)
+    scale, inverse = largest / 127.0, 127.0 / largest
+    if largest < TINY:
+        scale, inverse = 0.0, 0.0
+    for i in range(0, n, ROWS):
+        store_ints_as_bytes(y + i, round_to_ints(load_floats(x + 4 * i, 0) * splat(inverse)))
+    store_float(y + n, scale)
+
+
 def kernels() -> dict[str, tuple[Callable[..., Any], str]]:
     """Name of each kernel -> what makes its function, and the C types of its arguments."""
     return {
         "quantize": (partial(unrolled, quantize), "iiiii"),
         "keep": (partial(unrolled, keep), "iiiii"),
         "rms_norm": (partial(unrolled, rms_norm), "iiiid"),
+        "narrow_fp16": (partial(unrolled, narrow_fp16), "iii"),
+        "narrow_int8": (partial(unrolled, narrow_int8), "iii"),
         "add": (partial(unrolled, add), "iii"),
         "rotate": (partial(unrolled, rotate), "iiiiid"),
         "silu_multiply": (partial(unrolled, silu_multiply), "iii"),

@@ -32,6 +32,7 @@ Status get_input(void *context, size_t index, Tensor *tensor) {
   if (!status && tensor->rank > MAX_RANK)
     status = fail("input %zu has rank %zu, expected at most %d", index, tensor->rank, MAX_RANK);
   if (!status) status = ORT(GetDimensions)(info, tensor->dims, tensor->rank);
+  if (!status) status = ORT(GetTensorElementType)(info, &tensor->type);
   ORT(ReleaseTensorTypeAndShapeInfo)(info);
   TRY(status);
   tensor->count = 1;

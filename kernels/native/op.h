@@ -20,6 +20,7 @@ Status fail(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
 typedef struct {
   void *data; /* NULL: an optional input that is absent */
+  int type;
   size_t rank;
   int64_t dims[MAX_RANK];
   int64_t count; /* of elements */
