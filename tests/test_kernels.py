@@ -1,5 +1,6 @@
 """Every compiled kernel, in every variant that can run here, against its NumPy twin."""
 
+import itertools
 import math
 
 import numpy as np
@@ -20,11 +21,12 @@ def rng():
     return np.random.default_rng()
 
 
-def activations(machine, kernel, x, tile, center):
+def activations(machine, kernel, x, tile, center, block=32):
     """Rows packed by the kernel `quantize` or `keep`, in tiles."""
     m, k = x.shape
-    blocks = -(-k // layout.BLOCK)
-    each = layout.INT8_BLOCK_BYTES if kernel == "quantize" else layout.FP32_BLOCK_BYTES
+    blocks = -(-k // block)
+    each = block + 8 if kernel == "quantize" else 4 * block + 4
+    kernel = kernel if block == 32 else f"{kernel}_{block}"
     packed = np.zeros((-(-m // tile), blocks, tile, each), np.uint8)
     for i, row in enumerate(x):
         out = np.zeros((blocks, each), np.uint8)
@@ -35,7 +37,7 @@ def activations(machine, kernel, x, tile, center):
 
 def weights(rng, form, n, k):
     kind = np.float32 if form.wide else np.float16
-    blocks = -(-k // layout.BLOCK)
+    blocks = -(-k // form.block)
     codes = rng.integers(0, 1 << form.bits, (n, k), dtype=np.uint8)
     scales = (rng.random((n, blocks)) / 16).astype(kind).astype(np.float32)
     minima = rng.standard_normal((n, blocks)).astype(kind).astype(np.float32)
@@ -45,9 +47,9 @@ def weights(rng, form, n, k):
 def product(machine, form, packed, n, x, kind, tile):
     m, k = x.shape
     kernel = "quantize" if kind == "int8" else "keep"
-    rows = activations(machine, kernel, x, tile, form.center)
+    rows = activations(machine, kernel, x, tile, form.center, form.block)
     y = np.full((m, n), np.nan, np.float32)
-    blocks, groups = -(-k // layout.BLOCK), -(-n // layout.ROWS)
+    blocks, groups = -(-k // form.block), -(-n // layout.ROWS)
     machine.call(
         f"{kind}_{form.kernel}_{tile}",
         rows, packed, blocks, y, 4 * n, m, n, 0, groups, int(form.wide),
@@ -55,17 +57,21 @@ def product(machine, form, packed, n, x, kind, tile):
     return y
 
 
-def tiles(kind):
-    return (1, 2, 4, 8) if kind == "int8" else (1, 4)
+def tiles(machine, form, kind):
+    sizes = [m for m in (1, 2, 4, 8) if machine.has(f"{kind}_{form.kernel}_{m}")]
+    assert sizes or (form.table and kind == "int8")
+    return sizes
 
 
 def bound(form, packed, n, x):
     """Rounding of an fp32 sum: a few ulps of the sum of magnitudes, per output."""
-    codes, scales, minima = layout.unpack(form, packed, n, x.shape[1])
-    largest = np.repeat(scales, layout.BLOCK, 1)[:, : x.shape[1]] * np.maximum(codes, form.center)
+    k = x.shape[1]
+    codes, scales, minima = layout.unpack(form, packed, n, k)
+    sizes = np.abs(form.table)[codes] if form.table else np.maximum(codes, form.center)
+    largest = np.repeat(scales, form.block, 1)[:, :k] * sizes
     if minima is not None:
-        largest = largest + np.abs(np.repeat(minima, layout.BLOCK, 1)[:, : x.shape[1]])
-    return (np.abs(x) @ largest.T + 1e-30) * 2e-7 * math.sqrt(x.shape[1])
+        largest = largest + np.abs(np.repeat(minima, form.block, 1)[:, :k])
+    return (np.abs(x) @ largest.T + 1e-30) * 2e-7 * math.sqrt(k)
 
 
 def check_linear(machine, form, rng, shapes):
@@ -74,7 +80,7 @@ def check_linear(machine, form, rng, shapes):
         x = rng.standard_normal((m, k)).astype(np.float32)
         for kind in ("int8", "fp32"):
             expected = reference.linear(form, packed, n, x, activations=kind)
-            for tile in tiles(kind):
+            for tile in tiles(machine, form, kind):
                 y = product(machine, form, packed, n, x, kind, tile)
                 error = np.abs(y - expected) / bound(form, packed, n, x)
                 assert error.max() <= 1, (form.name, kind, tile, m, n, k)
@@ -82,14 +88,22 @@ def check_linear(machine, form, rng, shapes):
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
 def test_linear(machine, form, rng):
-    shapes = [(1, 16, 32), (1, 1, 1), (3, 17, 33), (8, 50, 100), (11, 32, 576), (2, 5, 31)]
+    shapes = [
+        (1, 16, 32),
+        (1, 1, 1),
+        (3, 17, 33),
+        (8, 50, 100),
+        (11, 32, 576),
+        (2, 5, 31),
+        (5, 150, 16),
+    ]
     check_linear(machine, form, rng, shapes)
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
 def test_linear_at_the_extremes_of_codes_and_activations(machine, form):
     n, k = 16, 64
-    blocks = k // layout.BLOCK
+    blocks = k // form.block
     for code in (0, form.center, (1 << form.bits) - 1):
         for sign in (-1, 1):
             codes = np.full((n, k), code, np.uint8)
@@ -98,10 +112,9 @@ def test_linear_at_the_extremes_of_codes_and_activations(machine, form):
             x = np.full((1, k), 127 * sign, np.float32)
             for kind in ("int8", "fp32"):
                 expected = reference.linear(form, packed, n, x, activations=kind)
-                for tile in tiles(kind):
-                    assert np.array_equal(
-                        product(machine, form, packed, n, x, kind, tile), expected
-                    )
+                for tile in tiles(machine, form, kind):
+                    y = product(machine, form, packed, n, x, kind, tile)
+                    assert np.array_equal(y, expected.astype(np.float32))
 
 
 def test_activations_that_are_zero_tiny_or_huge(machine, rng):
@@ -111,7 +124,7 @@ def test_activations_that_are_zero_tiny_or_huge(machine, rng):
     x[1] = 1e-42 * rng.standard_normal(96)  # denormal: the block counts as zero
     x[2] = 1e30 * rng.standard_normal(96)
     x[3, 40] = 1e-20
-    for tile in tiles("int8"):
+    for tile in tiles(machine, form, "int8"):
         y = product(machine, form, packed, 32, x, "int8", tile)
         expected = reference.linear(form, packed, 32, x)
         assert not y[:2].any()
@@ -132,23 +145,23 @@ def test_tiles_and_parts_give_the_same_bits(machine, rng):
     packed = weights(rng, form, 80, 160)
     x = rng.standard_normal((9, 160)).astype(np.float32)
     first = product(machine, form, packed, 80, x, "int8", 1)
-    for tile in tiles("int8"):
+    for tile in tiles(machine, form, "int8"):
         assert np.array_equal(product(machine, form, packed, 80, x, "int8", tile), first)
 
 
 def check_quantize(machine, rng):
-    for k in (1, 31, 32, 33, 64, 100, 577):
+    for k, block in itertools.product((1, 31, 32, 33, 64, 100, 577), layout.BLOCKS):
         x = (rng.standard_normal((3, k)) * 10.0 ** rng.integers(-8, 8, (3, 1))).astype(np.float32)
-        codes, scales = reference.quantize(x)
-        padded = np.zeros((3, scales.shape[1] * layout.BLOCK), np.int8)
+        codes, scales = reference.quantize(x, block)
+        padded = np.zeros((3, scales.shape[1] * block), np.int8)
         padded[:, :k] = codes
-        sums = padded.reshape(3, -1, layout.BLOCK).sum(-1, dtype=np.int32)
+        sums = padded.reshape(3, -1, block).sum(-1, dtype=np.int32)
         for center in (0, 8, 128):
-            rows = activations(machine, "quantize", x, 1, center)[:, :, 0]
-            assert np.array_equal(rows[:, :, :32].copy().view(np.int8).reshape(3, -1), padded)
-            found = rows[:, :, 32:36].copy().view(np.float32)[..., 0]
+            rows = activations(machine, "quantize", x, 1, center, block)[:, :, 0]
+            assert np.array_equal(rows[:, :, :block].copy().view(np.int8).reshape(3, -1), padded)
+            found = rows[:, :, block : block + 4].copy().view(np.float32)[..., 0]
             assert np.array_equal(found, scales)
-            last = rows[:, :, 36:].copy()
+            last = rows[:, :, block + 4 :].copy()
             if center:
                 assert np.array_equal(last.view(np.int32)[..., 0], -center * sums)
             else:
@@ -165,12 +178,21 @@ def check_rows(machine, rng):
         y = np.zeros(n, np.float32)
         machine.call("rms_norm", x, gain, y, n, 1e-5)
         assert np.allclose(y, reference.rms_norm(x[None], gain, 1e-5)[0], rtol=1e-5, atol=1e-9)
+        shift = rng.standard_normal(n).astype(np.float32)
+        machine.call("layer_norm", x + 3, gain, shift, y, n, 1e-5)
+        expected = reference.layer_norm((x + 3)[None], gain, shift, 1e-5)[0]
+        assert np.allclose(y, expected, rtol=1e-4, atol=1e-5)
         machine.call("add", x, y := gain.copy(), n)
         assert np.array_equal(y, gain + x)
         pairs, angles = rng.standard_normal(2 * n).astype(np.float32), rng.random(n)
         cosines, sines = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
         machine.call("rotate", pairs, y := np.zeros(2 * n, np.float32), cosines, sines, n, 0.5)
         assert np.allclose(y, reference.rotate(pairs, cosines, sines) / 2, atol=1e-6)
+    numbers = np.concatenate([np.linspace(-20, 20, 999), [0.0, -0.0, 1e-38, 1e4, -1e4]])
+    for name, twin in (("gelu", reference.gelu), ("gelu_tanh", reference.gelu_tanh)):
+        machine.call(name, y := numbers.astype(np.float32), len(numbers))
+        expected = twin(numbers.astype(np.float32))
+        assert (np.abs(y - expected) <= 3e-7 * np.abs(numbers) + 1e-37).all()
     gate = np.concatenate([np.linspace(-120, 120, 1000), [0.0, -0.0, 1e-38, -1e30, 1e30, 88.8]])
     gate = np.resize(gate, 1008).astype(np.float32)
     up = rng.standard_normal(1008).astype(np.float32)
@@ -299,7 +321,7 @@ def test_forms_pack_and_unpack_without_loss(rng):
         for n, k in ((1, 1), (16, 32), (17, 33), (40, 96)):
             kind = np.float32 if form.wide else np.float16
             codes = rng.integers(0, 1 << form.bits, (n, k), dtype=np.uint8)
-            shape = (n, -(-k // layout.BLOCK))
+            shape = (n, -(-k // form.block))
             scales = rng.standard_normal(shape).astype(kind).astype(np.float32)
             minima = rng.standard_normal(shape).astype(kind).astype(np.float32)
             packed = layout.pack(form, codes, scales, minima if form.minimum else None)
@@ -324,6 +346,7 @@ def test_the_smallest_form_without_loss_is_chosen():
     assert layout.form_for(4, not_half).name == "q4_wide"
     assert layout.form_for(4, half, not_half).name == "q4_min_wide"
     assert layout.form_for(8, half).name == "q8"
+    assert layout.form_for(8, half, block=16).name == "q8_g16"
     with pytest.raises(ValueError, match="no layout holds 8 bits with minima"):
         layout.form_for(8, half, half)
     with pytest.raises(ValueError, match="do not fit 16 rows"):

@@ -5,6 +5,8 @@ They say what a kernel computes; a kernel may differ by the rounding of its fp32
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from leangen_kernels.layout import BLOCK, CACHES, Array, Cache, Form, unpack
@@ -12,13 +14,13 @@ from leangen_kernels.layout import BLOCK, CACHES, Array, Cache, Form, unpack
 TINY = np.float32(1e-30)
 
 
-def quantize(x: Array) -> tuple[Array, Array]:
-    """Rows of floats as int8 codes [m, k] and scales [m, ceil(k / 32)], fp32, x = codes * scale.
+def quantize(x: Array, block: int = BLOCK) -> tuple[Array, Array]:
+    """Rows of floats as int8 codes [m, k] and scales [m, ceil(k / block)], x = codes * scale.
 
     The scale is a block's largest magnitude over 127; codes round to nearest, ties to even. Blocks
     whose largest magnitude is below 1e-30 are zero.
     """
-    codes, scales = quantize_rows(_in_blocks(x))
+    codes, scales = quantize_rows(_in_blocks(x, block))
     return codes.reshape(x.shape[0], -1)[:, : x.shape[1]], scales
 
 
@@ -31,31 +33,56 @@ def quantize_rows(x: Array) -> tuple[Array, Array]:
     return np.rint(x * inverse[..., None]).astype(np.int8), scales
 
 
-def _in_blocks(x: Array) -> Array:
+def _in_blocks(x: Array, block: int) -> Array:
     m, k = x.shape
-    padded = np.zeros((m, -(-k // BLOCK) * BLOCK), np.float32)
+    padded = np.zeros((m, -(-k // block) * block), np.float32)
     padded[:, :k] = x
-    return padded.reshape(m, -1, BLOCK)
+    return padded.reshape(m, -1, block)
 
 
-def dequantize(codes: Array, scales: Array) -> Array:
+def dequantize(codes: Array, scales: Array, block: int = BLOCK) -> Array:
     """The float64 rows that int8 codes and scales stand for."""
-    scale: Array = np.repeat(scales, BLOCK, 1)[:, : codes.shape[1]]
+    scale: Array = np.repeat(scales, block, 1)[:, : codes.shape[1]]
     return np.multiply(codes, scale, dtype=np.float64)
 
 
 def weight(form: Form, packed: Array, n: int, k: int) -> Array:
     """The float64 matrix [n, k] that packed weights stand for."""
     codes, scales, minima = unpack(form, packed, n, k)
-    scale: Array = np.repeat(scales, BLOCK, 1)[:, :k].astype(np.float64)
+    scale: Array = np.repeat(scales, form.block, 1)[:, :k].astype(np.float64)
+    if form.table:
+        # The values are fp32 numbers, as in the kernels.
+        return np.array(form.table, np.float32).astype(np.float64)[codes] * scale
     w: Array = (codes.astype(np.float64) - form.center) * scale
-    return w if minima is None else w + np.repeat(minima, BLOCK, 1)[:, :k]
+    return w if minima is None else w + np.repeat(minima, form.block, 1)[:, :k]
 
 
 def rms_norm(x: Array, gain: Array, epsilon: float) -> Array:
     """gain * x / sqrt(mean(x**2) + epsilon), rows of float64."""
     x = x.astype(np.float64)
     y: Array = gain * x / np.sqrt((x**2).mean(-1, keepdims=True) + epsilon)
+    return y
+
+
+def layer_norm(x: Array, gain: Array, shift: Array, epsilon: float) -> Array:
+    """gain * (x - mean(x)) / sqrt(variance(x) + epsilon) + shift, rows of float64."""
+    x = x.astype(np.float64)
+    centred = x - x.mean(-1, keepdims=True)
+    y: Array = gain * centred / np.sqrt((centred**2).mean(-1, keepdims=True) + epsilon) + shift
+    return y
+
+
+def gelu(x: Array) -> Array:
+    """x / 2 * (1 + erf(x / sqrt(2))), float64."""
+    half = np.vectorize(math.erfc, otypes=[np.float64])(-x.astype(np.float64) / math.sqrt(2)) / 2
+    y: Array = x * half
+    return y
+
+
+def gelu_tanh(x: Array) -> Array:
+    """The same with tanh(sqrt(2 / pi) * (x + 0.044715 x**3)) for erf."""
+    x = x.astype(np.float64)
+    y: Array = x / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
     return y
 
 
@@ -76,21 +103,28 @@ def linear(
     *,
     activations: str = "int8",
     gain: Array | None = None,
+    shift: Array | None = None,
     epsilon: float = 1e-5,
     bias: Array | None = None,
     residual: Array | None = None,
     gated: bool = False,
+    activation: str = "none",
 ) -> Array:
-    """The operator `Linear`: float64 [m, n], or [m, n / 2] when gated."""
+    """The operator `Linear`: float64 [m, n], or [m, n / 2] when gated; a layer norm has a shift."""
     w = weight(form, packed, n, x.shape[1])
-    if gain is not None:
+    if gain is not None and shift is not None:
+        x = layer_norm(x, gain, shift, epsilon).astype(np.float32)
+    elif gain is not None:
         x = rms_norm(x, gain, epsilon).astype(np.float32)
-    rows = dequantize(*quantize(x)) if activations == "int8" else x.astype(np.float64)
+    rows = x.astype(np.float64)
+    if activations == "int8":
+        rows = dequantize(*quantize(x, form.block), form.block)
     y: Array = rows @ w.T
     if gated:
         y = silu_multiply(y)
     if bias is not None:
         y = y + bias
+    y = {"none": lambda y: y, "gelu": gelu, "gelu_tanh": gelu_tanh}[activation](y)
     return y if residual is None else y + residual
 
 

@@ -245,6 +245,23 @@ def only_between(b: Any, x: Any, low: Any, high: Any) -> Any:
     return b.select(kept, x, filled(x.type, -1e30))
 
 
+@operation(FLOATS, FLOATS, types.int64)
+def only_first(b: Any, x: Any, count: Any) -> Any:
+    """The first `count` lanes; zero in the others."""
+    return b.select(_lanes_below(b, count), x, filled(x.type, 0.0))
+
+
+@operation(FLOATS, FLOATS)
+def magnitude(b: Any, x: Any) -> Any:
+    return _clear_sign(b, x)
+
+
+@operation(FLOATS, FLOATS, FLOATS, FLOATS)
+def where_negative(b: Any, x: Any, y: Any, z: Any) -> Any:
+    """y in lanes where x < 0, else z."""
+    return b.select(b.fcmp_ordered("<", x, filled(x.type, 0.0)), y, z)
+
+
 @operation(types.float32, types.float32)
 def square_root(b: Any, x: Any) -> Any:
     return call(b, "llvm.sqrt.f32", F32, x)

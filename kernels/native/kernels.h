@@ -22,6 +22,9 @@ typedef int (*row_fn)(void *, void **, int64_t x, int64_t row, int64_t stride, i
                       int64_t center);
 typedef int (*rms_norm_fn)(void *, void **, int64_t x, int64_t gain, int64_t y, int64_t k,
                            double epsilon);
+typedef int (*layer_norm_fn)(void *, void **, int64_t x, int64_t gain, int64_t shift, int64_t y,
+                             int64_t k, double epsilon);
+typedef int (*activate_fn)(void *, void **, int64_t y, int64_t n);
 typedef int (*elementwise_fn)(void *, void **, int64_t x, int64_t y, int64_t n);
 typedef int (*rotate_fn)(void *, void **, int64_t x, int64_t y, int64_t cosines, int64_t sines,
                          int64_t half, double factor);
