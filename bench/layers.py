@@ -23,6 +23,7 @@ from leangen_kernels import layout
 from onnx import TensorProto, helper, numpy_helper
 
 LAYERS, WIDTH, MLP, HEADS, KV_HEADS, HEAD, VOCAB = 30, 576, 1536, 9, 3, 64, 49152
+QKV = (HEADS + 2 * KV_HEADS) * HEAD
 Q4, Q8 = layout.FORMS["q4_min"], layout.FORMS["q8"]
 
 
@@ -97,22 +98,20 @@ class Graph:
 
     def attention(self, qkv: str, layer: int) -> str:
         name = f"attention{layer}"
-        shape = self.constant(f"{name}.shape", np.array([1, -1, 960]))
-        packed = self.node("Reshape", [qkv, shape], f"{name}.qkv")
         if self.own:
-            inputs = [packed, f"key{layer}", f"value{layer}", "seqlens", "cos", "sin"]
-            y = self.node(
+            inputs = [qkv, f"key{layer}", f"value{layer}", "seqlens", "cos", "sin"]
+            return self.node(
                 "Attention", inputs, name, 3, domain="leangen", heads=HEADS, kv_heads=KV_HEADS
             )
-            return self.node("Reshape", [y, self.constant(f"{name}.flat", np.array([-1, WIDTH]))],
-                             f"{name}.y")  # fmt: skip
+        rows = self.constant(f"{name}.rows", np.array([1, -1, QKV]))
+        packed = self.node("Reshape", [qkv, rows], f"{name}.qkv")
         inputs = [packed, "", "", f"key{layer}", f"value{layer}", "seqlens", "total", "cos", "sin"]
         y = self.node(
             "GroupQueryAttention", inputs, name, 3, domain="com.microsoft",
             num_heads=HEADS, kv_num_heads=KV_HEADS, do_rotary=1,
         )  # fmt: skip
-        return self.node("Reshape", [y, self.constant(f"{name}.flat", np.array([-1, WIDTH]))],
-                         f"{name}.y")  # fmt: skip
+        flat = self.constant(f"{name}.flat", np.array([-1, WIDTH]))
+        return self.node("Reshape", [y, flat], f"{name}.y")
 
     def build(self, capacity: int) -> bytes:
         positions = np.outer(np.arange(capacity), 1e4 ** (-np.arange(HEAD // 2) / (HEAD // 2)))
@@ -120,12 +119,12 @@ class Graph:
         self.constant("sin", np.sin(positions).astype(np.float32))
         h = self.own_layers() if self.own else self.stock_layers()
         info, floats = helper.make_tensor_value_info, TensorProto.FLOAT
-        cache = [1, KV_HEADS, capacity, HEAD]
+        cache, batch = [1, KV_HEADS, capacity, HEAD], [1] if self.own else []
         inputs = [
-            info("x", floats, ["new", WIDTH]), info("last", TensorProto.INT64, [1]),
+            info("x", floats, [*batch, "new", WIDTH]), info("last", TensorProto.INT64, [1]),
             info("seqlens", TensorProto.INT32, [1]), info("total", TensorProto.INT32, []),
         ]  # fmt: skip
-        outputs = [info(h, floats, ["wanted", VOCAB])]
+        outputs = [info(h, floats, [*batch, "wanted", VOCAB])]
         for layer in range(LAYERS):
             inputs += [info(f"key{layer}", floats, cache), info(f"value{layer}", floats, cache)]
             outputs += [info(f"attention{layer}.{i}", floats, cache) for i in (1, 2)]
@@ -137,12 +136,12 @@ class Graph:
     def own_layers(self) -> str:
         h = "x"
         for i in range(LAYERS):
-            qkv = self.linear(h, 960, WIDTH, f"qkv{i}", gain=self.gain)
+            qkv = self.linear(h, QKV, WIDTH, f"qkv{i}", gain=self.gain)
             y = self.attention(qkv, i)
             h = self.linear(y, WIDTH, WIDTH, f"o{i}", residual=h)
             y = self.linear(h, 2 * MLP, WIDTH, f"gate_up{i}", gain=self.gain, gated=True)
             h = self.linear(y, WIDTH, MLP, f"down{i}", residual=h)
-        h = self.node("Gather", [h, "last"], "wanted", axis=0)
+        h = self.node("Gather", [h, "last"], "wanted", axis=1)
         return self.linear(h, VOCAB, WIDTH, "logits", bits=8, gain=self.gain)
 
     def stock_layers(self) -> str:
@@ -150,7 +149,7 @@ class Graph:
         h, y = "x", self.node("Mul", ["x", zero], "nothing")
         for i in range(LAYERS):
             x, h = self.norm(h, y, f"norm{i}")
-            y = self.attention(self.linear(x, 960, WIDTH, f"qkv{i}"), i)
+            y = self.attention(self.linear(x, QKV, WIDTH, f"qkv{i}"), i)
             x, h = self.norm(h, self.linear(y, WIDTH, WIDTH, f"o{i}"), f"mlp_norm{i}")
             both = self.linear(x, 2 * MLP, WIDTH, f"gate_up{i}")
             self.nodes.append(
@@ -170,6 +169,7 @@ class Runner:
     """One side's session, its caches bound so that they are updated in place."""
 
     def __init__(self, own: bool, threads: int, capacity: int, spin_us: int) -> None:
+        self.own = own
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
@@ -193,13 +193,14 @@ class Runner:
 
     def run(self, x: np.ndarray, past: int) -> tuple[np.ndarray, float]:
         total = past + len(x)
-        feeds = {"x": x, "last": np.array([len(x) - 1]), "total": np.array(total, np.int32),
+        feeds = {"x": x[None] if self.own else x, "last": np.array([len(x) - 1]),
+                 "total": np.array(total, np.int32),
                  "seqlens": np.array([total - 1], np.int32)}  # fmt: skip
         start = time.perf_counter()
         for name, value in feeds.items():
             self.binding.bind_cpu_input(name, value)
         self.session.run_with_iobinding(self.binding)
-        logits = self.binding.get_outputs()[0].numpy()
+        logits = self.binding.get_outputs()[0].numpy().reshape(-1, VOCAB)
         return logits, time.perf_counter() - start
 
 

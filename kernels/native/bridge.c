@@ -32,6 +32,7 @@ Status get_input(void *context, size_t index, Tensor *tensor) {
   if (!status && tensor->rank > MAX_RANK)
     status = fail("input %zu has rank %zu, expected at most %d", index, tensor->rank, MAX_RANK);
   if (!status) status = ORT(GetDimensions)(info, tensor->dims, tensor->rank);
+  if (!status) status = ORT(GetTensorElementType)(info, &tensor->type);
   ORT(ReleaseTensorTypeAndShapeInfo)(info);
   TRY(status);
   tensor->count = 1;
@@ -149,7 +150,7 @@ void *op_create_v1(const CustomOp *op, const void *api, const void *info) {
 }
 void op_compute_v1(void *kernel, void *context) { (void)kernel, (void)context; }
 
-static const CustomOp *const operators[] = {&linear_op, &attention_op};
+static const CustomOp *const operators[] = {&linear_op, &argmax_linear_op, &attention_op};
 
 /* Each session frees the domain it was given, so make one for each. */
 EXPORT Status RegisterCustomOps(void *options, const void *base) {

@@ -22,12 +22,19 @@ typedef int (*row_fn)(void *, void **, int64_t x, int64_t row, int64_t stride, i
                       int64_t center);
 typedef int (*rms_norm_fn)(void *, void **, int64_t x, int64_t gain, int64_t y, int64_t k,
                            double epsilon);
+typedef int (*layer_norm_fn)(void *, void **, int64_t x, int64_t gain, int64_t shift, int64_t y,
+                             int64_t k, double epsilon);
+typedef int (*activate_fn)(void *, void **, int64_t y, int64_t n);
 typedef int (*elementwise_fn)(void *, void **, int64_t x, int64_t y, int64_t n);
 typedef int (*rotate_fn)(void *, void **, int64_t x, int64_t y, int64_t cosines, int64_t sines,
                          int64_t half, double factor);
 typedef int (*attend_fn)(void *, void **, int64_t q, int64_t keys, int64_t values, int64_t scores,
-                         int64_t y, int64_t width, int64_t row, int64_t group, int64_t past,
-                         int64_t new, int64_t window);
+                         int64_t state, int64_t width, int64_t row, int64_t group, int64_t past,
+                         int64_t new, int64_t window, int64_t begin);
+typedef int (*merge_fn)(void *, void **, int64_t state, int64_t more, int64_t width,
+                        int64_t queries);
+typedef int (*finish_fn)(void *, void **, int64_t state, int64_t y, int64_t width, int64_t queries,
+                         int64_t t);
 
 /* Name of the variant in use, and why; NULL with the reason when there is none. Decided once. */
 EXPORT const char *leangen_kernels_variant(const char **reason);

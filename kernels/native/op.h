@@ -20,6 +20,7 @@ Status fail(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
 typedef struct {
   void *data; /* NULL: an optional input that is absent */
+  int type;
   size_t rank;
   int64_t dims[MAX_RANK];
   int64_t count; /* of elements */
@@ -42,7 +43,7 @@ Status infer_attribute_int(void *context, const char *name, int64_t otherwise, i
 /* Memory of the calling thread, 64-byte aligned, valid until its next call; NULL if exhausted. */
 char *scratch(size_t bytes);
 
-extern const CustomOp linear_op, attention_op;
+extern const CustomOp linear_op, argmax_linear_op, attention_op;
 
 /* The parts of an operator that are alike in all of them. */
 const char *op_provider(const CustomOp *);
