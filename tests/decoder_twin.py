@@ -43,7 +43,9 @@ class Twin:
     def logits(self, tokens, *, nudge=0.0):
         """Logits [n, vocab] after each token; `nudge` is a relative error of the embeddings."""
         config = self.config
-        angles = np.outer(np.arange(len(tokens)), self.weights.inverse_frequencies(config.rotation(0)))
+        angles = np.outer(
+            np.arange(len(tokens)), self.weights.inverse_frequencies(config.rotation(0))
+        )
         cosines, sines = np.cos(angles), np.sin(angles)
         later = np.triu(np.full((len(tokens), len(tokens)), -np.inf), 1)
         h = self.matrix("embed")[tokens]

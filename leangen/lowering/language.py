@@ -68,27 +68,25 @@ def _residual(graph: Draft, product: str, residual: str, total: str) -> bool:
 
 
 def _gate(graph: Draft, linear: NodeProto) -> None:
+    """Draw silu(first half) * second half into the `Linear` that makes both halves."""
     n = attributes(linear)["n"]
     split = graph.only_reader(linear.output[0], "Split")
     if split is None or linear.input[BIAS] or n % (2 * layout.ROWS) or len(split.output) != 2:
         return
-    halves = graph.values(split.input[1]) == [n // 2, n // 2] if len(split.input) > 1 else True
+    sizes = graph.values(split.input[1]) if len(split.input) > 1 else [n // 2, n // 2]
     gate, up = split.output
-    product = graph.only_reader(up, "Mul")
-    if not halves or attributes(split).get("axis", 0) not in (-1, 1, 2) or product is None:
+    silu, product = graph.only_reader(gate, "QuickGelu"), graph.only_reader(up, "Mul")
+    if (
+        attributes(split).get("axis", 0) != -1
+        or sizes != [n // 2, n // 2]
+        or silu is None
+        or not options_are(silu, alpha=1.0)
+        or product is None
+        or graph.only_reader(silu.output[0]) is not product
+        or set(product.input) != {silu.output[0], up}
+    ):
         return
-    silu = [
-        reader
-        for reader in graph.consumers(gate)
-        if reader.op_type == "QuickGelu" and options_are(reader, alpha=1.0)
-    ]
-    if len(silu) != 1 or len(graph.consumers(gate)) != 1:
-        return
-    if set(product.input) != {silu[0].output[0], up}:
-        return
-    if graph.only_reader(silu[0].output[0]) is None:
-        return
-    graph.remove(linear, split, silu[0], product)
+    graph.remove(linear, split, silu, product)
     # Rows stand in groups of 16, each one stretch of bytes: taking turns is moving groups.
     packed = graph.array(linear.input[WEIGHTS])
     groups = packed.reshape(2, n // 2 // layout.ROWS, -1).swapaxes(0, 1)
@@ -99,28 +97,30 @@ def _gate(graph: Draft, linear: NodeProto) -> None:
 
 
 def _norm(graph: Draft, norm: NodeProto) -> None:
-    readers = graph.consumers(norm.output[0])
-    if graph.is_output(norm.output[0]) or not graph.has(norm.input[1]):
-        return
-    if attributes(norm).get("axis", -1) != -1 or len([o for o in norm.output if o]) > 1:
-        return
-    if any(
-        node.op_type != "Linear"
-        or node.input[GAIN]
-        or node.input[X] != norm.output[0]
-        or norm.output[0] in list(node.input)[1:]
-        for node in readers
+    """Draw an RMS norm into the `Linear`s that read it, if nothing else does."""
+    y, options = norm.output[0], attributes(norm)
+    readers = graph.consumers(y)
+    if (
+        graph.is_output(y)
+        or not graph.has(norm.input[1])
+        or options.get("axis", -1) != -1
+        or any(norm.output[1:])
+        or any(
+            node.op_type != "Linear" or node.input[GAIN] or y in list(node.input)[GAIN:]
+            for node in readers
+        )
     ):
         return
     graph.remove(norm, *readers)
     for linear in readers:
-        linear.input[X], linear.input[GAIN] = norm.input[0], norm.input[1]
-        set_option(linear, "epsilon", attributes(norm).get("epsilon", 1e-5))
+        linear.input[X], linear.input[GAIN] = norm.input[:2]
+        set_option(linear, "epsilon", options.get("epsilon", 1e-5))
         graph.add_node(linear)
 
 
 def _attention(graph: Draft, node: NodeProto) -> bool:
-    qkv, key, value, past_key, past_value, lengths, _, cosines, sines, *more = [*node.input, "", ""]
+    inputs: list[str] = [*node.input, *[""] * 9]
+    qkv, key, value, past_key, past_value, lengths, _, cosines, sines = inputs[:9]
     options = attributes(node)
     heads, kv_heads = options["num_heads"], options["kv_num_heads"]
     window = options.get("local_window_size", -1)
@@ -129,7 +129,7 @@ def _attention(graph: Draft, node: NodeProto) -> bool:
         rotary_interleaved=0, scale=options.get("scale", 0.0), softcap=0.0, smooth_softmax=(0, -1),
         qk_output=0, k_quant_type=b"NONE", v_quant_type=b"NONE", kv_cache_bit_width=0,
     )  # fmt: skip
-    if not known or options.get("do_rotary", 0) != 1 or key or value or any(more):
+    if not known or options.get("do_rotary", 0) != 1 or key or value or any(inputs[9:]):
         return False
     if not (graph.has(cosines) and graph.has(sines)):
         return False
