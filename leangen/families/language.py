@@ -7,24 +7,29 @@ Keys of the bundle's config: `context_length`, `layers`, `kv_heads`, `head_dim`,
 
 from __future__ import annotations
 
-import math
-from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import zip_longest
+from operator import eq
 from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from leangen.errors import BundleError, RequestError
-from leangen.families import sampling
 from leangen.families.decoder import CHUNK, Decoder, Floats
+from leangen.families.reply import Reply
+from leangen.families.sampling import Chooser
+from leangen.families.speculation import PromptLookup
+from leangen.families.text_request import INPUTS, Request
 from leangen.families.text_stream import TextStream
 from leangen.records import Media, Output, Step
 from leangen.session import Session
 
+__all__ = ["INPUTS", "Request", "encode", "logits", "prepare", "run", "tokenizer"]
+
 UNIT = "token"
 MEDIA: Media = "text"
-INPUTS = ("prompt", "messages", "tokens")
 EXAMPLE = {"prompt": "The old bridge over the river"}
 CONFIG_KEYS = (
     "context_length",
@@ -36,97 +41,6 @@ CONFIG_KEYS = (
     "eos_ids",
     "chat_template",
 )
-ROLES = ("system", "user", "assistant", "tool")
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """One generation. Give exactly one of `prompt`, `messages` and `tokens`."""
-
-    prompt: str | None = None
-    messages: Sequence[Mapping[str, str]] | None = None
-    """A conversation for the model's chat template: mappings with `role` and `content`."""
-    tokens: Sequence[int] | None = None
-    """The prompt as token ids, taken as they are."""
-    max_new_tokens: int = 128
-    """Fewer are generated where the context ends."""
-    temperature: float = 0.0
-    """0 takes the likeliest token each time."""
-    top_k: int = 0
-    """Draw from this many likeliest tokens; 0: from all."""
-    top_p: float = 1.0
-    """Draw from the fewest likeliest tokens that hold this probability."""
-    repetition_penalty: float = 1.0
-    """Above 1, tokens of the prompt and of the reply become less likely."""
-    seed: int = 0
-    stop: Sequence[str] = ()
-    """Generation ends before the first of these; the text does not contain it."""
-    ignore_eos: bool = False
-
-    def __post_init__(self) -> None:
-        given = [
-            name for name in ("prompt", "messages", "tokens") if getattr(self, name) is not None
-        ]
-        if len(given) != 1:
-            raise RequestError(
-                f"got {' and '.join(given) or 'no prompt'}, expected exactly one of prompt, "
-                "messages and tokens"
-            )
-        if not isinstance(self.prompt, str | None):
-            raise RequestError(f"prompt is of type {type(self.prompt).__name__}, expected a string")
-        if self.messages is not None:
-            _check_messages(self.messages)
-        temperature, top_p, penalty = self.temperature, self.top_p, self.repetition_penalty
-        for name, holds, expected in (
-            ("max_new_tokens", _whole(self.max_new_tokens, 1), "a whole number, 1 or more"),
-            ("temperature", _real(temperature) and temperature >= 0, "0 (greedy) or more"),
-            ("top_k", _whole(self.top_k, 0), "a whole number, 0 (off) or more"),
-            ("top_p", _real(top_p) and 0 < top_p <= 1, "more than 0 and at most 1"),
-            ("repetition_penalty", _real(penalty) and penalty > 0, "more than 0 (1 is off)"),
-            ("seed", _whole(self.seed, 0), "a whole number, 0 or more"),
-            ("stop", _texts(self.stop), "a list of strings, none of them empty"),
-        ):
-            if not holds:
-                raise RequestError(f"{name} is {getattr(self, name)!r}, expected {expected}")
-
-    def describe(self) -> dict[str, Any]:
-        """The options as plain JSON types; neither the prompt nor the messages."""
-        return {
-            "max_new_tokens": self.max_new_tokens,
-            "temperature": self.temperature,
-            "top_k": self.top_k,
-            "top_p": self.top_p,
-            "repetition_penalty": self.repetition_penalty,
-            "seed": self.seed,
-            "stop": list(self.stop),
-            "ignore_eos": self.ignore_eos,
-        }
-
-
-def _whole(value: object, least: int) -> bool:
-    return isinstance(value, int) and value >= least
-
-
-def _real(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
-def _texts(value: object) -> bool:
-    return isinstance(value, list | tuple) and all(isinstance(v, str) and v for v in value)
-
-
-def _check_messages(messages: Sequence[Mapping[str, str]]) -> None:
-    if not messages:
-        raise RequestError("messages is empty, expected at least one message")
-    for message in messages:
-        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
-            raise RequestError("a message lacks role or content, expected both")
-        if message["role"] not in ROLES:
-            raise RequestError(
-                f"message role is {message['role']!r}, expected one of {', '.join(ROLES)}"
-            )
-        if not isinstance(message["content"], str):
-            raise RequestError("a message's content is not text, expected a string")
 
 
 def prepare(session: Session) -> None:
@@ -139,51 +53,77 @@ def run(session: Session, request: Request) -> Generator[Step, None, Output]:
     """Generate text: a `prefill` step that ends with the first token, then `decode` steps.
 
     The steps' texts join to the output's text; `tokens` ends with the end token if there was one.
+    Text, tokens and stop reason are the first sample's; `extra["samples"]` has every `Reply`.
     Same seed, same output. Raises RequestError for a prompt that does not fit the context.
     """
     config = _config(session)
     prompt = encode(session, request)
+    _checked(tuple(request.logit_bias), config["vocab_size"])
     limit = min(request.max_new_tokens, config["context_length"] - len(prompt))
-    ends = () if request.ignore_eos else config["eos_ids"]
-    rng = np.random.default_rng(request.seed)
-    text = TextStream(tokenizer(session), prompt, request.stop)
-    seen = set(prompt)
-    tokens: list[int] = []
-    pieces: list[str] = []
-    stop_reason = None
-    with Decoder(session, len(prompt) + limit) as decoder:
-        logits = decoder.feed(prompt)
-        while stop_reason is None:
-            if request.repetition_penalty != 1:
-                logits = sampling.penalize(logits, seen, request.repetition_penalty)
-            token = sampling.sample(
-                logits,
-                rng,
-                temperature=request.temperature,
-                top_k=request.top_k,
-                top_p=request.top_p,
+    # The last token is always fed: its logits are wanted.
+    prefix = prompt[:-1] if request.prefix_cache else ()
+    replies = []
+    with Decoder(session, len(prompt) + limit, prefix) as decoder:
+        counts = {"reused": decoder.length} if request.prefix_cache else {}
+        logits = decoder.feed(prompt[decoder.length :]).copy()
+        for sample in range(request.n):
+            reply = Reply(
+                TextStream(tokenizer(session), prompt, request.stop),
+                () if request.ignore_eos else config["eos_ids"],
+                limit,
             )
-            tokens.append(token)
-            seen.add(token)
-            piece = ""
-            if token in ends:
-                stop_reason = "eos"
-            else:
-                piece = text.push(token)
-                if text.stopped:
-                    stop_reason = "stop"
-                elif len(tokens) == limit:
-                    stop_reason = "length"
-            if stop_reason is not None:
-                piece += text.flush()
-            pieces.append(piece)
-            kind = "prefill" if len(tokens) == 1 else "decode"
-            yield Step(kind=kind, units=1, text=piece, token=token)
-            if stop_reason is None:
-                logits = decoder.feed([token])
+            replies.append(reply)
+            for step in _reply(reply, request, decoder, prompt, logits, request.seed + sample):
+                if counts:
+                    step, counts = replace(step, counts={**counts, **step.counts}), {}
+                yield step if sample == 0 else replace(step, kind="decode", sample=sample)
+    first = replies[0]
     return Output(
-        prompt_units=len(prompt), text="".join(pieces), tokens=tokens, stop_reason=stop_reason
+        prompt_units=len(prompt),
+        text=first.text,
+        tokens=first.tokens,
+        stop_reason=first.stop_reason,
+        extra={"samples": replies},
     )
+
+
+def _reply(
+    reply: Reply,
+    request: Request,
+    decoder: Decoder,
+    prompt: Sequence[int],
+    logits: Floats,
+    seed: int,
+) -> Iterator[Step]:
+    """Fill the reply to a prompt that `decoder` holds and that `logits` follow."""
+    chooser = Chooser(request, prompt, seed=seed)
+    lookup = PromptLookup(prompt, request.speculate)
+    rows, guess = logits[None], list[int]()
+    while True:
+        piece, begin = "", len(reply.tokens)
+        for row, guessed in zip_longest(rows, guess):
+            choice = chooser.choose(row)
+            piece += reply.push(choice)
+            if reply.stop_reason is not None or choice.token != guessed:
+                break
+        taken = reply.tokens[begin:]
+        accepted = sum(map(eq, taken, guess))
+        yield Step(
+            kind="decode" if begin else "prefill",
+            units=len(taken),
+            text=piece,
+            tokens=taken,
+            counts={"guessed": len(guess), "accepted": accepted} if request.speculate else {},
+        )
+        if reply.stop_reason is not None:
+            return
+        if request.speculate:
+            lookup.learn(len(guess), accepted)
+            lookup.extend(taken)
+            guess = lookup.guess(reply.limit - len(reply.tokens) - 1)
+        decoder.rewind(len(prompt) + len(reply.tokens) - 1)
+        fed = [reply.tokens[-1], *guess]
+        rows = decoder.feed_all(fed) if guess else decoder.feed(fed)[None]
 
 
 def tokenizer(session: Session) -> Tokenizer:
