@@ -233,7 +233,8 @@ def sample(
 def log_softmax(logits: Floats) -> Floats:
     """Log-probabilities of logits [vocab], in nats."""
     shifted = logits - logits.max()
-    return shifted - np.float32(np.log(np.exp(shifted).sum(dtype=np.float64)))
+    out: Floats = shifted - np.float32(np.log(np.exp(shifted).sum(dtype=np.float64)))
+    return out
 
 
 def likeliest(values: Floats, n: int) -> Indices:
