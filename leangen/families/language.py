@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 
 from leangen.errors import BundleError, RequestError
 from leangen.families.decoder import CHUNK, Decoder, Floats
+from leangen.families.grammar import Grammar, Vocabulary
 from leangen.families.reply import Reply
 from leangen.families.sampling import Chooser
 from leangen.families.speculation import PromptLookup
@@ -26,7 +27,7 @@ from leangen.families.text_stream import TextStream
 from leangen.records import Media, Output, Step
 from leangen.session import Session
 
-__all__ = ["INPUTS", "Request", "encode", "logits", "prepare", "run", "tokenizer"]
+__all__ = ["INPUTS", "Request"]
 
 UNIT = "token"
 MEDIA: Media = "text"
@@ -56,24 +57,19 @@ def run(session: Session, request: Request) -> Generator[Step, None, Output]:
     Text, tokens and stop reason are the first sample's; `extra["samples"]` has every `Reply`.
     Same seed, same output. Raises RequestError for a prompt that does not fit the context.
     """
-    config = _config(session)
     prompt = encode(session, request)
-    _checked(tuple(request.logit_bias), config["vocab_size"])
-    limit = min(request.max_new_tokens, config["context_length"] - len(prompt))
+    samples = range(request.n)
+    choosers = [chooser(session, request, prompt, sample) for sample in samples]
     # The last token is always fed: its logits are wanted.
     prefix = prompt[:-1] if request.prefix_cache else ()
     replies = []
-    with Decoder(session, len(prompt) + limit, prefix) as decoder:
+    with Decoder(session, len(prompt) + _limit(session, request, prompt), prefix) as decoder:
         counts = {"reused": decoder.length} if request.prefix_cache else {}
         logits = decoder.feed(prompt[decoder.length :]).copy()
-        for sample in range(request.n):
-            reply = Reply(
-                TextStream(tokenizer(session), prompt, request.stop),
-                () if request.ignore_eos else config["eos_ids"],
-                limit,
-            )
+        for sample in samples:
+            reply = empty_reply(session, request, prompt)
             replies.append(reply)
-            for step in _reply(reply, request, decoder, prompt, logits, request.seed + sample):
+            for step in _fill(reply, request, choosers[sample], decoder, prompt, logits):
                 if counts:
                     step, counts = replace(step, counts={**counts, **step.counts}), {}
                 yield step if sample == 0 else replace(step, kind="decode", sample=sample)
@@ -87,16 +83,43 @@ def run(session: Session, request: Request) -> Generator[Step, None, Output]:
     )
 
 
-def _reply(
+def chooser(session: Session, request: Request, prompt: Sequence[int], sample: int = 0) -> Chooser:
+    """What chooses the tokens of that sample of the request; RequestError for a bad grammar."""
+    config = _config(session)
+    _checked(tuple(request.logit_bias), config["vocab_size"])
+    constraint = None
+    if request.constraint is not None:
+
+        def vocabulary() -> Vocabulary:
+            return Vocabulary(tokenizer(session), config["vocab_size"], config["eos_ids"])
+
+        known = session.keep("language.vocabulary", vocabulary)
+        constraint = Grammar(known, *request.constraint)
+    return Chooser(request, prompt, seed=request.seed + sample, constraint=constraint)
+
+
+def empty_reply(session: Session, request: Request, prompt: Sequence[int]) -> Reply:
+    """The reply before its first token."""
+    return Reply(
+        TextStream(tokenizer(session), prompt, request.stop),
+        () if request.ignore_eos else _config(session)["eos_ids"],
+        _limit(session, request, prompt),
+    )
+
+
+def _limit(session: Session, request: Request, prompt: Sequence[int]) -> int:
+    return min(request.max_new_tokens, _config(session)["context_length"] - len(prompt))
+
+
+def _fill(
     reply: Reply,
     request: Request,
+    chooser: Chooser,
     decoder: Decoder,
     prompt: Sequence[int],
     logits: Floats,
-    seed: int,
 ) -> Iterator[Step]:
-    """Fill the reply to a prompt that `decoder` holds and that `logits` follow."""
-    chooser = Chooser(request, prompt, seed=seed)
+    """The steps of a reply to a prompt that `decoder` holds and that `logits` follow."""
     lookup = PromptLookup(prompt, request.speculate)
     rows, guess = logits[None], list[int]()
     while True:
@@ -145,7 +168,7 @@ def encode(session: Session, request: Request) -> list[int]:
     if request.tokens is not None:
         tokens = _checked(request.tokens, config["vocab_size"])
     elif request.messages is not None:
-        text = _chat(session)(request.messages)
+        text = _chat(session)(request.messages, request.tools)
         tokens = tokenizer(session).encode(text, add_special_tokens=False).ids
     else:
         tokens = tokenizer(session).encode(request.prompt or "").ids

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from typing import Any
 
 from leangen.families.sampling import Choice
 from leangen.families.text_stream import TextStream
@@ -24,6 +25,19 @@ class Reply:
     """The tokens with their log-probabilities, where those were asked for."""
     stop_reason: str | None = None
     """`eos`, `stop` (a stop string) or `length`."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Text, tokens and stop reason; `logprobs`, a mapping per token, where asked for."""
+        logprobs = [
+            {
+                "token": choice.token,
+                "logprob": choice.logprob,
+                "likeliest": [{"token": t, "logprob": p} for t, p in choice.likeliest],
+            }
+            for choice in self.choices
+        ]
+        said = {"text": self.text, "tokens": self.tokens, "stop_reason": self.stop_reason}
+        return said | ({"logprobs": logprobs} if logprobs else {})
 
     def push(self, choice: Choice) -> str:
         """Take the next token; the text that can be shown now."""

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 from leangen.errors import RequestError
+from leangen.families.grammar import KINDS
 from leangen.families.sampling import Sampling, check, is_whole
 
 INPUTS = ("prompt", "messages", "tokens")
+TEXTS = (*INPUTS, *KINDS, "tools")
+"""What the receipt does not keep."""
 ROLES = ("system", "user", "assistant", "tool")
 MOST_GUESSES = 63
 
@@ -32,6 +36,14 @@ class Request(Sampling):
     stop: Sequence[str] = ()
     """Generation ends before the first of these; the text does not contain it."""
     ignore_eos: bool = False
+    json_schema: Mapping[str, Any] | str | None = None
+    """The reply is JSON of this schema; a mapping, or its JSON text. Cut where tokens run out."""
+    regex: str | None = None
+    """The whole reply matches this (Rust's syntax)."""
+    lark: str | None = None
+    """The reply is of this grammar, in Lark's syntax as llguidance takes it."""
+    tools: Sequence[Mapping[str, Any]] | None = None
+    """Functions that the chat template tells the model of, as JSON schemas."""
     n: int = 1
     """Samples of this one prompt, with the seeds `seed`, `seed` + 1 ..."""
     speculate: int = 0
@@ -53,27 +65,71 @@ class Request(Sampling):
             raise RequestError(f"prompt is of type {type(self.prompt).__name__}, expected a string")
         if self.messages is not None:
             _check_messages(self.messages)
+        _check_constraint(self)
         guesses = is_whole(self.speculate, 0) and self.speculate <= MOST_GUESSES
         check(
             self,
             max_new_tokens=(is_whole(self.max_new_tokens, 1), "a whole number, 1 or more"),
             stop=(_texts(self.stop), "a list of strings, none of them empty"),
+            tools=(
+                self.tools is None or (self.messages is not None and _tools(self.tools)),
+                "a list of JSON objects, to go with messages",
+            ),
             n=(is_whole(self.n, 1), "a whole number, 1 or more"),
             speculate=(guesses, f"a whole number, 0 (off) to {MOST_GUESSES}"),
         )
 
+    @property
+    def constraint(self) -> tuple[str, str | Mapping[str, Any]] | None:
+        """What the reply must obey: its kind and itself."""
+        given = [(kind, getattr(self, kind)) for kind in KINDS if getattr(self, kind) is not None]
+        return given[0] if given else None
+
     def describe(self) -> dict[str, Any]:
-        """The options as plain JSON types; neither the prompt nor the messages."""
-        options = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in INPUTS}
+        """The options as plain JSON types; of texts only that there are some."""
+        options = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in TEXTS}
         bias = {
             str(token): "-inf" if value == -math.inf else value
             for token, value in self.logit_bias.items()
         }
-        return options | {"stop": list(self.stop), "logit_bias": bias}
+        return options | {
+            "stop": list(self.stop),
+            "logit_bias": bias,
+            "constraint": self.constraint and self.constraint[0],
+            "tools": len(self.tools or ()),
+        }
 
 
 def _texts(value: object) -> bool:
     return isinstance(value, list | tuple) and all(isinstance(v, str) and v for v in value)
+
+
+def _tools(request: Request) -> bool:
+    if request.tools is None:
+        return True
+    known = isinstance(request.tools, list | tuple) and request.messages is not None
+    return known and all(isinstance(tool, Mapping) for tool in request.tools)
+
+
+def _check_constraint(request: Request) -> None:
+    given = [kind for kind in KINDS if getattr(request, kind) is not None]
+    if not given:
+        return
+    if len(given) > 1:
+        raise RequestError(f"got {' and '.join(given)}, expected one of them")
+    if request.ignore_eos:
+        raise RequestError(f"{given[0]} ends with the end token: drop ignore_eos")
+    source = getattr(request, given[0])
+    if given[0] == "json_schema":
+        try:
+            source = json.loads(source) if isinstance(source, str) else source
+            fits = isinstance(json.loads(json.dumps(source)), dict)
+        except (TypeError, ValueError):
+            fits = False
+        if not fits:
+            raise RequestError("json_schema is not a JSON object, expected one")
+    elif not isinstance(source, str):
+        raise RequestError(f"{given[0]} is of type {type(source).__name__}, expected a string")
 
 
 def _check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
@@ -86,5 +142,6 @@ def _check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
             raise RequestError(
                 f"message role is {message['role']!r}, expected one of {', '.join(ROLES)}"
             )
-        if not isinstance(message["content"], str):
+        calls = message["content"] is None and "tool_calls" in message
+        if not isinstance(message["content"], str) and not calls:
             raise RequestError("a message's content is not text, expected a string")
