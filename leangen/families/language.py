@@ -17,10 +17,11 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from leangen.errors import BundleError, RequestError
+from leangen.families import beams
 from leangen.families.decoder import CHUNK, Decoder, Floats
 from leangen.families.grammar import Grammar, Vocabulary
 from leangen.families.reply import Reply
-from leangen.families.sampling import Chooser
+from leangen.families.sampling import Choice, Chooser
 from leangen.families.speculation import PromptLookup
 from leangen.families.text_request import INPUTS, Request
 from leangen.families.text_stream import TextStream
@@ -69,7 +70,11 @@ def run(session: Session, request: Request) -> Generator[Step, None, Output]:
         for sample in samples:
             reply = empty_reply(session, request, prompt)
             replies.append(reply)
-            for step in _fill(reply, request, choosers[sample], decoder, prompt, logits):
+            if request.beams > 1:
+                steps = _search(reply, session, request, decoder, logits)
+            else:
+                steps = _fill(reply, request, choosers[sample], decoder, prompt, logits)
+            for step in steps:
                 if counts:
                     step, counts = replace(step, counts={**counts, **step.counts}), {}
                 yield step if sample == 0 else replace(step, kind="decode", sample=sample)
@@ -147,6 +152,19 @@ def _fill(
         decoder.rewind(len(prompt) + len(reply.tokens) - 1)
         fed = [reply.tokens[-1], *guess]
         rows = decoder.feed_all(fed) if guess else decoder.feed(fed)[None]
+
+
+def _search(
+    reply: Reply, session: Session, request: Request, decoder: Decoder, logits: Floats
+) -> Iterator[Step]:
+    """A step per round of beam search; which tokens are the reply's only the last one tells."""
+    found = beams.search(
+        session, decoder, logits, beams=request.beams, ends=reply.ends, limit=reply.limit
+    )
+    for number, tokens in enumerate(found):
+        text = "".join(reply.push(Choice(token)) for token in tokens or ())
+        kind = "decode" if number else "prefill"
+        yield Step(kind=kind, units=len(reply.tokens), text=text, tokens=tokens or ())
 
 
 def tokenizer(session: Session) -> Tokenizer:

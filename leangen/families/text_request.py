@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, Field, dataclass, fields
 from typing import Any
 
 from leangen.errors import RequestError
@@ -17,6 +17,8 @@ TEXTS = (*INPUTS, *KINDS, "tools")
 """What the receipt does not keep."""
 ROLES = ("system", "user", "assistant", "tool")
 MOST_GUESSES = 63
+MOST_BEAMS = 64
+WITH_BEAMS = (*INPUTS, "tools", "beams", "max_new_tokens", "ignore_eos", "prefix_cache", "seed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,8 @@ class Request(Sampling):
     """Functions that the chat template tells the model of, as JSON schemas."""
     n: int = 1
     """Samples of this one prompt, with the seeds `seed`, `seed` + 1 ..."""
+    beams: int = 1
+    """Above 1: search for the likeliest reply with so many beams; nothing is drawn. See `beams`."""
     speculate: int = 0
     """Next tokens to guess at most from what was said, computed in one run where that pays. The
     text is the same but for ties: runs of another length round otherwise."""
@@ -66,6 +70,7 @@ class Request(Sampling):
         if self.messages is not None:
             _check_messages(self.messages)
         _check_constraint(self)
+        beams = is_whole(self.beams, 1) and self.beams <= MOST_BEAMS
         guesses = is_whole(self.speculate, 0) and self.speculate <= MOST_GUESSES
         check(
             self,
@@ -76,8 +81,17 @@ class Request(Sampling):
                 "a list of JSON objects, to go with messages",
             ),
             n=(is_whole(self.n, 1), "a whole number, 1 or more"),
+            beams=(
+                is_whole(self.beams, 1) and self.beams <= MOST_BEAMS,
+                f"1 (off) to {MOST_BEAMS}",
+            ),
             speculate=(guesses, f"a whole number, 0 (off) to {MOST_GUESSES}"),
         )
+
+        if self.beams > 1:
+            other = next((f.name for f in fields(self) if not _idle(self, f)), None)
+            if other is not None:
+                raise RequestError(f"beam search takes no {other}: drop it, or beams")
 
     @property
     def constraint(self) -> tuple[str, str | Mapping[str, Any]] | None:
@@ -98,6 +112,12 @@ class Request(Sampling):
             "constraint": self.constraint and self.constraint[0],
             "tools": len(self.tools or ()),
         }
+
+
+def _idle(request: Request, option: Field[Any]) -> bool:
+    """Whether the option has no say in a beam search."""
+    default = {} if option.default is MISSING else option.default
+    return option.name in WITH_BEAMS or getattr(request, option.name) in (default, [])
 
 
 def _texts(value: object) -> bool:
