@@ -74,7 +74,6 @@ def test_unknown_tensors_are_not_ignored(tmp_path):
     [
         ({"llama.expert_count": 8}, "mixture of experts"),
         ({"llama.rope.scaling.type": "yarn"}, "rope scaling of type 'yarn'"),
-        ({"llama.attention.sliding_window": 32}, "sliding window"),
         ({"llama.rope.dimension_count": 8}, "rotation of a part"),
         ({"split.count": 3}, "one of 3 parts"),
     ],

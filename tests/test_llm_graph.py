@@ -30,6 +30,7 @@ VARIANTS = {
     "rope factors": Tiny(rope_factors=np.linspace(1, 8, 8)),
     "half precision": Tiny(default_type="F16"),
     "bfloat": Tiny(default_type="BF16"),
+    "sliding window": Tiny(metadata={"llama.attention.sliding_window": 7}),
     "low bit": Tiny(default_type="Q4_1", types={"token_embd": "Q8_0"}),
 }
 LOW_BIT = {
@@ -61,8 +62,12 @@ def transformers_model(path):
     weights = gguf_checkpoint.Checkpoint(file, keep_blocks=False)
     config = weights.config
     biased = "blk.0.attn_q.bias" in file.tensors
-    model = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
+    # A llama with a window is what transformers calls a mistral.
+    kind, more = "Llama", {"attention_bias": biased, "mlp_bias": biased}
+    if config.window is not None:
+        kind, more = "Mistral", {"sliding_window": config.window}
+    model = getattr(transformers, f"{kind}ForCausalLM")(
+        getattr(transformers, f"{kind}Config")(
             vocab_size=config.vocab,
             hidden_size=config.width,
             intermediate_size=config.mlp_width,
@@ -72,8 +77,7 @@ def transformers_model(path):
             head_dim=config.head_dim,
             rms_norm_eps=config.rms_epsilon,
             tie_word_embeddings=config.tied_head,
-            attention_bias=biased,
-            mlp_bias=biased,
+            **more,
         )
     )
     names = {
@@ -147,6 +151,22 @@ def test_decoding_continues_a_prefill(tiny_session):
         np.testing.assert_allclose(sequence.feed(tokens[20:23]), expected[22], atol=1e-4)
         for i in range(23, len(tokens)):
             np.testing.assert_allclose(sequence.feed([tokens[i]]), expected[i], atol=1e-4)
+
+
+@pytest.mark.parametrize("step", [1, 5])
+def test_decoding_within_a_window_continues_a_prefill(tmp_path, step):
+    windowed = session(tmp_path / "windowed", VARIANTS["sliding window"])
+    tokens = some_tokens(Tiny())
+    expected = language.logits(windowed, tokens)
+    everything = language.logits(session(tmp_path, VARIANTS["plain"]), tokens)
+    assert windowed.bundle.config["sliding_window"] == 7
+    np.testing.assert_allclose(expected[:7], everything[:7], atol=1e-4)
+    assert abs(expected[7:] - everything[7:]).max() > 0.1
+    with Decoder(windowed, len(tokens)) as sequence:
+        sequence.feed(tokens[:20])
+        for i in range(20, len(tokens), step):
+            got = sequence.feed_all(tokens[i : i + step])
+            np.testing.assert_allclose(got, expected[i : i + step], atol=1e-4)
 
 
 def test_a_long_prompt_in_chunks_is_the_same(tiny_session, monkeypatch):

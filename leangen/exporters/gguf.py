@@ -55,6 +55,7 @@ def export(
         draft.config = {
             "architecture": ARCHITECTURE,
             "context_length": config.context,
+            "sliding_window": config.window,
             "layers": config.layers,
             "kv_heads": config.kv_heads,
             "head_dim": config.head_dim,

@@ -178,13 +178,13 @@ def _read_config(file: GgufFile) -> LlamaConfig:
             f"{file.path} is one of {file.metadata['split.count']} parts of a model: "
             "merge them with llama-gguf-split first"
         )
-    if 0 < file.hyper("attention.sliding_window", 0) < int(file.hyper("context_length")):
-        raise _unsupported(file, "attention over a sliding window")
     if file.hyper("rope.scale_linear", 1) != 1:
         raise _unsupported(file, "rope scaling by the old key rope.scale_linear")
     scaling = file.hyper("rope.scaling.type", "none")
     if scaling not in ("none", "linear"):
         raise _unsupported(file, f"rope scaling of type {scaling!r}")
+    context = int(file.hyper("context_length"))
+    window = int(file.hyper("attention.sliding_window", 0))
     return LlamaConfig(
         layers=int(file.hyper("block_count")),
         width=width,
@@ -193,7 +193,8 @@ def _read_config(file: GgufFile) -> LlamaConfig:
         kv_heads=kv_heads,
         head_dim=head_dim,
         vocab=len(file.value("tokenizer.ggml.tokens")),
-        context=int(file.hyper("context_length")),
+        context=context,
+        window=window if 0 < window < context else None,
         rms_epsilon=float(file.hyper("attention.layer_norm_rms_epsilon")),
         tied_head="output.weight" not in file.tensors,
     )

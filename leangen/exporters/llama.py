@@ -25,6 +25,8 @@ class LlamaConfig:
     head_dim: int
     vocab: int
     context: int
+    window: int | None
+    """Positions that a token attends to, its own among them; None: all before it."""
     rms_epsilon: float
     tied_head: bool
 

@@ -130,6 +130,7 @@ class _Graph:
             kv_num_heads=self.config.kv_heads,
             do_rotary=1,
             rotary_interleaved=0,
+            local_window_size=self.config.window or -1,
         )
 
     def _mlp(self, layer: int, x: str) -> str:
