@@ -30,7 +30,6 @@ VARIANTS = {
     "rope factors": Tiny(rope_factors=np.linspace(1, 8, 8)),
     "half precision": Tiny(default_type="F16"),
     "bfloat": Tiny(default_type="BF16"),
-    "sliding window": Tiny(metadata={"llama.attention.sliding_window": 7}),
     "low bit": Tiny(default_type="Q4_1", types={"token_embd": "Q8_0"}),
 }
 LOW_BIT = {
@@ -62,22 +61,19 @@ def transformers_model(path):
     weights = gguf_checkpoint.Checkpoint(file, keep_blocks=False)
     config = weights.config
     biased = "blk.0.attn_q.bias" in file.tensors
-    # A llama with a window is what transformers calls a mistral.
-    kind, more = "Llama", {"attention_bias": biased, "mlp_bias": biased}
-    if config.window is not None:
-        kind, more = "Mistral", {"sliding_window": config.window}
-    model = getattr(transformers, f"{kind}ForCausalLM")(
-        getattr(transformers, f"{kind}Config")(
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
             vocab_size=config.vocab,
             hidden_size=config.width,
-            intermediate_size=config.mlp_width,
+            intermediate_size=file.hyper("feed_forward_length"),
             num_hidden_layers=config.layers,
             num_attention_heads=config.heads,
             num_key_value_heads=config.kv_heads,
             head_dim=config.head_dim,
-            rms_norm_eps=config.rms_epsilon,
+            rms_norm_eps=config.epsilon,
             tie_word_embeddings=config.tied_head,
-            **more,
+            attention_bias=biased,
+            mlp_bias=biased,
         )
     )
     names = {
@@ -105,12 +101,12 @@ def transformers_model(path):
                 state[f"{key}.bias"] = weights.bias(name)
     model.load_state_dict({k: torch.from_numpy(np.array(v)) for k, v in state.items()})
     model = model.double().eval()
-    model.model.rotary_emb.inv_freq = torch.from_numpy(weights.inverse_frequencies())
+    model.model.rotary_emb.inv_freq = torch.from_numpy(weights.inverse_frequencies("rope"))
     return model
 
 
 def transformers_logits(path, tokens):
-    """Logits [n, vocab] after each of the n tokens."""
+    """Logits [n, vocab] of that model after each of the n tokens."""
     model = transformers_model(path)
     torch = pytest.importorskip("torch", reason="the export extra is not installed")
     with torch.no_grad():
@@ -151,22 +147,6 @@ def test_decoding_continues_a_prefill(tiny_session):
         np.testing.assert_allclose(sequence.feed(tokens[20:23]), expected[22], atol=1e-4)
         for i in range(23, len(tokens)):
             np.testing.assert_allclose(sequence.feed([tokens[i]]), expected[i], atol=1e-4)
-
-
-@pytest.mark.parametrize("step", [1, 5])
-def test_decoding_within_a_window_continues_a_prefill(tmp_path, step):
-    windowed = session(tmp_path / "windowed", VARIANTS["sliding window"])
-    tokens = some_tokens(Tiny())
-    expected = language.logits(windowed, tokens)
-    everything = language.logits(session(tmp_path, VARIANTS["plain"]), tokens)
-    assert windowed.bundle.config["sliding_window"] == 7
-    np.testing.assert_allclose(expected[:7], everything[:7], atol=1e-4)
-    assert abs(expected[7:] - everything[7:]).max() > 0.1
-    with Decoder(windowed, len(tokens)) as sequence:
-        sequence.feed(tokens[:20])
-        for i in range(20, len(tokens), step):
-            got = sequence.feed_all(tokens[i : i + step])
-            np.testing.assert_allclose(got, expected[i : i + step], atol=1e-4)
 
 
 def test_a_long_prompt_in_chunks_is_the_same(tiny_session, monkeypatch):

@@ -1,9 +1,8 @@
 """Language models: a prompt or a conversation goes in, text comes out token by token.
 
 Keys of the bundle's config: `context_length`, `layers`, `kv_heads`, `head_dim`, `vocab_size`,
-`bos_id` (or None), `eos_ids`, `chat_template` (a file, or None), and `sliding_window` where
-attention reaches back no further (the graph sees to it; the cache keeps all). The graph `model` is
-described in `exporters/llm_graph.py`.
+`bos_id` (or None), `eos_ids`, `chat_template` (a file, or None). The graph `model` is described in
+`exporters/llm_graph.py`; sliding windows are its own affair: the cache keeps all positions.
 """
 
 from __future__ import annotations
