@@ -29,17 +29,23 @@ class Decoder:
     The cache freed last is kept, with its tokens, for the next sequence: one that begins like
     `prefix` starts from what they share (`length` tokens of it).
 
-    Not for use by two threads at once. `capacity` is checked by the caller.
+    Not for use by two threads at once; several decoders of one session may run in several threads.
+    `capacity` is checked by the caller.
     """
 
     def __init__(self, session: Session, capacity: int, prefix: Sequence[int] = ()) -> None:
         self._spare: list[_Cache] = session.keep("language.spare_caches", list)
-        spare = self._spare.pop() if self._spare else None
+        try:  # one call, so that two threads never get the same one
+            spare: _Cache | None = self._spare.pop()
+        except IndexError:
+            spare = None
         self.length = 0 if spare is None else _shared(spare.tokens, prefix)
         """Tokens of the sequence that the cache holds."""
         if spare is not None and spare.capacity >= capacity:
             self._cache = spare
             return
+        if self.length == 0:
+            spare = None  # freed before the larger one is made
         self._cache = _Cache(session, -(-capacity // _ROUND) * _ROUND)
         if spare is not None:
             self._cache.copy(spare, self.length)
@@ -119,7 +125,7 @@ class _Cache:
 
     def copy(self, other: _Cache, length: int) -> None:
         """Take over the other's first `length` tokens; both caches have room for them."""
-        # In whole rounds, because positions within a buffer need not stand in their order.
+        # In whole rounds: leangen's attention orders keys otherwise than ORT's, within 16 positions.
         room = -(-length // _ROUND) * _ROUND
         self._buffers[..., :room, :] = other._buffers[..., :room, :]
         self.tokens = other.tokens[:length]
