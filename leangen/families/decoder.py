@@ -125,7 +125,7 @@ class _Cache:
 
     def copy(self, other: _Cache, length: int) -> None:
         """Take over the other's first `length` tokens; both caches have room for them."""
-        # In whole rounds: leangen's attention orders keys otherwise than ORT's, within 16 positions.
+        # In whole rounds: leangen's attention orders keys otherwise than ORT's, in blocks of 16.
         room = -(-length // _ROUND) * _ROUND
         self._buffers[..., :room, :] = other._buffers[..., :room, :]
         self.tokens = other.tokens[:length]

@@ -52,10 +52,12 @@ class Request(Sampling):
     """Above 1: search for the likeliest reply with so many beams; nothing is drawn. See `beams`."""
     speculate: int = 0
     """Next tokens to guess at most from what was said, computed in one run where that pays. The
-    text is the same but for ties: runs of another length round otherwise."""
+    tokens are chosen as ever from the logits of that run, which round otherwise than those of a
+    run of one: by 1e-4 with fp32 activations, by as much as rounding activations does in ORT's
+    int8 kernels (rms 0.2), so that greedy text may part there after some tens of tokens."""
     prefix_cache: bool = False
     """Start from what the sequence before has in common with this prompt, such as the turns of a
-    conversation. Off, because what a generation costs then depends on the one before it."""
+    conversation. Off, because cost and rounding then depend on what was generated before."""
 
     def __post_init__(self) -> None:
         Sampling.__post_init__(self)
