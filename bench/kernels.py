@@ -5,7 +5,8 @@
 Weights' bytes per second stand against a stream from memory measured in the same run (256 MB summed
 by NumPy on as many threads; weights that stay in a cache can be faster), multiply-adds against the
 count that the instruction set allows at `--clock-ghz`. Stock is MatMulNBits at accuracy level 4
-with symmetric weights: a lossless Q4_1 costs it another ReduceSum and Gemm.
+with symmetric weights: a lossless Q4_1 costs it another ReduceSum and Gemm. Attention stands
+against GroupQueryAttention, its bytes are those of the keys and values seen.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import leangen_kernels
 import numpy as np
+import onnx
 import onnxruntime as ort
 from leangen_kernels import layout
 from onnx import TensorProto, helper, numpy_helper
@@ -57,6 +59,11 @@ def session(own: bool, form: layout.Form, n: int, k: int, threads: int) -> ort.I
         [info("y", TensorProto.FLOAT, ["m", n])],
         [numpy_helper.from_array(value, name) for name, value in constants.items()],
     )
+    return open_session(graph, threads)
+
+
+def open_session(graph: onnx.GraphProto, threads: int) -> ort.InferenceSession:
+    """A session on one graph, with leangen's operators."""
     domains = [("", 21), ("com.microsoft", 1), ("leangen", 1)]
     opsets = [helper.make_opsetid(*domain) for domain in domains]
     proto = helper.make_model(graph, opset_imports=opsets, ir_version=10)
@@ -65,6 +72,68 @@ def session(own: bool, form: layout.Form, n: int, k: int, threads: int) -> ort.I
     options.intra_op_num_threads = threads
     options.register_custom_ops_library(str(leangen_kernels.library()))
     return ort.InferenceSession(proto.SerializeToString(), options)
+
+
+class Attention:
+    """One layer of SmolLM2-135M's shape, its caches bound so that they are updated in place."""
+
+    HEADS, KV_HEADS, WIDTH, LAYERS = 9, 3, 64, 16
+
+    def __init__(self, cache: str, stock: bool, past: int, new: int, threads: int) -> None:
+        held = layout.CACHES[cache]
+        kind = helper.np_dtype_to_tensor_dtype(held.dtype)
+        capacity = -(-(past + new) // 16) * 16
+        shape = (1, self.KV_HEADS, capacity, held.columns(self.WIDTH))
+        info, nodes, caches = helper.make_tensor_value_info, [], []
+        rotation = ("cos", "sin")
+        inputs = [info("qkv", TensorProto.FLOAT, None), info("last", TensorProto.INT32, [1])]
+        inputs += [info("total", TensorProto.INT32, [])] * stock
+        inputs += [info(name, TensorProto.FLOAT, None) for name in rotation]
+        outputs = []
+        for i in range(self.LAYERS):  # more than one, so that calling it is not what is timed
+            pair = [f"key{i}", f"value{i}"]
+            if stock:
+                node = helper.make_node(
+                    "GroupQueryAttention", ["qkv", "", "", *pair, "last", "total", *rotation],
+                    [f"y{i}", *(f"new_{name}" for name in pair)], domain="com.microsoft",
+                    num_heads=self.HEADS, kv_num_heads=self.KV_HEADS, do_rotary=1,
+                )  # fmt: skip
+            else:
+                node = helper.make_node(
+                    "Attention", ["qkv", *pair, "last", *rotation],
+                    [f"y{i}", *(f"new_{name}" for name in pair)], domain="leangen",
+                    heads=self.HEADS, kv_heads=self.KV_HEADS, cache=cache,
+                )  # fmt: skip
+            nodes.append(node)
+            caches += pair
+            inputs += [info(name, kind, shape) for name in pair]
+            outputs.append(info(f"y{i}", TensorProto.FLOAT, None))
+            outputs += [info(f"new_{name}", kind, shape) for name in pair]
+        self.session = open_session(helper.make_graph(nodes, "attention", inputs, outputs), threads)
+        self.binding = self.session.io_binding()
+        angles = np.outer(np.arange(capacity), 1e4 ** (-np.arange(32) / 32))
+        columns = (self.HEADS + 2 * self.KV_HEADS) * self.WIDTH
+        feeds = {
+            "qkv": np.random.default_rng(1).standard_normal((1, new, columns)).astype(np.float32),
+            "last": np.array([past + new - 1], np.int32),
+            "total": np.array(past + new, np.int32),
+            "cos": np.cos(angles).astype(np.float32),
+            "sin": np.sin(angles).astype(np.float32),
+        }
+        for name in {given.name for given in inputs} & feeds.keys():
+            self.binding.bind_cpu_input(name, feeds[name])
+        for name in caches:
+            value = ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, held.dtype))
+            self.binding.bind_ortvalue_input(name, value)
+            self.binding.bind_ortvalue_output(f"new_{name}", value)
+        for i in range(self.LAYERS):
+            self.binding.bind_output(f"y{i}")
+        self.bytes = 2 * self.KV_HEADS * (past + new) * held.columns(self.WIDTH) * held.size
+        self.macs = 2 * self.HEADS * self.WIDTH * new * (past + (new + 1) // 2)
+
+    def run(self, outputs: None, feeds: dict) -> None:
+        """As a session's: everything is bound already."""
+        self.session.run_with_iobinding(self.binding)
 
 
 def alternate(sides: list, feeds: dict, seconds: float) -> list[float]:
@@ -138,6 +207,27 @@ def main() -> None:
                         f"  {macs:6.1f}{share} GMAC/s  {row['ratio']:5.2f} x stock",
                         flush=True,
                     )
+    for past, new in ((255, 1), (4095, 1), (0, 256)):
+        for cache in layout.CACHES:
+            ours = Attention(cache, False, past, new, options.threads)
+            stock = Attention("fp32", True, past, new, options.threads)
+            seconds = [
+                total / Attention.LAYERS for total in alternate([ours, stock], {}, options.seconds)
+            ]
+            row = {
+                "cache": cache, "past": past, "tokens": new, "leangen_s": seconds[0],
+                "stock_s": seconds[1], "ratio": seconds[1] / seconds[0],
+                "gb_per_s": ours.bytes / seconds[0] / 1e9, "stream_gb_per_s": stream,
+                "gmac_per_s": ours.macs / seconds[0] / 1e9,
+            }  # fmt: skip
+            rows.append(row)
+            if not options.json:
+                print(
+                    f"attention, cache {cache}, past {past:4} m {new:3}  {seconds[0] * 1e6:8.1f} us"
+                    f"  {row['gb_per_s']:5.1f} of {stream:5.1f} GB/s"
+                    f"  {row['gmac_per_s']:6.1f} GMAC/s  {row['ratio']:5.2f} x stock with fp32",
+                    flush=True,
+                )
     if options.json:
         found = {"variant": variant, "threads": options.threads, "rows": rows}
         print(json.dumps(found))

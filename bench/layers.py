@@ -2,9 +2,10 @@
 
     python bench/layers.py [--threads 2] [--context 256] [--prefill 256] [--json]
 
-The embedding is left out. Both sides run alternating in one process. Stock is the lossless rewrite
-that a portable bundle holds: MatMulNBits with zero point 8, plus the blocks' sums times the
-offsets.
+Prefill of one prompt, decoding of one sequence, and of several at once (leangen alone: what they
+cost over a single one). The embedding is left out. Both sides run alternating in one process. Stock
+is the lossless rewrite that a portable bundle holds: MatMulNBits with zero point 8, plus the
+blocks' sums times the offsets.
 """
 
 from __future__ import annotations
@@ -113,16 +114,16 @@ class Graph:
         flat = self.constant(f"{name}.flat", np.array([-1, WIDTH]))
         return self.node("Reshape", [y, flat], f"{name}.y")
 
-    def build(self, capacity: int) -> bytes:
+    def build(self, capacity: int, sequences: int) -> bytes:
         positions = np.outer(np.arange(capacity), 1e4 ** (-np.arange(HEAD // 2) / (HEAD // 2)))
         self.constant("cos", np.cos(positions).astype(np.float32))
         self.constant("sin", np.sin(positions).astype(np.float32))
         h = self.own_layers() if self.own else self.stock_layers()
         info, floats = helper.make_tensor_value_info, TensorProto.FLOAT
-        cache, batch = [1, KV_HEADS, capacity, HEAD], [1] if self.own else []
+        cache, batch = [sequences, KV_HEADS, capacity, HEAD], [sequences] if self.own else []
         inputs = [
             info("x", floats, [*batch, "new", WIDTH]), info("last", TensorProto.INT64, [1]),
-            info("seqlens", TensorProto.INT32, [1]), info("total", TensorProto.INT32, []),
+            info("seqlens", TensorProto.INT32, [sequences]), info("total", TensorProto.INT32, []),
         ]  # fmt: skip
         outputs = [info(h, floats, [*batch, "wanted", VOCAB])]
         for layer in range(LAYERS):
@@ -168,8 +169,10 @@ class Graph:
 class Runner:
     """One side's session, its caches bound so that they are updated in place."""
 
-    def __init__(self, own: bool, threads: int, capacity: int, spin_us: int) -> None:
-        self.own = own
+    def __init__(
+        self, own: bool, threads: int, capacity: int, spin_us: int, sequences: int = 1
+    ) -> None:
+        self.own, self.sequences = own, sequences
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
@@ -177,9 +180,9 @@ class Runner:
         options.register_custom_ops_library(str(leangen_kernels.library()))
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.onnx"
-            path.write_bytes(Graph(own).build(capacity))
+            path.write_bytes(Graph(own).build(capacity, sequences))
             self.session = ort.InferenceSession(str(path), options)
-        shape = (1, KV_HEADS, capacity, HEAD)
+        shape = (sequences, KV_HEADS, capacity, HEAD)
         self.caches = [
             ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32)) for _ in range(2 * LAYERS)
         ]
@@ -192,10 +195,14 @@ class Runner:
             self.binding.bind_ortvalue_output(outputs[1 + i], cache)
 
     def run(self, x: np.ndarray, past: int) -> tuple[np.ndarray, float]:
+        """Logits and seconds of new tokens [new, WIDTH], the same ones for every sequence."""
         total = past + len(x)
-        feeds = {"x": x[None] if self.own else x, "last": np.array([len(x) - 1]),
-                 "total": np.array(total, np.int32),
-                 "seqlens": np.array([total - 1], np.int32)}  # fmt: skip
+        feeds = {
+            "x": np.broadcast_to(x, (self.sequences, *x.shape)).copy() if self.own else x,
+            "last": np.array([len(x) - 1]),
+            "total": np.array(total, np.int32),
+            "seqlens": np.full(self.sequences, total - 1, np.int32),
+        }
         start = time.perf_counter()
         for name, value in feeds.items():
             self.binding.bind_cpu_input(name, value)
@@ -224,7 +231,16 @@ def measure(threads: int, context: int, prefill: int, spin_us: int, rounds: int)
             "leangen_tokens_per_s": new / ours, "stock_tokens_per_s": new / stock,
             "logits_relative_rms": float(apart),
         }  # fmt: skip
+    found["sequences_s"] = {n: batch_s(n, threads, context, spin_us, rounds) for n in (1, 2, 4, 8)}
     return found
+
+
+def batch_s(sequences: int, threads: int, context: int, spin_us: int, rounds: int) -> float:
+    """Median seconds to decode one token of each of some sequences at once."""
+    runner = Runner(True, threads, (context + 16) // 16 * 16, spin_us, sequences)
+    x = np.random.default_rng(1).standard_normal((1, WIDTH)).astype(np.float32)
+    runner.run(x, context)
+    return statistics.median(runner.run(x, context)[1] for _ in range(3 * rounds))
 
 
 def main() -> None:
@@ -250,6 +266,12 @@ def main() -> None:
             f"{name:8} leangen {side['leangen_tokens_per_s']:7.1f} tokens/s"
             f"  stock {side['stock_tokens_per_s']:7.1f}  ratio {side['ratio']:.2f}"
             f"  logits apart {side['logits_relative_rms']:.4f}"
+        )
+    alone = found["sequences_s"][1]
+    for sequences, seconds in found["sequences_s"].items():
+        print(
+            f"decode of {sequences} at once {sequences / seconds:7.1f} tokens/s"
+            f"  {seconds / alone:.2f} times one"
         )
 
 

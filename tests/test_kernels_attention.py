@@ -210,3 +210,10 @@ def test_bad_attributes_are_an_error():
         session(True, 3, 2)
     with pytest.raises(Exception, match="cache 'int4', expected fp32, fp16 or int8"):
         session(True, 4, 2, cache="int4")
+
+
+def test_a_cache_of_another_type_is_an_error(monkeypatch, rng):
+    monkeypatch.setitem(TYPES, "fp32", TensorProto.FLOAT16)
+    feeds = inputs(rng, 1, 3, 2, 1, 16, [3], "fp16")
+    with pytest.raises(Exception, match="past_key and past_value are not of the type"):
+        session(True, 2, 1, cache="fp32").run(None, feeds)

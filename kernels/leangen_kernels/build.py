@@ -67,7 +67,7 @@ def build(
     cache.mkdir(parents=True, exist_ok=True)
     objects = _objects(wanted, cache, digest, say)
     table = cache / f"table-{machine}-{digest}.inc"
-    table.write_text(_table(wanted))
+    table.write_text(_table(wanted, objects))
     folder.mkdir(parents=True, exist_ok=True)
     library = folder / LIBRARY
     unfinished = library.with_suffix(".new")
@@ -146,22 +146,28 @@ def _digest() -> str:
 
 
 def kernels() -> dict[str, tuple[Any, str]]:
-    """Name of every kernel -> what makes its function, and the C types of its arguments."""
+    """Name of every kernel of this process's variant -> its maker, C types of its arguments."""
     from leangen_kernels import attention, linear, rows
 
     return {**rows.kernels(), **linear.kernels(), **attention.kernels()}
 
 
-def _table(wanted: list[variants.Variant]) -> str:
+def _table(wanted: list[variants.Variant], objects: list[Path]) -> str:
     """C: declares the kernels of every variant, and a table of them by name."""
     lines, rows = [], []
-    for variant in wanted:
-        for name, (_, types) in kernels().items():
+    for variant, path in zip(wanted, objects, strict=True):
+        for line in _names(path).read_text().splitlines():
+            name, types = line.split()
             arguments = ", ".join(_TYPES[letter] for letter in types)
             symbol = f"leangen_{variant.name}_{name}"
             lines.append(f"int {symbol}(void *, void **, {arguments});")
             rows.append(f'  {{"{variant.name}", "{name}", (void (*)(void)){symbol}}},')
     return "\n".join([*lines, "static const struct entry entries[] = {", *rows, "};", ""])
+
+
+def _names(path: Path) -> Path:
+    """Beside an object: the names and types of its kernels, which differ between variants."""
+    return path.with_suffix(".txt")
 
 
 def compile_object(path: Path) -> None:
@@ -193,6 +199,8 @@ def compile_object(path: Path) -> None:
     ]
     if undefined:
         raise BuildError(f"the kernels need {', '.join(sorted(undefined))}")
+    names = "".join(f"{name} {types}\n" for name, (_, types) in kernels().items())
+    _names(path).write_text(names)
     unfinished = path.with_suffix(f".{os.getpid()}")
     unfinished.write_bytes(machine.emit_object(whole))
     unfinished.replace(path)

@@ -345,6 +345,10 @@ static Status create(const CustomOp *self, const void *api, const void *info, vo
              shapes[i][1]);
     op->tiles[i] = (Tile){shapes[i][0], shapes[i][1], leangen_kernels_find(variant, kernel_name)};
   }
+  if (!op->tiles[2].attend) {
+    free(op);
+    return fail("Attention: the library has no kernel %s", kernel_name);
+  }
   *kernel = op;
   return NULL;
 }

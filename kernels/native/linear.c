@@ -156,6 +156,10 @@ static Status create(const CustomOp *self, const void *api, const void *info, vo
     snprintf(name, sizeof name, "%s_%s_%d", kinds[floats], form->kernel, 1 << i);
     op->tiles[i] = leangen_kernels_find(variant, name);
   }
+  if (!op->tiles[0]) {
+    free(op);
+    return fail("Linear: the library has no kernels for form '%s'", form_name);
+  }
   *kernel = op;
   return NULL;
 }
@@ -274,8 +278,8 @@ static Status run(void *context, Job *job, void (*part)(void *, size_t), int64_t
 static Status multiply_all(void *context, Job *job, int64_t elements) {
   const Linear *op = job->op;
   int tile = 0;
-  while (tile + 1 < TILES && 1 << tile < job->tokens && op->tiles[tile + 1]) tile++;
-  while (!op->tiles[tile]) tile++;
+  for (int i = 1; i < TILES && 1 << (i - 1) < job->tokens; i++)
+    if (op->tiles[i]) tile = i;
   job->kernel = op->tiles[tile];
   job->tile = 1 << tile;
   int64_t padded = up_to(job->tokens, job->tile); /* what the last tile computes beyond is unused */
