@@ -54,12 +54,17 @@ def planes(codes: Array, bits: int) -> list[Array]:
     return [plane]
 
 
-def pairs_apart(codes: Array) -> Array:
-    """Codes with the first of each pair in the first half of the block, the second in the second.
+def pair_planes(packed: Packed) -> list[Array]:
+    """3-bit codes as a plane of 2 bits and one of 1, made from the bytes of their 4-bit layout.
 
-    Halves h0 | h1 << 4 of such codes are the bytes that `MatMulNBits` reads.
+    In such a byte, two codes fill bits 0-2 and 4-6. The first plane joins bits 0, 1, 4, 5 of a
+    block's first and second half, the second bits 2 and 6 of its four quarters.
     """
-    return np.concatenate([codes[..., 0::2], codes[..., 1::2]], axis=-1)
+    pairs = _low_first(padded(packed), 4)
+    first, second = np.split(pairs & 0x33, 2, axis=-1)
+    quarters = np.split((pairs & 0x44) >> 2, 4, axis=-1)
+    high = quarters[0] | quarters[1] << 1 | quarters[2] << 2 | quarters[3] << 3
+    return [first | second << 2, high]
 
 
 def _low_first(codes: Array, bits: int) -> Array:

@@ -140,7 +140,8 @@ class Treatments:
         if form.kind == "w8a8":
             around = {site.node.input[0], site.node.output[0]}
             return site.kind == "conv" and around <= self._ranges.keys()
-        if form.scheme == "bf16" and self._graph.opset < 13:
+        least = {"bf16": 13, "int3": 18 if form.kind == "matmul" else 0}.get(form.scheme, 0)
+        if self._graph.opset < least:
             return False
         if form.scheme == "fp16" and np.abs(self._graph.array(site.weight)).max() > 65504:
             return False
@@ -227,11 +228,11 @@ class Treatments:
     def _constant(self, name: str, value: Callable[[], Array]) -> str:
         return name if self._graph.has(name) else self._graph.add(name, value())
 
-    def _planes(self, stem: str, codes: Array, bits: int) -> list[str]:
-        """Constants that hold codes [n, blocks, size] in planes."""
-        names = [f"{stem}/plane{index}" for index in range(2 if bits == 3 else 1)]
+    def _planes(self, stem: str, make: Callable[[], list[Array]], count: int) -> list[str]:
+        """Constants that hold the planes of a weight's codes."""
+        names = [f"{stem}/plane{index}" for index in range(count)]
         if not self._graph.has(names[0]):
-            for name, plane in zip(names, packing.planes(codes, bits), strict=True):
+            for name, plane in zip(names, make(), strict=True):
                 self._graph.add(name, plane)
         return names
 
@@ -281,11 +282,12 @@ class Treatments:
             q = self._constant(f"{stem}/codes", lambda: _signed(blocks))
             nodes = [make("Cast", [q], centred, to=TensorProto.FLOAT)]
         elif form.scheme in _BNB_TYPES:
-            planes = self._planes(stem, blocks, bits)
+            planes = self._planes(stem, lambda: packing.planes(blocks, bits), 1)
             nodes, index = unpacking.codes(planes, bits, f"{label}/w", TensorProto.INT32, shared)
             nodes.append(make("Gather", [shared(schemes.get(form.scheme).TABLE), index], centred))
         else:
-            planes = self._planes(stem, blocks, bits)
+            count = 2 if bits == 3 else 1
+            planes = self._planes(stem, lambda: packing.planes(blocks, bits), count)
             nodes, wide = unpacking.codes(planes, bits, f"{label}/w", TensorProto.FLOAT, shared)
             zero = shared(np.float32(1 << (bits - 1)))
             if packed.zero_points is not None:
@@ -337,13 +339,9 @@ class Treatments:
         node, bits = site.node, form.code_bits
         nodes: list[NodeProto] = []
         if bits == 3:
-            codes = packing.pairs_apart(packing.padded(packed))
-            planes = self._planes(stem, codes, bits)
-            offset = 4 if packed.zero_points is None else 0
-            shared, bits = self._graph.add_shared, 4
-            nodes, q = unpacking.nibbles(
-                planes, 3, f"{node.name}/w", codes.shape[2], offset, shared
-            )
+            planes = self._planes(f"{stem}/pairs", lambda: packing.pair_planes(packed), 2)
+            centred, bits = packed.zero_points is None, 4
+            nodes, q = unpacking.nibbles(planes, f"{node.name}/w", centred, self._graph.add_shared)
         else:
             q = self._constant(f"{stem}/codes", lambda: packing.nbits_layout(packed))
         inputs = [node.input[0], q, self._constant(f"{stem}/scale", lambda: packed.scales)]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from onnx import NodeProto, TensorProto, helper
+from onnx import NodeProto, helper
 
 from leangen.schemes import Array
 
@@ -64,21 +64,40 @@ def codes(
 
 
 def nibbles(
-    planes: Sequence[str], bits: int, label: str, size: int, offset: int, shared: Shared
+    planes: Sequence[str], label: str, centred: bool, shared: Shared
 ) -> tuple[list[NodeProto], str]:
-    """Nodes that turn planes of codes set pairs apart into `MatMulNBits`' bytes of 4-bit codes.
+    """Nodes that turn 3-bit planes (`leangen.packing.pair_planes`) into 4-bit `MatMulNBits` bytes.
 
-    `size` is a block's; `offset` is added to each code, to move its middle to 8.
+    Bytes all the way, since ORT keeps what it folds until a graph is loaded. `centred` adds 4 to
+    each code, to move the middle from 4 to 8. Needs opset 18.
     """
-    nodes, wide = codes(planes, bits, label, TensorProto.INT32, shared)
-    first, second, high, both = (f"{label}/{x}" for x in ("first", "second", "high", "both"))
-    moved, packed = f"{label}/moved", f"{label}/nibbles"
-    halves = shared(np.array([size // 2, size // 2], np.int64))
-    nodes += [
-        helper.make_node("Split", [wide, halves], [first, second], f"{label}/Split", axis=-1),
-        node("Mul", [second, shared(np.int32(16))], high),
-        node("Add", [first, high], both),
-        node("Add", [both, shared(np.int32(offset * 17))], moved),
-        node("Cast", [moved], packed, to=TensorProto.UINT8),
+    made: list[NodeProto] = []
+
+    def put(op: str, inputs: Sequence[str], name: str, **options: Any) -> str:
+        output = f"{label}/{name}"
+        made.append(node(op, inputs, output, **options))
+        return output
+
+    def shifted(x: str, by: int, name: str) -> str:
+        if by == 0:
+            return x
+        amount = shared(np.uint8(abs(by)))
+        return put("BitShift", [x, amount], name, direction="LEFT" if by > 0 else "RIGHT")
+
+    low, high = shared(np.uint8(0x33)), shared(np.uint8(0x44))
+    lows = [
+        put("BitwiseAnd", [shifted(planes[0], by, f"low_shift{-by}"), low], f"low{-by}")
+        for by in (0, -2)
     ]
-    return nodes, packed
+    highs = [
+        put("BitwiseAnd", [shifted(planes[1], by, f"high_shift{by}"), high], f"high{by}")
+        for by in (2, 1, 0, -1)
+    ]
+    bytes_low = put("Concat", lows, "lows", axis=-1)
+    bytes_high = put("Concat", highs, "highs", axis=-1)
+    if centred:  # c + 4: bit 2 becomes bit 3, and its opposite bit 2
+        up = shifted(bytes_high, 1, "up")
+        opposite = put("BitwiseXor", [bytes_high, high], "opposite")
+        bytes_high = put("BitwiseOr", [up, opposite], "moved")
+    packed = put("BitwiseOr", [bytes_low, bytes_high], "nibbles")
+    return made, packed

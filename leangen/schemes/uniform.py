@@ -192,12 +192,14 @@ def _error(
     w: Floats, scale: Floats, unit: Floats, q_min: Any, q_max: Any, weighing: Floats | None
 ) -> tuple[Floats, Floats]:
     """Squared error per block in units of `unit`, and the codes with the zero point taken off."""
-    with np.errstate(over="ignore"):  # w / subnormal may overflow; the clip below handles it
+    # w / subnormal may overflow, which the clip handles; so may the error of too large a scale,
+    # which then is not the least.
+    with np.errstate(over="ignore"):
         q = w / scale[..., None]
-    np.rint(q, out=q)
-    np.clip(q, q_min, q_max, out=q)
-    rest = (q * scale[..., None] - w) / unit[..., None]
-    return _squares(rest, weighing), q
+        np.rint(q, out=q)
+        np.clip(q, q_min, q_max, out=q)
+        rest = (q * scale[..., None] - w) / unit[..., None]
+        return _squares(rest, weighing), q
 
 
 def _squares(rest: Floats, weighing: Floats | None) -> Floats:
