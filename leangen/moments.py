@@ -79,9 +79,7 @@ class Moments:
             model.SerializeToString(), options, providers=["CPUExecutionProvider"]
         )
         wanted = {entry.name for entry in session.get_inputs()}
-        moments = {
-            name: np.zeros((self._widths[name],) * 2, np.float32) for name in tensors
-        }
+        moments = {name: np.zeros((self._widths[name],) * 2, np.float32) for name in tensors}
         rows = dict.fromkeys(tensors, 0)
         for index, feed in enumerate(self._feeds, start=1):
             self._note(f"calibrating, {index} of {len(self._feeds)}")

@@ -14,18 +14,21 @@ from fnmatch import fnmatch
 from functools import partial
 from math import sqrt
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from leangen import calibrate, plan
+from leangen import calibrate, calibration_data, methods, plan, schemes
 from leangen.bundle import Bundle, create, open_bundle
 from leangen.calibrate import Feeds
 from leangen.console import Progress
-from leangen.errors import UnknownSchemeError
-from leangen.graph_edit import Graph
+from leangen.errors import RequestError, UnknownSchemeError
+from leangen.graph_edit import Array, Graph
+from leangen.moments import Moments
 from leangen.plan import Choice
 from leangen.precision import HALVES, Precision, parse
+from leangen.schemes import Packed
 from leangen.sites import Site, find_sites
-from leangen.treatments import Treatments, code_bits, round_to_nearest
+from leangen.treatments import Treatments, code_bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,14 +108,18 @@ def quantize(
     scheme: str,
     out: Path,
     *,
+    data: Path | None = None,
     replace: bool = False,
     progress: Progress | None = None,
 ) -> Bundle:
     """Write `bundle` in `scheme` (see `leangen.precision`) to folder `out` and open it.
 
-    The result is deterministic. Raises UnknownSchemeError for an unknown scheme, for a bundle that
-    is quantized already and for one without weights to quantize; StorageError when `out` exists
-    (unless `replace`) or the disk is full.
+    `data` is calibrated on where the recipe or the method needs any (`leangen.calibration_data`
+    says what it may be); without it, on what the model makes itself. The result is deterministic.
+
+    Raises UnknownSchemeError for an unknown scheme, for a bundle that is quantized already and for
+    one without weights to quantize; RequestError for data that does not fit; StorageError when
+    `out` exists (unless `replace`) or the disk is full.
     """
     precision = parse(scheme)
     if bundle.scheme != "fp32":
@@ -123,7 +130,7 @@ def quantize(
     report = progress or (lambda done, total, what: None)
     total = len(bundle.graphs) + 1
     report(0, total, "calibrating")
-    feeds, requests = _feeds(bundle)
+    feeds, requests = _feeds(bundle, precision, data)
     with create(out, replace=replace) as draft:
         planned = {}
         for done, role in enumerate(bundle.graphs, start=1):
@@ -135,7 +142,8 @@ def quantize(
             target = draft.folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
             results[role] = _write(planned[role], target)
-            results[role].relative_rmse = _rmse(bundle, role, target, feeds[role])
+            if _recipe(bundle).measured:
+                results[role].relative_rmse = _rmse(bundle, role, target, feeds[role])
         _copy_assets(bundle, draft.folder)
         draft.name, draft.family, draft.scheme = bundle.name, bundle.family, str(precision)
         draft.graphs, draft.config = dict(bundle.graphs), dict(bundle.config)
@@ -149,10 +157,18 @@ def quantize(
     return open_bundle(out)
 
 
-def _feeds(bundle: Bundle) -> tuple[dict[str, list[Feeds]], list[Any]]:
-    """Calibration feeds by graph role, where the recipe needs them, and the requests."""
-    if _recipe(bundle).measured:
-        return calibrate.record(bundle)
+def _feeds(
+    bundle: Bundle, precision: Precision, data: Path | None
+) -> tuple[dict[str, list[Feeds]], list[Any]]:
+    """Calibration feeds by graph role, where something needs them, and what they are."""
+    measured = _recipe(bundle).measured and precision.scheme not in HALVES
+    if measured or methods.get(precision.method).NEEDS_DATA:
+        return calibration_data.feeds(bundle, data)
+    if data is not None:
+        raise RequestError(
+            f"{precision} of {bundle.name} looks at no data: leave out --data, or add a method "
+            "such as --method gptq"
+        )
     return {role: [] for role in bundle.graphs}, []
 
 
@@ -179,6 +195,12 @@ def _plan(
     found = find_sites(graph)
     kept = {site.node.name: recipe.kept(site.node.name) for site in found}
     sites = [site for site in found if kept[site.node.name] is None]
+    method = methods.get(precision.method)
+    linear = {site.node.input[0]: site.columns for site in sites if site.kind == "linear"}
+    moments = Moments(bundle.graph(role), linear, feeds, note=note)
+    if method.NEEDS_DATA and feeds and hasattr(method, "prepare"):
+        method.prepare(graph, sites, moments, partial(_trial, precision))
+    rounding = partial(_round, method, moments if feeds else None)
     if recipe.measured and feeds and sites and precision.scheme not in HALVES:
         untouched = sum(parameters.values()) - sum(
             parameters[weight] for weight in {site.weight for site in found}
@@ -188,7 +210,7 @@ def _plan(
             sites,
             feeds,
             precision,
-            rounding=round_to_nearest,
+            rounding=rounding,
             untouched=untouched,
             activation_error=recipe.activation_error,
             weights_only=recipe.weights_only,
@@ -196,12 +218,43 @@ def _plan(
         )
     else:
         note(f"{len(sites)} layers")
-        treatments = Treatments(graph)
+        treatments = Treatments(graph, rounding=rounding)
         choices = plan.uniform(graph, sites, treatments, precision)
     for name, reason in kept.items():
         if reason is not None:
             choices[name] = Choice("fp32", reason)
     return _Planned(graph, sites, treatments, choices, parameters)
+
+
+def _round(
+    method: ModuleType,
+    moments: Moments | None,
+    site: Site,
+    w: Array,
+    scheme: ModuleType,
+    options: Mapping[str, Any],
+) -> Packed:
+    """Codes of a linear layer: by the method where bits are few, else to the nearest."""
+    packed: Packed
+    if scheme.BITS > 4 or (method.NEEDS_DATA and moments is None):
+        packed = scheme.quantize(w, **options)
+    else:
+        moment = moments[site.node.input[0]] if method.NEEDS_DATA and moments else None
+        packed = method.quantize(w, scheme, moment, **options)
+    return packed
+
+
+def _trial(precision: Precision, site: Site, w: Array, importance: Array) -> Array:
+    """A layer's weight as rounding would leave it, for methods that try."""
+    scheme = schemes.get(precision.scheme)
+    packed = scheme.quantize(
+        w,
+        block_size=precision.group or scheme.BLOCK,
+        asymmetric=precision.asymmetric,
+        importance=importance,
+    )
+    back: Array = scheme.dequantize(packed)
+    return back
 
 
 def _agree(planned: Collection[_Planned]) -> None:
