@@ -115,7 +115,7 @@ def _images(bundle: Bundle, data: Path) -> Found:
     images = _array(data) if data.is_file() else _pictures(data, shape, bundle.config.get("range"))
     if images.ndim != 4 or images.shape[1:] != shape or not len(images):
         raise RequestError(
-            f"{data} has shape {list(images.shape)}, expected images [n, c, h, w] with {list(shape)}"
+            f"{data} has shape {list(images.shape)}, expected images of shape {list(shape)}"
         )
     recorder = Recorder(bundle)
     steps = max(4, min(8, int(bundle.config["steps"])))

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from leangen.commands import export, verify
+from leangen.commands import export, quantize, verify
 
 
 class Module(Protocol):
@@ -20,4 +20,4 @@ class Module(Protocol):
         """Add the parser."""
 
 
-MODULES: tuple[Module, ...] = (export, verify)
+MODULES: tuple[Module, ...] = (export, quantize, verify)
