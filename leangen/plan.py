@@ -146,6 +146,19 @@ def measured(
     return treatments, choices
 
 
+def recorded(
+    graph: Graph, sites: Sequence[Site], feeds: Sequence[Feeds], plan: Mapping[str, str]
+) -> tuple[Treatments, dict[str, Choice]]:
+    """Treatments as `plan` has them by node; ranges are measured here."""
+    static = [site for site in sites if plan[site.node.name] == "w8a8"]
+    around = [name for site in static for name in (site.node.input[0], site.node.output[0])]
+    choices = {
+        site.node.name: Choice(plan[site.node.name], "by the plan recorded for this very graph")
+        for site in sites
+    }
+    return Treatments(graph, calibrate.ranges(graph, around, feeds)), choices
+
+
 def _eight_bits(sites: Sequence[Site], treatments: Treatments) -> dict[str, Choice]:
     choices = {}
     for site in sites:
@@ -204,12 +217,23 @@ def _low_bits(
     harm = probe.harm(list(small), allowed * _NEGLIGIBLE)
     by_name = {site.node.name: site for site in sites}
     order = sorted(small, key=lambda name: harm[name] / by_name[name].weights)
-    good = _most_within(order, allowed, probe.error)
-    bearable = _most_within(order, LOW_WORST**2, probe.error)
+    bits = _total_bits(by_name, treatments, choices)
+    needed = 0
+    while needed < len(order) and bits > budget:
+        site = by_name[order[needed]]
+        bits -= treatments.stored_bits(site, choices[order[needed]].treatment)
+        bits += treatments.stored_bits(site, low)
+        needed += 1
+    found = probe.error(order[:needed])
+    if found <= allowed:
+        count = _most_within(order, allowed, probe.error, fits=needed)
+    elif found <= LOW_WORST**2:
+        count = needed
+    else:
+        count = _most_within(order[: needed - 1], LOW_WORST**2, probe.error)
     for rank, name in enumerate(order):
         error = f"{sqrt(harm[name]):.1e} (relative RMSE)"
-        over = _total_bits(by_name, treatments, choices) > budget
-        if rank < good or (rank < bearable and over):
+        if rank < count:
             choices[name] = Choice(low, f"{code_bits(low)} bits alone change the output by {error}")
         else:
             choices[name] = Choice(
@@ -273,13 +297,13 @@ def _static(
 
 
 def _most_within(
-    order: Sequence[str], allowed: float, error: Callable[[Sequence[str]], float]
+    order: Sequence[str], allowed: float, error: Callable[[Sequence[str]], float], fits: int = 0
 ) -> int:
     """How many of the first nodes can be treated together with an error of at most `allowed`.
 
-    Errors of single nodes add up only roughly: they gave the order, and no more.
+    At least `fits`. Errors of single nodes add up only roughly: they gave the order, and no more.
     """
-    fits, fails = 0, len(order) + 1
+    fails = len(order) + 1
     while fails - fits > 1:
         count = (fits + fails) // 2
         if error(order[:count]) <= allowed:

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from leangen import calibrate, calibration_data, methods, plan, schemes
+from leangen import calibrate, calibration_data, methods, plan, recorded, schemes
 from leangen.bundle import Bundle, create, open_bundle
 from leangen.calibrate import Feeds
 from leangen.console import Progress
@@ -131,11 +131,12 @@ def quantize(
     total = len(bundle.graphs) + 1
     report(0, total, "calibrating")
     feeds, requests = _feeds(bundle, precision, data)
+    known = recorded.plan(bundle, precision) if data is None else None
     with create(out, replace=replace) as draft:
         planned = {}
         for done, role in enumerate(bundle.graphs, start=1):
             note = partial(_note, report, done, total, role)
-            planned[role] = _plan(bundle, role, precision, feeds[role], note)
+            planned[role] = _plan(bundle, role, precision, feeds[role], known, note)
         _agree(planned.values())
         results = {}
         for role, name in bundle.graphs.items():
@@ -187,6 +188,7 @@ def _plan(
     role: str,
     precision: Precision,
     feeds: Sequence[Feeds],
+    known: Mapping[str, str] | None,
     note: Callable[[str], None],
 ) -> _Planned:
     recipe = _recipe(bundle)
@@ -201,7 +203,12 @@ def _plan(
     if method.NEEDS_DATA and feeds and hasattr(method, "prepare"):
         method.prepare(graph, sites, moments, partial(_trial, precision))
     rounding = partial(_round, method, moments if feeds else None)
-    if recipe.measured and feeds and sites and precision.scheme not in HALVES:
+    if known is not None:
+        note(f"{len(sites)} layers by a recorded plan")
+        several = len(bundle.graphs) > 1
+        mine = {n: known[f"{role}:{n}" if several else n] for n in (s.node.name for s in sites)}
+        treatments, choices = plan.recorded(graph, sites, feeds, mine)
+    elif recipe.measured and feeds and sites and precision.scheme not in HALVES:
         untouched = sum(parameters.values()) - sum(
             parameters[weight] for weight in {site.weight for site in found}
         )
