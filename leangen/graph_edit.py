@@ -86,7 +86,8 @@ class Graph:
     @property
     def opset(self) -> int:
         """The version of the standard operators that it uses."""
-        return max(o.version for o in self.model.opset_import if o.domain in ("", "ai.onnx"))
+        standard = ("", "ai.onnx")
+        return max(int(o.version) for o in self.model.opset_import if o.domain in standard)
 
     def has(self, name: str) -> bool:
         """Whether `name` is a constant."""

@@ -100,6 +100,7 @@ def measured(
     rounding: Rounding,
     untouched: int,
     activation_error: float,
+    caution: float,
     weights_only: Callable[[str], str | None],
     note: Callable[[str], None],
 ) -> tuple[Treatments, dict[str, Choice]]:
@@ -107,6 +108,7 @@ def measured(
 
     `untouched` is the number of parameters too small to quantize: they weigh on the mean bits.
     `activation_error` is the relative RMSE of the graph's output that int8 arithmetic may add;
+    allowances for the rounding of weights are divided by `caution`;
     `weights_only` says why a node is to have none, or None. `note` is told what goes on.
     """
     around = [
@@ -123,13 +125,13 @@ def measured(
     budget: float | None = None
     if precision.scheme == "int8":
         note(f"8-bit weights, {len(sites)} layers")
-        _sixteen_bits(graph, sites, treatments, feeds, choices)
+        _sixteen_bits(graph, sites, treatments, feeds, choices, caution)
     else:
         low = f"w{precision.code}"
         weights = sum(site.weights for site in sites)
         budget = (code_bits(low) + LOW_EXTRA_BITS) * (weights + untouched) - 32.0 * untouched
         note(f"{precision.scheme} weights, trying {len(sites)} layers")
-        _low_bits(graph, sites, treatments, feeds, low, choices, budget)
+        _low_bits(graph, sites, treatments, feeds, low, choices, budget, caution)
         budget -= _total_bits(by_name, treatments, choices)
     rounded: dict[str, Site] = {}
     for name, site in by_name.items():
@@ -176,6 +178,7 @@ def _sixteen_bits(
     treatments: Treatments,
     feeds: Sequence[Feeds],
     choices: dict[str, Choice],
+    caution: float,
 ) -> None:
     """Turn the choices whose 8 bits harm the output most into 16 bits, where all together do."""
     small = {
@@ -184,7 +187,7 @@ def _sixteen_bits(
         if choices[site.node.name].treatment == "w8"
     }
     probe = Probe(graph, small, feeds)
-    allowed = INT8_ERROR**2
+    allowed = (INT8_ERROR / caution) ** 2
     if probe.error(small) <= allowed:
         return
     harm = probe.harm(list(small), allowed * _NEGLIGIBLE)
@@ -204,6 +207,7 @@ def _low_bits(
     low: str,
     choices: dict[str, Choice],
     budget: float,
+    caution: float,
 ) -> None:
     """Turn choices into the treatment `low`, but for nodes that harm the output most per bit saved.
 
@@ -213,7 +217,7 @@ def _low_bits(
         site.node.name: treatments.apply(site, low) for site in sites if treatments.fits(site, low)
     }
     probe = Probe(graph, small, feeds)
-    allowed = LOW_ERROR**2
+    allowed, worst = (LOW_ERROR / caution) ** 2, (LOW_WORST / caution) ** 2
     harm = probe.harm(list(small), allowed * _NEGLIGIBLE)
     by_name = {site.node.name: site for site in sites}
     order = sorted(small, key=lambda name: harm[name] / by_name[name].weights)
@@ -227,10 +231,10 @@ def _low_bits(
     found = probe.error(order[:needed])
     if found <= allowed:
         count = _most_within(order, allowed, probe.error, fits=needed)
-    elif found <= LOW_WORST**2:
+    elif found <= worst:
         count = needed
     else:
-        count = _most_within(order[: needed - 1], LOW_WORST**2, probe.error)
+        count = _most_within(order[: needed - 1], worst, probe.error)
     for rank, name in enumerate(order):
         error = f"{sqrt(harm[name]):.1e} (relative RMSE)"
         if rank < count:

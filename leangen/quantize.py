@@ -39,6 +39,8 @@ class Recipe:
     """Plan from calibration runs; else every layer of a kind is treated alike."""
     activation_error: float = 0.04
     """Relative RMSE that rounding activations to 8 bits may add to a graph's output."""
+    caution: float = 1.0
+    """Divides the relative RMSE that the rounding of weights may add to a graph's output."""
     keep_fp32: Mapping[str, str] = field(default_factory=dict)
     """Patterns of node names that stay fp32, with the reason."""
     fp32_activations: Mapping[str, str] = field(default_factory=dict)
@@ -57,7 +59,8 @@ class Recipe:
 RECIPES = {
     "language": Recipe(measured=False),
     "flow/density": Recipe(
-        fp32_activations={"*": "rounded activations shift a log-density by tenths of a nat"}
+        caution=2.5,
+        fp32_activations={"*": "rounded activations shift a log-density by tenths of a nat"},
     ),
     "flow/speech": Recipe(
         activation_error=0.1,
@@ -220,6 +223,7 @@ def _plan(
             rounding=rounding,
             untouched=untouched,
             activation_error=recipe.activation_error,
+            caution=recipe.caution,
             weights_only=recipe.weights_only,
             note=note,
         )

@@ -111,8 +111,8 @@ def _foldable(
         return len(readers.get(name, ())) == 1 and readers[name][0] is node
 
     for tensor in dict.fromkeys(site.node.input[0] for site in linear.values()):
-        node, consumers = made_by.get(tensor), readers[tensor]
-        if node is None or tensor in outputs:
+        producer, consumers = made_by.get(tensor), readers[tensor]
+        if producer is None or tensor in outputs:
             continue
         if not all(
             reader.name in linear
@@ -122,14 +122,14 @@ def _foldable(
         ):
             continue
         sources: list[Source] | None = None
-        if node.op_type in _NORMS:
-            names = [node.input[i] for i in _NORMS[node.op_type] if i < len(node.input)]
+        if producer.op_type in _NORMS:
+            names = [producer.input[i] for i in _NORMS[producer.op_type] if i < len(producer.input)]
             names = [name for name in names if name]
-            if all(graph.has(name) and only(name, node) for name in names):
+            if all(graph.has(name) and only(name, producer) for name in names):
                 sources = [(name, 0, slice(None)) for name in names]
-        elif node.op_type == "Mul":
-            for factor in node.input:
-                if only(factor, node) and factor not in outputs:
+        elif producer.op_type == "Mul":
+            for factor in producer.input:
+                if only(factor, producer) and factor not in outputs:
                     sources = sources or _rows(graph, factor, made_by, linear, only)
         if sources:
             yield tensor, [linear[reader.name] for reader in consumers], sources
