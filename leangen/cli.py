@@ -120,17 +120,6 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--from", dest="from_file", type=Path, metavar="WHEEL", help="a wheel at hand")
     sub.add_argument("--json", action="store_true")
 
-    sub = add(
-        "quantize",
-        quantize,
-        "Make a low-precision bundle from an fp32 one",
-        "leangen quantize terrain --scheme int8 -o terrain-int8",
-    )
-    sub.add_argument("bundle", metavar="MODEL")
-    sub.add_argument("--scheme", required=True, help="int8 or int4")
-    sub.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
-    sub.add_argument("--force", action="store_true", help="replace DIR")
-
     sub = add("meters", meters, "What energy sensors there are, or why not", "leangen meters")
     sub.add_argument(
         "action",
@@ -283,23 +272,6 @@ def pull(args: argparse.Namespace) -> int:
         )
     else:
         print(f"{bundle.name}:{bundle.scheme} {human_bytes(bundle.size_bytes)} {bundle.path}")
-    return 0
-
-
-def quantize(args: argparse.Namespace) -> int:
-    from leangen import quantize as quantizer
-    from leangen.store import Store
-
-    with progress_bar() as progress:
-        source = Store().resolve(args.bundle, notify=say, progress=progress)
-        bundle = quantizer.quantize(
-            source, args.scheme, args.output, replace=args.force, progress=progress
-        )
-    bits = bundle.quantization.get("bits_per_weight")
-    print(
-        f"{bundle.name}:{bundle.scheme} {human_bytes(bundle.size_bytes)}, "
-        f"{bits:.2f} bits a weight, {bundle.path}"
-    )
     return 0
 
 

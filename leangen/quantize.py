@@ -14,17 +14,21 @@ from fnmatch import fnmatch
 from functools import partial
 from math import sqrt
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from leangen import calibrate, plan, schemes
+from leangen import calibrate, calibration_data, methods, plan, recorded, schemes
 from leangen.bundle import Bundle, create, open_bundle
 from leangen.calibrate import Feeds
 from leangen.console import Progress
-from leangen.errors import UnknownSchemeError
-from leangen.graph_edit import Graph
+from leangen.errors import RequestError, UnknownSchemeError
+from leangen.graph_edit import Array, Graph
+from leangen.moments import Moments
 from leangen.plan import Choice
+from leangen.precision import HALVES, Precision, parse
+from leangen.schemes import Packed
 from leangen.sites import Site, find_sites
-from leangen.treatments import CODE_BITS, Treatments
+from leangen.treatments import Treatments, code_bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +39,8 @@ class Recipe:
     """Plan from calibration runs; else every layer of a kind is treated alike."""
     activation_error: float = 0.04
     """Relative RMSE that rounding activations to 8 bits may add to a graph's output."""
+    caution: float = 1.0
+    """Divides the relative RMSE that the rounding of weights may add to a graph's output."""
     keep_fp32: Mapping[str, str] = field(default_factory=dict)
     """Patterns of node names that stay fp32, with the reason."""
     fp32_activations: Mapping[str, str] = field(default_factory=dict)
@@ -53,7 +59,8 @@ class Recipe:
 RECIPES = {
     "language": Recipe(measured=False),
     "flow/density": Recipe(
-        fp32_activations={"*": "rounded activations shift a log-density by tenths of a nat"}
+        caution=2.0,
+        fp32_activations={"*": "rounded activations shift a log-density by tenths of a nat"},
     ),
     "flow/speech": Recipe(
         activation_error=0.1,
@@ -93,22 +100,31 @@ class _Result:
     weights: int
     relative_rmse: float | None = None
 
+    @property
+    def treated(self) -> bool:
+        """Whether any node took a low precision."""
+        return any(entry["treatment"] != "fp32" for entry in self.nodes.values())
+
 
 def quantize(
     bundle: Bundle,
     scheme: str,
     out: Path,
     *,
+    data: Path | None = None,
     replace: bool = False,
     progress: Progress | None = None,
 ) -> Bundle:
-    """Write `bundle` in `scheme` (`int8` or `int4`) to folder `out` and open it.
+    """Write `bundle` in `scheme` (see `leangen.precision`) to folder `out` and open it.
 
-    The result is deterministic. Raises UnknownSchemeError for an unknown scheme, for a bundle that
-    is quantized already and for one without weights to quantize; StorageError when `out` exists
-    (unless `replace`) or the disk is full.
+    `data` is calibrated on where the recipe or the method needs any (`leangen.calibration_data`
+    says what it may be); without it, on what the model makes itself. The result is deterministic.
+
+    Raises UnknownSchemeError for an unknown scheme, for a bundle that is quantized already and for
+    one without weights to quantize; RequestError for data that does not fit; StorageError when
+    `out` exists (unless `replace`) or the disk is full.
     """
-    schemes.get(scheme)
+    precision = parse(scheme)
     if bundle.scheme != "fp32":
         raise UnknownSchemeError(
             f"bundle {bundle.path} is {bundle.scheme} already, expected fp32: "
@@ -117,36 +133,46 @@ def quantize(
     report = progress or (lambda done, total, what: None)
     total = len(bundle.graphs) + 1
     report(0, total, "calibrating")
-    feeds, requests = _feeds(bundle)
+    feeds, requests = _feeds(bundle, precision, data)
+    known = recorded.plan(bundle, precision) if data is None else None
     with create(out, replace=replace) as draft:
         planned = {}
         for done, role in enumerate(bundle.graphs, start=1):
             note = partial(_note, report, done, total, role)
-            planned[role] = _plan(bundle, role, scheme, feeds[role], note)
+            planned[role] = _plan(bundle, role, precision, feeds[role], known, note)
         _agree(planned.values())
         results = {}
         for role, name in bundle.graphs.items():
             target = draft.folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
             results[role] = _write(planned[role], target)
-            results[role].relative_rmse = _rmse(bundle, role, target, feeds[role])
+            if _recipe(bundle).measured:
+                results[role].relative_rmse = _rmse(bundle, role, target, feeds[role])
         _copy_assets(bundle, draft.folder)
-        draft.name, draft.family, draft.scheme = bundle.name, bundle.family, scheme
+        draft.name, draft.family, draft.scheme = bundle.name, bundle.family, str(precision)
         draft.graphs, draft.config = dict(bundle.graphs), dict(bundle.config)
         draft.source = dict(bundle.source)
-        draft.quantization = _describe(scheme, results, requests)
-        if not draft.quantization["weights_8bit_or_fewer"]:
+        draft.quantization = _describe(str(precision), results, requests)
+        if not any(result.treated for result in results.values()):
             raise UnknownSchemeError(
-                f"{scheme} fits no weight of bundle {bundle.path}: use it as it is, in fp32"
+                f"{precision} fits no weight of bundle {bundle.path}: use it as it is, in fp32"
             )
     report(total, total, "done")
     return open_bundle(out)
 
 
-def _feeds(bundle: Bundle) -> tuple[dict[str, list[Feeds]], list[Any]]:
-    """Calibration feeds by graph role, where the recipe needs them, and the requests."""
-    if _recipe(bundle).measured:
-        return calibrate.record(bundle)
+def _feeds(
+    bundle: Bundle, precision: Precision, data: Path | None
+) -> tuple[dict[str, list[Feeds]], list[Any]]:
+    """Calibration feeds by graph role, where something needs them, and what they are."""
+    measured = _recipe(bundle).measured and precision.scheme not in HALVES
+    if measured or methods.get(precision.method).NEEDS_DATA:
+        return calibration_data.feeds(bundle, data)
+    if data is not None:
+        raise RequestError(
+            f"{precision} of {bundle.name} looks at no data: leave out --data, or add a method "
+            "such as --method gptq"
+        )
     return {role: [] for role in bundle.graphs}, []
 
 
@@ -161,7 +187,12 @@ def _note(report: Progress, done: int, total: int, role: str, what: str) -> None
 
 
 def _plan(
-    bundle: Bundle, role: str, scheme: str, feeds: Sequence[Feeds], note: Callable[[str], None]
+    bundle: Bundle,
+    role: str,
+    precision: Precision,
+    feeds: Sequence[Feeds],
+    known: Mapping[str, str] | None,
+    note: Callable[[str], None],
 ) -> _Planned:
     recipe = _recipe(bundle)
     graph = Graph(bundle.graph(role))
@@ -169,7 +200,18 @@ def _plan(
     found = find_sites(graph)
     kept = {site.node.name: recipe.kept(site.node.name) for site in found}
     sites = [site for site in found if kept[site.node.name] is None]
-    if recipe.measured and feeds and sites:
+    method = methods.get(precision.method)
+    linear = {site.node.input[0]: site.columns for site in sites if site.kind == "linear"}
+    moments = Moments(bundle.graph(role), linear, feeds, note=note)
+    if method.NEEDS_DATA and feeds and hasattr(method, "prepare"):
+        method.prepare(graph, sites, moments, partial(_trial, precision))
+    rounding = partial(_round, method, moments if feeds else None)
+    if known is not None:
+        note(f"{len(sites)} layers by a recorded plan")
+        several = len(bundle.graphs) > 1
+        mine = {n: known[f"{role}:{n}" if several else n] for n in (s.node.name for s in sites)}
+        treatments, choices = plan.recorded(graph, sites, feeds, mine)
+    elif recipe.measured and feeds and sites and precision.scheme not in HALVES:
         untouched = sum(parameters.values()) - sum(
             parameters[weight] for weight in {site.weight for site in found}
         )
@@ -177,20 +219,53 @@ def _plan(
             graph,
             sites,
             feeds,
-            scheme,
+            precision,
+            rounding=rounding,
             untouched=untouched,
             activation_error=recipe.activation_error,
+            caution=recipe.caution,
             weights_only=recipe.weights_only,
             note=note,
         )
     else:
         note(f"{len(sites)} layers")
-        treatments = Treatments(graph)
-        choices = plan.uniform(graph, sites, treatments, scheme)
+        treatments = Treatments(graph, rounding=rounding)
+        choices = plan.uniform(graph, sites, treatments, precision)
     for name, reason in kept.items():
         if reason is not None:
             choices[name] = Choice("fp32", reason)
     return _Planned(graph, sites, treatments, choices, parameters)
+
+
+def _round(
+    method: ModuleType,
+    moments: Moments | None,
+    site: Site,
+    w: Array,
+    scheme: ModuleType,
+    options: Mapping[str, Any],
+) -> Packed:
+    """Codes of a linear layer: by the method where bits are few, else to the nearest."""
+    packed: Packed
+    if scheme.BITS > 4 or (method.NEEDS_DATA and moments is None):
+        packed = scheme.quantize(w, **options)
+    else:
+        moment = moments[site.node.input[0]] if method.NEEDS_DATA and moments else None
+        packed = method.quantize(w, scheme, moment, **options)
+    return packed
+
+
+def _trial(precision: Precision, site: Site, w: Array, importance: Array) -> Array:
+    """A layer's weight as rounding would leave it, for methods that try."""
+    scheme = schemes.get(precision.scheme)
+    packed = scheme.quantize(
+        w,
+        block_size=precision.group or scheme.BLOCK,
+        asymmetric=precision.asymmetric,
+        importance=importance,
+    )
+    back: Array = scheme.dequantize(packed)
+    return back
 
 
 def _agree(planned: Collection[_Planned]) -> None:
@@ -198,15 +273,11 @@ def _agree(planned: Collection[_Planned]) -> None:
     best: dict[str, Choice] = {}
     for part in planned:
         for name, choice in part.choices.items():
-            if name not in best or _code_bits(choice) > _code_bits(best[name]):
+            if name not in best or code_bits(choice.treatment) > code_bits(best[name].treatment):
                 best[name] = choice
     for part in planned:
         for name in part.choices:
             part.choices[name] = best[name]
-
-
-def _code_bits(choice: Choice) -> int:
-    return CODE_BITS.get(choice.treatment, 32)
 
 
 def _write(part: _Planned, target: Path) -> _Result:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from leangen.commands import budget, doctor, export, ledger, metrics, report, verify
+from leangen.commands import budget, doctor, export, ledger, metrics, quantize, report, verify
 
 
 class Module(Protocol):
@@ -20,4 +20,13 @@ class Module(Protocol):
         """Add the parser."""
 
 
-MODULES: tuple[Module, ...] = (ledger, budget, report, metrics, export, verify, doctor)
+MODULES: tuple[Module, ...] = (
+    export,
+    quantize,
+    verify,
+    ledger,
+    budget,
+    report,
+    metrics,
+    doctor,
+)

@@ -101,6 +101,22 @@ def calibration_requests(session: Session) -> list[Request]:
     ]
 
 
+def show(session: Session, images: Array, *, levels: int) -> None:
+    """Run the graph on images [n, c, h, w] at the model's noise levels, once per level and image.
+
+    Images take turns over `levels` noise levels, spread from the highest to the lowest.
+    """
+    config = session.bundle.config
+    conditions = imaging.condition_feeds(config, {})
+    denoise, sigmas = _denoiser(session, conditions, levels)
+    rng = np.random.default_rng(imaging.CALIBRATION_SEED)
+    for index in range(max(levels, len(images))):
+        sigma = sigmas[index % levels]
+        image = images[index % len(images)][None]
+        noise = rng.standard_normal(image.shape, np.float32)
+        denoise(image + np.float32(sigma) * noise, sigma)
+
+
 def _denoiser(
     session: Session, conditions: Mapping[str, Any], steps: int
 ) -> tuple[Denoiser, list[float]]:
