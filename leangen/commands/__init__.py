@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from leangen.commands import eval as eval_
 from leangen.commands import verify
 
 
@@ -20,4 +21,4 @@ class Module(Protocol):
         """Add the parser."""
 
 
-MODULES: tuple[Module, ...] = (verify,)
+MODULES: tuple[Module, ...] = (eval_, verify)
