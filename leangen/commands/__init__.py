@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from leangen.commands import compare, verify
 from leangen.commands import eval as eval_
-from leangen.commands import verify
 
 
 class Module(Protocol):
@@ -21,4 +21,4 @@ class Module(Protocol):
         """Add the parser."""
 
 
-MODULES: tuple[Module, ...] = (eval_, verify)
+MODULES: tuple[Module, ...] = (compare, eval_, verify)
