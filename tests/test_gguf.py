@@ -130,5 +130,5 @@ def test_the_manifest_tells_what_the_bundle_is(tmp_path):
 def test_the_registry_finds_the_exporter(tmp_path):
     path = write(tmp_path / "no-extension", Tiny())
     assert exporters.find(path) is gguf
-    with pytest.raises(SourceError, match="is not a file"):
+    with pytest.raises(SourceError, match="there is no"):
         exporters.find(tmp_path / "missing.gguf")

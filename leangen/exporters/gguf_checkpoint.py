@@ -14,8 +14,8 @@ from gguf import quants
 
 from leangen.errors import SourceError, UnsupportedError
 from leangen.exporters import gguf_blocks
+from leangen.exporters.decoder import DecoderConfig, Matrix
 from leangen.exporters.gguf_blocks import Floats
-from leangen.exporters.llama import LlamaConfig, Matrix
 
 MAGIC = b"GGUF"
 ARCHITECTURE = "llama"
@@ -78,7 +78,7 @@ class GgufFile:
 
 
 class Checkpoint:
-    """The weights of a llama GGUF under the names of `llama.Weights`; checks them all first."""
+    """The weights of a llama GGUF under the names of `decoder.Weights`; checks them all first."""
 
     def __init__(self, file: GgufFile, *, keep_blocks: bool) -> None:
         self.file = file
@@ -106,7 +106,7 @@ class Checkpoint:
             return None
         return self._rotate_half(name, self._floats(tensor))
 
-    def inverse_frequencies(self) -> np.ndarray[Any, np.dtype[np.float64]]:
+    def inverse_frequencies(self, table: str) -> np.ndarray[Any, np.dtype[np.float64]]:
         """Radians per position [head_dim / 2]: base, linear scaling, llama-3 factors."""
         head_dim = self.config.head_dim
         base = float(self.file.hyper("rope.freq_base", 10000.0))
@@ -142,7 +142,7 @@ def _tensor_name(name: str) -> str:
     return f"blk.{layer}.{_LAYER[label]}"
 
 
-def read_config(file: GgufFile) -> LlamaConfig:
+def read_config(file: GgufFile) -> DecoderConfig:
     """The model's shape; UnsupportedError for another architecture or variants not built."""
     try:
         return _read_config(file)
@@ -152,7 +152,7 @@ def read_config(file: GgufFile) -> LlamaConfig:
         ) from error
 
 
-def _read_config(file: GgufFile) -> LlamaConfig:
+def _read_config(file: GgufFile) -> DecoderConfig:
     architecture = file.value("general.architecture")
     if architecture != ARCHITECTURE:
         raise UnsupportedError(
@@ -171,7 +171,7 @@ def _read_config(file: GgufFile) -> LlamaConfig:
         raise _unsupported(file, "values of another head size than the keys")
     if file.hyper("rope.dimension_count", head_dim) != head_dim:
         raise _unsupported(file, "rotation of a part of each head")
-    if head_dim % 8 or heads % kv_heads:
+    if head_dim % 16 or heads % kv_heads:
         raise _unsupported(file, f"{heads} heads of {head_dim} on {kv_heads} key heads")
     if file.metadata.get("split.count", 1) > 1:
         raise UnsupportedError(
@@ -185,16 +185,15 @@ def _read_config(file: GgufFile) -> LlamaConfig:
     scaling = file.hyper("rope.scaling.type", "none")
     if scaling not in ("none", "linear"):
         raise _unsupported(file, f"rope scaling of type {scaling!r}")
-    return LlamaConfig(
+    return DecoderConfig(
         layers=int(file.hyper("block_count")),
         width=width,
-        mlp_width=int(file.hyper("feed_forward_length")),
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
         vocab=len(file.value("tokenizer.ggml.tokens")),
         context=int(file.hyper("context_length")),
-        rms_epsilon=float(file.hyper("attention.layer_norm_rms_epsilon")),
+        epsilon=float(file.hyper("attention.layer_norm_rms_epsilon")),
         tied_head="output.weight" not in file.tensors,
     )
 
@@ -218,9 +217,9 @@ def _check_types(file: GgufFile) -> None:
         )
 
 
-def _check_tensors(file: GgufFile, config: LlamaConfig) -> None:
+def _check_tensors(file: GgufFile, config: DecoderConfig) -> None:
     """SourceError listing missing and wrongly shaped tensors; UnsupportedError for unknown ones."""
-    expected, optional = _expected_shapes(config)
+    expected, optional = _expected_shapes(config, int(file.hyper("feed_forward_length")))
     found = {name: tuple(map(int, tensor.shape[::-1])) for name, tensor in file.tensors.items()}
     known = expected | optional
     wrong = [f"{name} is missing" for name in expected if name not in found]
@@ -241,10 +240,10 @@ def _check_tensors(file: GgufFile, config: LlamaConfig) -> None:
 
 
 def _expected_shapes(
-    config: LlamaConfig,
+    config: DecoderConfig, mlp_width: int
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
     """Required and optional tensors with their shapes (rows first)."""
-    width, mlp, q = config.width, config.mlp_width, config.heads * config.head_dim
+    width, mlp, q = config.width, mlp_width, config.heads * config.head_dim
     kv = config.kv_heads * config.head_dim
     rows_columns = {
         "q": (q, width),
