@@ -23,6 +23,7 @@ _ALIGN = 4096
 _DTYPES = {
     np.dtype(np.float32): TensorProto.FLOAT,
     np.dtype(np.float16): TensorProto.FLOAT16,
+    helper.tensor_dtype_to_np_dtype(TensorProto.BFLOAT16): TensorProto.BFLOAT16,
     np.dtype(np.uint8): TensorProto.UINT8,
     np.dtype(np.int8): TensorProto.INT8,
     np.dtype(np.int32): TensorProto.INT32,
@@ -80,6 +81,11 @@ class Graph:
         self._stored = {tensor.name: tensor for tensor in self.model.graph.initializer}
         self._added: dict[str, Array] = {}
         self._shared: dict[bytes, str] = {}
+
+    @property
+    def opset(self) -> int:
+        """The version of the standard operators that it uses."""
+        return max(o.version for o in self.model.opset_import if o.domain in ("", "ai.onnx"))
 
     def has(self, name: str) -> bool:
         """Whether `name` is a constant."""
@@ -220,7 +226,7 @@ class Graph:
         if offset is None:
             file.write(b"\0" * (-file.tell() % _ALIGN))
             offset = file.tell()
-            file.write(np.ascontiguousarray(array).data)
+            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
             if stored is None:  # added arrays live on; a stored one's memory is used again
                 placed[memory] = offset
         tensor = TensorProto(name=name, data_type=dtype, dims=array.shape)

@@ -16,15 +16,16 @@ from math import sqrt
 from pathlib import Path
 from typing import Any
 
-from leangen import calibrate, plan, schemes
+from leangen import calibrate, plan
 from leangen.bundle import Bundle, create, open_bundle
 from leangen.calibrate import Feeds
 from leangen.console import Progress
 from leangen.errors import UnknownSchemeError
 from leangen.graph_edit import Graph
 from leangen.plan import Choice
+from leangen.precision import HALVES, Precision, parse
 from leangen.sites import Site, find_sites
-from leangen.treatments import CODE_BITS, Treatments
+from leangen.treatments import Treatments, code_bits, round_to_nearest
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +94,11 @@ class _Result:
     weights: int
     relative_rmse: float | None = None
 
+    @property
+    def treated(self) -> bool:
+        """Whether any node took a low precision."""
+        return any(entry["treatment"] != "fp32" for entry in self.nodes.values())
+
 
 def quantize(
     bundle: Bundle,
@@ -102,13 +108,13 @@ def quantize(
     replace: bool = False,
     progress: Progress | None = None,
 ) -> Bundle:
-    """Write `bundle` in `scheme` (`int8` or `int4`) to folder `out` and open it.
+    """Write `bundle` in `scheme` (see `leangen.precision`) to folder `out` and open it.
 
     The result is deterministic. Raises UnknownSchemeError for an unknown scheme, for a bundle that
     is quantized already and for one without weights to quantize; StorageError when `out` exists
     (unless `replace`) or the disk is full.
     """
-    schemes.get(scheme)
+    precision = parse(scheme)
     if bundle.scheme != "fp32":
         raise UnknownSchemeError(
             f"bundle {bundle.path} is {bundle.scheme} already, expected fp32: "
@@ -122,7 +128,7 @@ def quantize(
         planned = {}
         for done, role in enumerate(bundle.graphs, start=1):
             note = partial(_note, report, done, total, role)
-            planned[role] = _plan(bundle, role, scheme, feeds[role], note)
+            planned[role] = _plan(bundle, role, precision, feeds[role], note)
         _agree(planned.values())
         results = {}
         for role, name in bundle.graphs.items():
@@ -131,13 +137,13 @@ def quantize(
             results[role] = _write(planned[role], target)
             results[role].relative_rmse = _rmse(bundle, role, target, feeds[role])
         _copy_assets(bundle, draft.folder)
-        draft.name, draft.family, draft.scheme = bundle.name, bundle.family, scheme
+        draft.name, draft.family, draft.scheme = bundle.name, bundle.family, str(precision)
         draft.graphs, draft.config = dict(bundle.graphs), dict(bundle.config)
         draft.source = dict(bundle.source)
-        draft.quantization = _describe(scheme, results, requests)
-        if not draft.quantization["weights_8bit_or_fewer"]:
+        draft.quantization = _describe(str(precision), results, requests)
+        if not any(result.treated for result in results.values()):
             raise UnknownSchemeError(
-                f"{scheme} fits no weight of bundle {bundle.path}: use it as it is, in fp32"
+                f"{precision} fits no weight of bundle {bundle.path}: use it as it is, in fp32"
             )
     report(total, total, "done")
     return open_bundle(out)
@@ -161,7 +167,11 @@ def _note(report: Progress, done: int, total: int, role: str, what: str) -> None
 
 
 def _plan(
-    bundle: Bundle, role: str, scheme: str, feeds: Sequence[Feeds], note: Callable[[str], None]
+    bundle: Bundle,
+    role: str,
+    precision: Precision,
+    feeds: Sequence[Feeds],
+    note: Callable[[str], None],
 ) -> _Planned:
     recipe = _recipe(bundle)
     graph = Graph(bundle.graph(role))
@@ -169,7 +179,7 @@ def _plan(
     found = find_sites(graph)
     kept = {site.node.name: recipe.kept(site.node.name) for site in found}
     sites = [site for site in found if kept[site.node.name] is None]
-    if recipe.measured and feeds and sites:
+    if recipe.measured and feeds and sites and precision.scheme not in HALVES:
         untouched = sum(parameters.values()) - sum(
             parameters[weight] for weight in {site.weight for site in found}
         )
@@ -177,7 +187,8 @@ def _plan(
             graph,
             sites,
             feeds,
-            scheme,
+            precision,
+            rounding=round_to_nearest,
             untouched=untouched,
             activation_error=recipe.activation_error,
             weights_only=recipe.weights_only,
@@ -186,7 +197,7 @@ def _plan(
     else:
         note(f"{len(sites)} layers")
         treatments = Treatments(graph)
-        choices = plan.uniform(graph, sites, treatments, scheme)
+        choices = plan.uniform(graph, sites, treatments, precision)
     for name, reason in kept.items():
         if reason is not None:
             choices[name] = Choice("fp32", reason)
@@ -198,15 +209,11 @@ def _agree(planned: Collection[_Planned]) -> None:
     best: dict[str, Choice] = {}
     for part in planned:
         for name, choice in part.choices.items():
-            if name not in best or _code_bits(choice) > _code_bits(best[name]):
+            if name not in best or code_bits(choice.treatment) > code_bits(best[name].treatment):
                 best[name] = choice
     for part in planned:
         for name in part.choices:
             part.choices[name] = best[name]
-
-
-def _code_bits(choice: Choice) -> int:
-    return CODE_BITS.get(choice.treatment, 32)
 
 
 def _write(part: _Planned, target: Path) -> _Result:
