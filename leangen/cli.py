@@ -119,7 +119,9 @@ def _parser() -> argparse.ArgumentParser:
         "leangen quantize terrain --scheme int8 -o terrain-int8",
     )
     sub.add_argument("bundle", metavar="MODEL")
-    sub.add_argument("--scheme", required=True, help="int8 or int4")
+    how = sub.add_mutually_exclusive_group(required=True)
+    how.add_argument("--scheme", help="int8 or int4")
+    how.add_argument("--recipe", type=Path, metavar="FILE", help="replay what `leangen tune` found")
     sub.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
     sub.add_argument("--force", action="store_true", help="replace DIR")
 
@@ -356,13 +358,19 @@ def pull(args: argparse.Namespace) -> int:
 
 def quantize(args: argparse.Namespace) -> int:
     from leangen import quantize as quantizer
+    from leangen import recipe
     from leangen.store import Store
 
     with progress_bar() as progress:
         source = Store().resolve(args.bundle, notify=say, progress=progress)
-        bundle = quantizer.quantize(
-            source, args.scheme, args.output, replace=args.force, progress=progress
-        )
+        if args.recipe is not None:
+            bundle = quantizer.replay(
+                source, recipe.read(args.recipe), args.output, replace=args.force, progress=progress
+            )
+        else:
+            bundle = quantizer.quantize(
+                source, args.scheme, args.output, replace=args.force, progress=progress
+            )
     bits = bundle.quantization.get("bits_per_weight")
     print(
         f"{bundle.name}:{bundle.scheme} {human_bytes(bundle.size_bytes)}, "

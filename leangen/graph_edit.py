@@ -107,7 +107,8 @@ class Graph:
         """A constant's `TensorProto` data type; for arrays of other types than ONNX has, 0."""
         if name in self._added:
             return int(_DTYPES.get(self._added[name].dtype, 0))
-        return int(self._stored[name].data_type)
+        kind: int = self._stored[name].data_type
+        return kind
 
     def array(self, name: str) -> Array:
         """A constant's values; memory-mapped when they are external data."""

@@ -109,16 +109,10 @@ def measured(
     `activation_error` is the relative RMSE of the graph's output that int8 arithmetic may add;
     `weights_only` says why a node is to have none, or None. `note` is told what goes on.
     """
-    around = [
-        name
-        for site in sites
-        if site.kind in ("conv", "linear")
-        for name in (site.node.input[0], site.node.output[0])
-    ]
-    spans = calibrate.ranges(graph, around, feeds)
-    treatments = Treatments(graph, spans, rounding)
+    seen = spans(graph, sites, feeds)
+    treatments = Treatments(graph, seen, rounding)
     by_name = {site.node.name: site for site in sites}
-    work = {name: _multiply_adds(site, spans) for name, site in by_name.items()}
+    work = {name: _multiply_adds(site, seen) for name, site in by_name.items()}
     choices = _eight_bits(sites, treatments)
     budget: float | None = None
     if precision.scheme == "int8":
@@ -144,6 +138,17 @@ def measured(
         note(f"int8 arithmetic, trying {len(rounded)} layers")
         _static(graph, rounded, treatments, feeds, work, choices, budget, activation_error**2)
     return treatments, choices
+
+
+def spans(graph: Graph, sites: Sequence[Site], feeds: Sequence[Feeds]) -> dict[str, Range]:
+    """The range of every tensor around convolutions and linear layers, over the feeds."""
+    around = [
+        name
+        for site in sites
+        if site.kind in ("conv", "linear")
+        for name in (site.node.input[0], site.node.output[0])
+    ]
+    return calibrate.ranges(graph, around, feeds)
 
 
 def _eight_bits(sites: Sequence[Site], treatments: Treatments) -> dict[str, Choice]:

@@ -20,10 +20,11 @@ from leangen import calibrate, plan
 from leangen.bundle import Bundle, create, open_bundle
 from leangen.calibrate import Feeds
 from leangen.console import Progress
-from leangen.errors import UnknownSchemeError
+from leangen.errors import RequestError, UnknownSchemeError
 from leangen.graph_edit import Graph
 from leangen.plan import Choice
 from leangen.precision import HALVES, Precision, parse
+from leangen.recipe import SCHEME, NodeRecipe
 from leangen.sites import Site, find_sites
 from leangen.treatments import Treatments, code_bits, round_to_nearest
 
@@ -115,6 +116,81 @@ def quantize(
     (unless `replace`) or the disk is full.
     """
     precision = parse(scheme)
+
+    def planned(role: str, feeds: Sequence[Feeds], note: Callable[[str], None]) -> _Planned:
+        return _plan(bundle, role, precision, feeds, note)
+
+    return _make(bundle, str(precision), planned, out, replace, progress)
+
+
+def replay(
+    bundle: Bundle,
+    recipe: NodeRecipe,
+    out: Path,
+    *,
+    replace: bool = False,
+    progress: Progress | None = None,
+) -> Bundle:
+    """Write `bundle` as `recipe` says, node by node; the same bits every time.
+
+    Raises RequestError for a recipe of another model or with treatments that do not fit, and what
+    `quantize` raises.
+    """
+    recipe.check(bundle)
+    known = {node.name for role in bundle.graphs for node in Graph(bundle.graph(role)).nodes}
+    if strange := [node for node in recipe.nodes if node not in known]:
+        raise RequestError(
+            f"the model has no node {strange[0]!r}, which the recipe names: tune the model again"
+        )
+
+    def planned(role: str, feeds: Sequence[Feeds], note: Callable[[str], None]) -> _Planned:
+        note(f"{len(recipe.nodes)} layers by recipe")
+        graph, sites, treatments = prepared(bundle, role, feeds)
+        parameters = graph.float_parameters()
+        choices = {}
+        for site in sites:
+            wanted = recipe.nodes.get(site.node.name, "fp32")
+            if wanted != "fp32" and not _fits(treatments, site, wanted):
+                raise RequestError(
+                    f"the recipe gives {site.node.name!r} the treatment {wanted!r}, which does not "
+                    "fit it: tune the model again"
+                )
+            choices[site.node.name] = Choice(wanted, "by recipe")
+        return _Planned(graph, sites, treatments, choices, parameters)
+
+    return _make(bundle, SCHEME, planned, out, replace, progress)
+
+
+def prepared(
+    bundle: Bundle, role: str, feeds: Sequence[Feeds]
+) -> tuple[Graph, list[Site], Treatments]:
+    """A graph, the nodes that may be treated, and their treatments, calibrated on `feeds`."""
+    graph, kept = Graph(bundle.graph(role)), _recipe(bundle).kept
+    sites = [site for site in find_sites(graph) if kept(site.node.name) is None]
+    return graph, sites, Treatments(graph, plan.spans(graph, sites, feeds))
+
+
+def weights_only(bundle: Bundle, node: str) -> str | None:
+    """Why the family's recipe keeps a node's activations fp32, or None."""
+    return _recipe(bundle).weights_only(node)
+
+
+def _fits(treatments: Treatments, site: Site, treatment: str) -> bool:
+    try:
+        return treatments.fits(site, treatment)
+    except ValueError:  # no treatment at all
+        return False
+
+
+def _make(
+    bundle: Bundle,
+    scheme: str,
+    plan_of: Callable[[str, Sequence[Feeds], Callable[[str], None]], _Planned],
+    out: Path,
+    replace: bool,
+    progress: Progress | None,
+) -> Bundle:
+    """Write a bundle whose graphs `plan_of` (role, feeds, note) plans."""
     if bundle.scheme != "fp32":
         raise UnknownSchemeError(
             f"bundle {bundle.path} is {bundle.scheme} already, expected fp32: "
@@ -127,8 +203,7 @@ def quantize(
     with create(out, replace=replace) as draft:
         planned = {}
         for done, role in enumerate(bundle.graphs, start=1):
-            note = partial(_note, report, done, total, role)
-            planned[role] = _plan(bundle, role, precision, feeds[role], note)
+            planned[role] = plan_of(role, feeds[role], partial(_note, report, done, total, role))
         _agree(planned.values())
         results = {}
         for role, name in bundle.graphs.items():
@@ -137,13 +212,13 @@ def quantize(
             results[role] = _write(planned[role], target)
             results[role].relative_rmse = _rmse(bundle, role, target, feeds[role])
         _copy_assets(bundle, draft.folder)
-        draft.name, draft.family, draft.scheme = bundle.name, bundle.family, str(precision)
+        draft.name, draft.family, draft.scheme = bundle.name, bundle.family, scheme
         draft.graphs, draft.config = dict(bundle.graphs), dict(bundle.config)
         draft.source = dict(bundle.source)
-        draft.quantization = _describe(str(precision), results, requests)
+        draft.quantization = _describe(scheme, results, requests)
         if not any(result.treated for result in results.values()):
             raise UnknownSchemeError(
-                f"{precision} fits no weight of bundle {bundle.path}: use it as it is, in fp32"
+                f"{scheme} fits no weight of bundle {bundle.path}: use it as it is, in fp32"
             )
     report(total, total, "done")
     return open_bundle(out)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from leangen.commands import compare, export, lint, verify
+from leangen.commands import compare, export, lint, tune, verify
 from leangen.commands import eval as eval_
 
 
@@ -21,4 +21,4 @@ class Module(Protocol):
         """Add the parser."""
 
 
-MODULES: tuple[Module, ...] = (compare, eval_, export, lint, verify)
+MODULES: tuple[Module, ...] = (compare, eval_, export, lint, tune, verify)
