@@ -171,7 +171,7 @@ def test_energy_without_a_counter_is_time_and_says_so():
 
 
 def test_energy_is_read_from_a_counter(bundle, home, tmp_path, monkeypatch):
-    """A counter of 50 W: the joules of a node are 50 times its seconds."""
+    """A counter of 50 W: the joules of a node are at least 50 times its seconds."""
     script = tmp_path / "meter.py"
     script.write_text(
         "import time\nprint('# unit=J u=0.01 scope=wall')\n"
@@ -186,7 +186,8 @@ def test_energy_is_read_from_a_counter(bundle, home, tmp_path, monkeypatch):
     joules = costs.measure(bundle, inputs, found, aim, QUIET)
     seconds = costs.measure(bundle, inputs, found, costs.objective("latency"), QUIET)
     for name in found:
-        assert 50 / 4 < joules[name]["fp32"] / seconds[name]["fp32"] < 50 * 4
+        # A wall meter counts what the machine does meanwhile as well, so there is no tight top.
+        assert 25 * seconds[name]["fp32"] < joules[name]["fp32"] < 1
 
 
 def test_an_impossible_budget_says_the_best_reachable(bundle, home):

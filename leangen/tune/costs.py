@@ -171,7 +171,6 @@ def _joules(
     window = meters.begin(selection, aligned=True)
     for _ in range(repeats):
         session.run(None, feed)
-        meters.keep_up(window)
     windows = meters.end(window)
     spent = [one.energy_uj for one in windows]
     known = [energy_uj for energy_uj in spent if energy_uj is not None]
