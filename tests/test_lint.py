@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import onnx
@@ -236,6 +238,32 @@ def test_exact_fixes_only_leave_the_level_alone(tmp_path):
     path = hqq(tmp_path / "h.onnx")
     assert set(lint.mend(Graph(path), exact=True)) == {"float-zero-points"}
     assert set(lint.mend(Graph(path), exact=False)) == {"float-zero-points", "accuracy-level"}
+
+
+@pytest.mark.slow
+def test_on_a_file_of_onnxruntime_genais_builder(tmp_path):
+    """A tiny llama in fp16 for the CPU: the trap is found, timed and mended."""
+    pytest.importorskip("onnxruntime_genai")
+    torch, transformers = (pytest.importorskip(name) for name in ("torch", "transformers"))
+    from tokenizers import Tokenizer, models
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=300, max_position_embeddings=256,
+        bos_token_id=1, eos_token_id=2, pad_token_id=0, tie_word_embeddings=False,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "src")
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "b": 2}, unk_token="<unk>"))
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path / "src")
+    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", tmp_path / "src"]
+    command += ["-o", tmp_path / "out", "-p", "fp16", "-e", "cpu", "-c", tmp_path / "cache"]
+    subprocess.run(command, check=True, capture_output=True)
+    (found,) = lint.lint(tmp_path / "out" / "model.onnx", "genai", progress=QUIET)
+    assert found.rule.name == "fp16-on-cpu"
+    assert found.cost is not None
+    lint.fix_file(tmp_path / "out" / "model.onnx", tmp_path / "mended.onnx")
+    assert lint.lint(tmp_path / "mended.onnx", "genai", timed=False, progress=QUIET) == []
 
 
 def test_saturation_is_a_matter_of_the_cpu(tmp_path, monkeypatch):

@@ -109,7 +109,7 @@ def _extract(
         for name in dict.fromkeys(tensor_names(ordered))
         if name and name not in made and not graph.has(name)
     ]
-    shapes = {name: _shape(name, ordered, known) for name in needed}
+    shapes = {name: _shape(graph, name, ordered, known) for name in needed}
     rng = np.random.default_rng(0)
     feeds: dict[str, Array] = {}
     model = graph.proto()
@@ -139,13 +139,17 @@ def _extract(
 
 
 def _shape(
-    name: str, nodes: Sequence[NodeProto], known: Tensors
+    graph: Graph, name: str, nodes: Sequence[NodeProto], known: Tensors
 ) -> tuple[int, tuple[int, ...]] | None:
-    """Type and shape; the input of a MatMulNBits follows from its own attributes."""
+    """Type and shape; one row for a linear layer, whose weight says how long the row is."""
     for node in nodes:
-        if node.op_type == "MatMulNBits" and node.domain == MICROSOFT and node.input[0] == name:
+        if not node.input or node.input[0] != name:
+            continue
+        if node.op_type == "MatMulNBits" and node.domain == MICROSOFT:
             kind = known[name][0] if name in known else TensorProto.FLOAT
             return kind, (1, option(node, "K", 0))
+        if node.op_type == "MatMul" and graph.has(node.input[1]):
+            return graph.dtype(node.input[1]), (1, graph.shape(node.input[1])[0])
     return known.get(name)
 
 
