@@ -21,7 +21,7 @@ from leangen.bundle import Bundle, create, open_bundle
 from leangen.calibrate import Feeds
 from leangen.console import Progress
 from leangen.errors import RequestError, UnknownSchemeError
-from leangen.graph_edit import Graph
+from leangen.graph_edit import Graph, Range
 from leangen.plan import Choice
 from leangen.precision import HALVES, Precision, parse
 from leangen.recipe import SCHEME, NodeRecipe
@@ -130,11 +130,12 @@ def replay(
     *,
     replace: bool = False,
     progress: Progress | None = None,
+    calibration: Calibration | None = None,
 ) -> Bundle:
     """Write `bundle` as `recipe` says, node by node; the same bits every time.
 
-    Raises RequestError for a recipe of another model or with treatments that do not fit, and what
-    `quantize` raises.
+    calibration: of this bundle, where it is at hand already. Raises RequestError for a recipe of
+    another model or with treatments that do not fit, and what `quantize` raises.
     """
     recipe.check(bundle)
     known = {node.name for role in bundle.graphs for node in Graph(bundle.graph(role)).nodes}
@@ -143,9 +144,11 @@ def replay(
             f"the model has no node {strange[0]!r}, which the recipe names: tune the model again"
         )
 
+    known_inputs = calibration or Calibration(bundle)
+
     def planned(role: str, feeds: Sequence[Feeds], note: Callable[[str], None]) -> _Planned:
         note(f"{len(recipe.nodes)} layers by recipe")
-        graph, sites, treatments = prepared(bundle, role, feeds)
+        graph, sites, treatments = known_inputs.prepared(role)
         parameters = graph.float_parameters()
         choices = {}
         for site in sites:
@@ -158,16 +161,34 @@ def replay(
             choices[site.node.name] = Choice(wanted, "by recipe")
         return _Planned(graph, sites, treatments, choices, parameters)
 
-    return _make(bundle, SCHEME, planned, out, replace, progress)
+    inputs = known_inputs.feeds, known_inputs.requests
+    return _make(bundle, SCHEME, planned, out, replace, progress, inputs)
 
 
-def prepared(
-    bundle: Bundle, role: str, feeds: Sequence[Feeds]
-) -> tuple[Graph, list[Site], Treatments]:
-    """A graph, the nodes that may be treated, and their treatments, calibrated on `feeds`."""
+class Calibration:
+    """What calibration runs of a bundle gave, kept so that it can be quantized again and again."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.feeds, self.requests = _feeds(bundle)
+        self._bundle = bundle
+        self._spans: dict[str, Mapping[str, Range]] = {}
+
+    def spans(self, role: str) -> Mapping[str, Range]:
+        """The ranges of a graph's tensors around its convolutions and linear layers."""
+        if role not in self._spans:
+            graph, sites = _treatable(self._bundle, role)
+            self._spans[role] = plan.spans(graph, sites, self.feeds[role])
+        return self._spans[role]
+
+    def prepared(self, role: str) -> tuple[Graph, list[Site], Treatments]:
+        """A graph, the nodes that may be treated, and their treatments."""
+        graph, sites = _treatable(self._bundle, role)
+        return graph, sites, Treatments(graph, self.spans(role))
+
+
+def _treatable(bundle: Bundle, role: str) -> tuple[Graph, list[Site]]:
     graph, kept = Graph(bundle.graph(role)), _recipe(bundle).kept
-    sites = [site for site in find_sites(graph) if kept(site.node.name) is None]
-    return graph, sites, Treatments(graph, plan.spans(graph, sites, feeds))
+    return graph, [site for site in find_sites(graph) if kept(site.node.name) is None]
 
 
 def weights_only(bundle: Bundle, node: str) -> str | None:
@@ -189,8 +210,9 @@ def _make(
     out: Path,
     replace: bool,
     progress: Progress | None,
+    inputs: tuple[dict[str, list[Feeds]], list[Any]] | None = None,
 ) -> Bundle:
-    """Write a bundle whose graphs `plan_of` (role, feeds, note) plans."""
+    """Write a bundle whose graphs `plan_of` (role, feeds, note) plans; `inputs` as `_feeds`."""
     if bundle.scheme != "fp32":
         raise UnknownSchemeError(
             f"bundle {bundle.path} is {bundle.scheme} already, expected fp32: "
@@ -199,7 +221,7 @@ def _make(
     report = progress or (lambda done, total, what: None)
     total = len(bundle.graphs) + 1
     report(0, total, "calibrating")
-    feeds, requests = _feeds(bundle)
+    feeds, requests = inputs or _feeds(bundle)
     with create(out, replace=replace) as draft:
         planned = {}
         for done, role in enumerate(bundle.graphs, start=1):

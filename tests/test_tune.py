@@ -120,33 +120,35 @@ def test_replay_is_bit_for_bit(bundle, home, tmp_path):
 
 def test_sensitivities_are_measured_once(bundle, tmp_path, monkeypatch):
     home = tmp_path
-    first = harms.measure(bundle, home, QUIET)
+    first = harms.measure(bundle, quantize.Calibration(bundle), home, QUIET)
     monkeypatch.setattr(harms, "Probe", None)
-    assert harms.measure(bundle, home, QUIET) == first
+    assert harms.measure(bundle, quantize.Calibration(bundle), home, QUIET) == first
     assert set(first) >= {"/mid", "/deep", "/up"}
     assert first["/deep"]["w4"] > first["/deep"]["w8"] > first["/deep"]["w16"] >= 0
     (kept,) = (home / "tune").iterdir()
     kept.write_text("damaged")
     with pytest.raises(TypeError):
-        harms.measure(bundle, home, QUIET)  # measures again: the Probe is gone
+        harms.measure(
+            bundle, quantize.Calibration(bundle), home, QUIET
+        )  # measures again: the Probe is gone
 
 
 def test_harms_are_what_each_node_does_alone(bundle, home, tmp_path):
     """Against the graph written with that one node treated."""
     from leangen import calibrate
 
-    found = harms.measure(bundle, home, QUIET)
+    found = harms.measure(bundle, quantize.Calibration(bundle), home, QUIET)
     one = recipe.NodeRecipe(bundle.name, bundle.digest, {"/deep": "w4"})
     made = quantize.replay(bundle, one, tmp_path / "one")
-    (inputs,) = harms.feeds(bundle).values()
+    (inputs,) = quantize.Calibration(bundle).feeds.values()
     sessions = [calibrate.open_session(b.graph("model")) for b in (made, bundle)]
     error = calibrate.relative_error(*(s.run(None, dict(inputs[0])) for s in sessions))
     assert found["/deep"]["w4"] == pytest.approx(error, rel=1e-3)
 
 
 def test_size_is_what_is_stored(bundle, home):
-    found = harms.measure(bundle, home, QUIET)
-    inputs = harms.feeds(bundle)
+    found = harms.measure(bundle, quantize.Calibration(bundle), home, QUIET)
+    inputs = quantize.Calibration(bundle)
     bytes_of = costs.measure(bundle, inputs, found, costs.objective("size"), QUIET)
     assert bytes_of["/deep"]["fp32"] == 32 * 32 * 9 * 4
     assert bytes_of["/deep"]["w4"] < bytes_of["/deep"]["w8"] < bytes_of["/deep"]["w16"]
@@ -154,8 +156,10 @@ def test_size_is_what_is_stored(bundle, home):
 
 def test_time_is_of_the_node_alone(bundle, home, monkeypatch):
     monkeypatch.setattr(costs, "BUDGET_S", 0.0)
-    found = harms.measure(bundle, home, QUIET)
-    seconds = costs.measure(bundle, harms.feeds(bundle), found, costs.objective("latency"), QUIET)
+    found = harms.measure(bundle, quantize.Calibration(bundle), home, QUIET)
+    seconds = costs.measure(
+        bundle, quantize.Calibration(bundle), found, costs.objective("latency"), QUIET
+    )
     assert all(0 <= value < 1 for each in seconds.values() for value in each.values())
     assert seconds["/deep"]["w4"] == seconds["/deep"]["fp32"], "unpacked while loading"
     assert seconds["/deep"]["w8a8"] > 0
@@ -182,7 +186,7 @@ def test_energy_is_read_from_a_counter(bundle, home, tmp_path, monkeypatch):
     assert (aim.name, aim.unit) == ("energy", "J")
     monkeypatch.setattr(costs, "BUDGET_S", 0.02)
     found = {name: {} for name in ("/deep", "/mid")}
-    inputs = harms.feeds(bundle)
+    inputs = quantize.Calibration(bundle)
     joules = costs.measure(bundle, inputs, found, aim, QUIET)
     seconds = costs.measure(bundle, inputs, found, costs.objective("latency"), QUIET)
     for name in found:

@@ -125,8 +125,10 @@ def tune(
     if bundle.scheme != "fp32":
         raise RequestError(f"given {bundle.name}:{bundle.scheme}, expected the fp32 bundle to tune")
     aim = costs.objective(minimize, meter)
-    found = harms.measure(bundle, home, progress)
-    prices = costs.measure(bundle, harms.feeds(bundle), found, aim, progress)
+    progress(0, 0, "calibrating")
+    calibration = quantize.Calibration(bundle)
+    found = harms.measure(bundle, calibration, home, progress)
+    prices = costs.measure(bundle, calibration, found, aim, progress)
     table = {
         node: {t: Option(prices[node][t], harm) for t, harm in options.items()}
         for node, options in found.items()
@@ -136,7 +138,12 @@ def tune(
 
     def judge(solution: Solution) -> list[Measure]:
         with tempfile.TemporaryDirectory(prefix="leangen-") as folder:
-            made = quantize.replay(bundle, _recipe(bundle, solution), Path(folder) / "trial")
+            made = quantize.replay(
+                bundle,
+                _recipe(bundle, solution),
+                Path(folder) / "trial",
+                calibration=calibration,
+            )
             session = Session(made, threads=threads)
             return quality.measure(made, observed, quality.observe(session, observed, task))
 

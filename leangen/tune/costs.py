@@ -18,9 +18,8 @@ import numpy as np
 import onnxruntime as ort
 from onnx import NodeProto, TensorProto, helper
 
-from leangen import calibrate, clock, meters, plan, quantize
+from leangen import calibrate, clock, meters, quantize
 from leangen.bundle import Bundle
-from leangen.calibrate import Feeds
 from leangen.console import Progress
 from leangen.errors import RequestError
 from leangen.graph_edit import Array, Graph, Range, attributes
@@ -72,7 +71,7 @@ def objective(wanted: str, meter: str | None = None) -> Objective:
 
 def measure(
     bundle: Bundle,
-    inputs: Mapping[str, Sequence[Feeds]],
+    calibration: quantize.Calibration,
     harms: Harms,
     aim: Objective,
     progress: Progress,
@@ -80,8 +79,8 @@ def measure(
     """The cost of every treatment in `harms` and of fp32, summed over a bundle's graphs."""
     found: Costs = {}
     for role in bundle.graphs:
-        graph, sites, treatments = quantize.prepared(bundle, role, inputs[role])
-        spans = plan.spans(graph, sites, inputs[role]) if aim.name != "size" else {}
+        graph, sites, treatments = calibration.prepared(role)
+        spans = calibration.spans(role)
         embedded = {site.weight for site in sites if site.kind == "embedding"}
         known: dict[Any, float] = {}
         for done, site in enumerate(sites):

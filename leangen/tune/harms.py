@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
 
-from leangen import calibrate, quantize
+from leangen import quantize
 from leangen.bundle import Bundle
 from leangen.calibrate import Feeds
 from leangen.console import Progress
@@ -33,9 +33,9 @@ Harms = dict[str, dict[str, float]]
 
 TOKENS = 96
 """Of the text that a language model reads while its nodes are tried."""
-_FINEST = 4
-"""A group that does less harm than 1 / 4 of what a node does on average at the fewest bits is not
-looked into: its nodes share the figure."""
+_COARSE = 2
+"""A group of nodes that together does less harm than 2 nodes do on average at the fewest bits is
+not looked into: its nodes share the figure."""
 _LANGUAGE = ("matmul4", "matmul8", "w16")
 _FP32_ARITHMETIC = ("w4", "w8", "w16")
 _INT8_ARITHMETIC = ("w8a8", "matmul4", "matmul8")
@@ -54,56 +54,58 @@ def candidates(bundle: Bundle, site: Site, treatments: Treatments) -> list[str]:
     return [name for name in names if treatments.fits(site, name)]
 
 
-def feeds(bundle: Bundle) -> dict[str, list[Feeds]]:
+def feeds(bundle: Bundle, calibration: quantize.Calibration) -> Mapping[str, Sequence[Feeds]]:
     """Inputs of each graph."""
-    if bundle.family == "language":
-        return {"model": [_text_feed(bundle)]}
-    return calibrate.record(bundle)[0]
+    return {"model": [_text_feed(bundle)]} if bundle.family == "language" else calibration.feeds
 
 
-def measure(bundle: Bundle, home: Path, progress: Progress) -> Harms:
-    """The harm of every candidate, from `home` when it was measured before.
+def measure(
+    bundle: Bundle, calibration: quantize.Calibration, home: Path, progress: Progress
+) -> Harms:
+    """The harm of every candidate; what `home` has from before is not measured again.
 
-    Raises BundleError for a family that cannot be calibrated without data.
+    Every treatment is kept as soon as it is measured. Raises BundleError for a family that cannot
+    be calibrated without data.
     """
-    key = hashlib.sha256(f"{bundle.digest} {TOKENS} {_FINEST} 2".encode()).hexdigest()[:16]
+    key = hashlib.sha256(f"{bundle.digest} {TOKENS} {_COARSE}".encode()).hexdigest()[:16]
     path = home / "tune" / f"{bundle.name.replace('/', '_')}-{key}.json"
     try:
-        kept: Harms = json.loads(path.read_text(encoding="utf-8"))
-        return kept
+        kept: dict[str, dict[str, float]] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):  # not yet, or damaged: measure
-        pass
+        kept = {}
     found: Harms = {}
-    for role, inputs in feeds(bundle).items():
+    for role, inputs in feeds(bundle, calibration).items():
         if not inputs:
             raise BundleError(
                 f"{bundle.name} ({bundle.family}) makes no inputs for graph {role!r} by itself: "
                 "its nodes cannot be tried one by one"
             )
-        _measure_graph(bundle, role, inputs, found, progress)
-    write_atomic(path, json.dumps(found).encode())
+        graph, sites, treatments = calibration.prepared(role)
+        _only_logits(graph)
+        offered = {site.node.name: candidates(bundle, site, treatments) for site in sites}
+        names = sorted({name for each in offered.values() for name in each}, key=_order)
+        negligible = kept.get(f"{role} negligible", {}).get("", 0.0)
+        for done, treatment in enumerate(names):
+            part = f"{role} {treatment}"
+            if part not in kept:
+                chosen = [site for site in sites if treatment in offered[site.node.name]]
+                progress(done, len(names), f"{role}: trying {len(chosen)} nodes at {treatment}")
+                stand_ins = {site.node.name: treatments.apply(site, treatment) for site in chosen}
+                # One input puts the nodes in order; what they do together is checked end to end.
+                probe = Probe(graph, stand_ins, inputs[:1])
+                if not negligible:  # of the treatment of the fewest bits, which harms most
+                    negligible = _COARSE * probe.error(stand_ins) / len(stand_ins)
+                    kept[f"{role} negligible"] = {"": negligible}
+                kept[part] = isolate(list(stand_ins), probe.error, negligible)
+                write_atomic(path, json.dumps(kept).encode())
+            for node, harm in kept[part].items():
+                each = found.setdefault(node, {})
+                each[treatment] = each.get(treatment, 0.0) + max(harm, 0.0)
     return found
 
 
-def _measure_graph(
-    bundle: Bundle, role: str, inputs: Sequence[Feeds], found: Harms, progress: Progress
-) -> None:
-    graph, sites, treatments = quantize.prepared(bundle, role, inputs)
-    _only_logits(graph)
-    offered = {site.node.name: candidates(bundle, site, treatments) for site in sites}
-    names = list(dict.fromkeys(name for each in offered.values() for name in each))
-    negligible = 0.0
-    for done, treatment in enumerate(sorted(names, key=code_bits)):
-        chosen = [site for site in sites if treatment in offered[site.node.name]]
-        progress(done, len(names), f"{role}: {len(chosen)} nodes at {treatment}")
-        stand_ins = {site.node.name: treatments.apply(site, treatment) for site in chosen}
-        # One input puts the nodes in order; what they do together is checked end to end.
-        probe = Probe(graph, stand_ins, inputs[:1])
-        if not negligible:  # of the treatment with the fewest bits, which harms most
-            negligible = probe.error(stand_ins) / (_FINEST * len(stand_ins))
-        for node, value in isolate(list(stand_ins), probe.error, negligible).items():
-            each = found.setdefault(node, {})
-            each[treatment] = each.get(treatment, 0.0) + max(value, 0.0)
+def _order(treatment: str) -> tuple[int, str]:
+    return code_bits(treatment), treatment
 
 
 def _only_logits(graph: Graph) -> None:
