@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from image_models import denoiser
+from image_models import denoiser, model, value, weights
+from onnx import helper, save
 
 from leangen import quantize, recipe, tune
 from leangen.cli import main
@@ -267,3 +268,40 @@ def test_the_command(bundle, tmp_path, capsys):
         assert (folder / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
     assert main(["tune", str(folder), "--max-rmse", "0.1", "-o", str(tmp_path / "x.json")]) == 2
     assert "expected the fp32 bundle" in capsys.readouterr().err
+
+
+def tower(path, blocks=10):
+    """A denoiser of residual blocks, each of less weight than the one before."""
+    rng = np.random.default_rng(0)
+    constants = {"w_in": weights(rng, 32, 1, 3, 3), "w_out": weights(rng, 1, 32, 3, 3)}
+    nodes = [
+        helper.make_node("Div", ["noisy", "level"], ["x"]),
+        helper.make_node("Conv", ["x", "w_in"], ["h0"], "/in", pads=[1, 1, 1, 1]),
+        helper.make_node("Conv", [f"h{blocks}", "w_out"], ["denoised"], "/out", pads=[1, 1, 1, 1]),
+        helper.make_node("Unsqueeze", ["sigma", "axes"], ["level"]),
+    ]
+    constants["axes"] = np.array([1, 2, 3])
+    for n in range(blocks):
+        constants[f"w{n}"] = weights(rng, 32, 32, 3, 3) * 0.8**n
+        nodes += [
+            helper.make_node("Conv", [f"h{n}", f"w{n}"], [f"c{n}"], f"/b{n}", pads=[1, 1, 1, 1]),
+            helper.make_node("Relu", [f"c{n}"], [f"r{n}"]),
+            helper.make_node("Add", [f"h{n}", f"r{n}"], [f"h{n + 1}"]),
+        ]
+    nodes = [nodes[3], nodes[0], nodes[1], *nodes[4:], nodes[2]]
+    inputs = [value("noisy", ["b", 1, 16, 16]), value("sigma", ["b"])]
+    save(model(nodes, inputs, [value("denoised", ["b", 1, 16, 16])], constants), path)
+    return path
+
+
+def test_tuning_beats_every_uniform_scheme(home, tmp_path):
+    """At the geometric mean of int8's and int4's loss: 15% smaller than what meets it."""
+    bundle = onnx_file.export(tower(tmp_path / "t.onnx"), tmp_path / "bundle")
+    made = [quantize.quantize(bundle, scheme, tmp_path / scheme) for scheme in ("int8", "int4")]
+    losses = [measures[0].value for measures in tune.judge_others(bundle, made, TASK, QUIET)]
+    limit = float(np.sqrt(np.prod(losses)))
+    found = tuned(bundle, home, limit)
+    meeting = [
+        found.cost_of(each) for each, loss in zip(made, losses, strict=True) if loss <= limit
+    ]
+    assert found.solution.cost < 0.85 * min(meeting)

@@ -30,6 +30,8 @@ TRIALS = 6
 """End-to-end checks at most."""
 CLOSE = 0.94
 """A loss of this share of the budget is near enough to stop."""
+NARROW = 0.02
+"""The search ends when the budget of harm is known this well."""
 
 LIMITS: Mapping[str, Mapping[str, str]] = {
     "language": {"kl": "KL divergence", "nll": "log-perplexity change"},
@@ -199,36 +201,31 @@ def _search(
     harm = min(max(harm, low), high)
     best: tuple[Solution, list[Measure]] | None = None
     seen: dict[tuple[tuple[str, str], ...], float] = {}
-    trials = 0
-    while trials < TRIALS:
-        last = trials == TRIALS - 1 and best is None
-        solution = exact if last else solve.solve(table, harm) or exact
+    while len(seen) < TRIALS and high > low * (1 + NARROW):
+        solution = solve.solve(table, harm) or exact
         key = tuple(sorted(solution.choices.items()))
-        if key in seen:
-            break
-        trials += 1
-        progress(trials, TRIALS, f"checking end to end, trial {trials}")
-        measures = judge(solution)
-        loss = budget.loss(budget.measured(bundle, measures).value)
-        seen[key] = loss
-        if loss <= budget.most:
-            low = max(low, solution.harm)
-            if best is None or solution.cost < best[0].cost:
+        if key not in seen:
+            progress(len(seen), TRIALS, f"checking end to end, trial {len(seen) + 1}")
+            measures = judge(solution)
+            seen[key] = budget.loss(budget.measured(bundle, measures).value)
+            if seen[key] <= budget.most and (best is None or solution.cost < best[0].cost):
                 best = solution, measures
-            if loss >= CLOSE * budget.most or solution.harm >= worst:
-                break
+        loss = seen[key]
+        if loss > budget.most:
+            high = harm
+        elif loss >= CLOSE * budget.most or solution.harm >= worst:
+            break
         else:
-            high = min(high, solution.harm)
-            if solution is exact:
-                break
-        # one step along loss ~ harm^(1/power), kept inside what is known
-        step = solution.harm * (budget.most * 0.97 / max(loss, 1e-12)) ** power
-        harm = step if low < step < high else math.sqrt(max(low, high * 1e-4) * high)
-    if best is None and exact.choices not in [dict(key) for key in seen]:
+            low = harm
+        # one step along loss ~ harm^(1/power); halving (of the logarithm) where that leads nowhere
+        step = harm * (0.97 * budget.most / max(loss, 1e-12)) ** power
+        inside = low * (1 + NARROW) < step < high / (1 + NARROW)
+        harm = step if inside else math.sqrt(max(low, high * 1e-4) * high)
+    trials = len(seen)
+    if best is None:
         trials += 1
         measures = judge(exact)
-        loss = budget.loss(budget.measured(bundle, measures).value)
-        if loss <= budget.most:
+        if budget.loss(budget.measured(bundle, measures).value) <= budget.most:
             best = exact, measures
     if best is None:
         reached = budget.measured(bundle, measures)

@@ -36,8 +36,8 @@ TOKENS = 96
 _COARSE = 2
 """A group of nodes that together does less harm than 2 nodes do on average at the fewest bits is
 not looked into: its nodes share the figure."""
-_LANGUAGE = ("matmul4", "matmul8", "w16")
-_FP32_ARITHMETIC = ("w4", "w8", "w16")
+_LANGUAGE = ("matmul4", "matmul4-asym-g16", "matmul8", "w16")
+_FP32_ARITHMETIC = ("w4", "w4-asym-g16", "w8", "w16")
 _INT8_ARITHMETIC = ("w8a8", "matmul4", "matmul8")
 
 
