@@ -78,10 +78,15 @@ def log_mel_distance(a: Array, b: Array, sample_rate_hz: int) -> float:
     The sounds must be aligned, sample for sample: the same durations and the same noise. Raises
     RequestError when their lengths differ.
     """
+    check_aligned(a, b)
+    difference = log_mel(a, sample_rate_hz) - log_mel(b, sample_rate_hz)
+    return float(np.sqrt(np.mean(difference**2)))
+
+
+def check_aligned(a: Array, b: Array) -> None:
+    """RequestError unless two sounds have the same number of samples."""
     if np.size(a) != np.size(b):
         raise RequestError(
             f"cannot compare sounds of {np.size(a)} and {np.size(b)} samples: "
             "generate both with the same `durations`"
         )
-    difference = log_mel(a, sample_rate_hz) - log_mel(b, sample_rate_hz)
-    return float(np.sqrt(np.mean(difference**2)))

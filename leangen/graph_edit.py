@@ -105,6 +105,13 @@ class Graph:
             return bool(self._added[name].dtype.kind == "f")
         return bool(self._stored[name].data_type in (TensorProto.FLOAT, TensorProto.FLOAT16))
 
+    def dtype(self, name: str) -> int:
+        """A constant's `TensorProto` data type; for arrays of other types than ONNX has, 0."""
+        if name in self._added:
+            return int(_DTYPES.get(self._added[name].dtype, 0))
+        kind: int = self._stored[name].data_type
+        return kind
+
     def array(self, name: str) -> Array:
         """A constant's values; memory-mapped when they are external data and not rescaled."""
         array = self._read(name)

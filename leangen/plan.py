@@ -111,16 +111,10 @@ def measured(
     allowances for the rounding of weights are divided by `caution`;
     `weights_only` says why a node is to have none, or None. `note` is told what goes on.
     """
-    around = [
-        name
-        for site in sites
-        if site.kind in ("conv", "linear")
-        for name in (site.node.input[0], site.node.output[0])
-    ]
-    spans = calibrate.ranges(graph, around, feeds)
-    treatments = Treatments(graph, spans, rounding)
+    seen = spans(graph, sites, feeds)
+    treatments = Treatments(graph, seen, rounding)
     by_name = {site.node.name: site for site in sites}
-    work = {name: _multiply_adds(site, spans) for name, site in by_name.items()}
+    work = {name: _multiply_adds(site, seen) for name, site in by_name.items()}
     choices = _eight_bits(sites, treatments)
     budget: float | None = None
     if precision.scheme == "int8":
@@ -159,6 +153,17 @@ def recorded(
         for site in sites
     }
     return Treatments(graph, calibrate.ranges(graph, around, feeds)), choices
+
+
+def spans(graph: Graph, sites: Sequence[Site], feeds: Sequence[Feeds]) -> dict[str, Range]:
+    """The range of every tensor around convolutions and linear layers, over the feeds."""
+    around = [
+        name
+        for site in sites
+        if site.kind in ("conv", "linear")
+        for name in (site.node.input[0], site.node.output[0])
+    ]
+    return calibrate.ranges(graph, around, feeds)
 
 
 def _eight_bits(sites: Sequence[Site], treatments: Treatments) -> dict[str, Choice]:

@@ -10,7 +10,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from leangen.commands import budget, doctor, export, ledger, metrics, quantize, report, verify
+from leangen.commands import (
+    budget,
+    compare,
+    doctor,
+    export,
+    ledger,
+    lint,
+    metrics,
+    quantize,
+    report,
+    tune,
+    verify,
+)
+from leangen.commands import eval as eval_
 
 
 class Module(Protocol):
@@ -23,7 +36,11 @@ class Module(Protocol):
 MODULES: tuple[Module, ...] = (
     export,
     quantize,
+    tune,
+    lint,
     verify,
+    eval_,
+    compare,
     ledger,
     budget,
     report,

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from leangen.console import human_bytes, progress_bar, say
+from leangen.errors import RequestError
 
 
 def declare(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -18,9 +19,10 @@ def declare(add: Callable[..., argparse.ArgumentParser]) -> None:
         "leangen quantize smollm2-135m --scheme int4-g128 --method gptq -o smollm2-gptq",
     )
     sub.add_argument("bundle", metavar="MODEL")
-    sub.add_argument(
+    how = sub.add_mutually_exclusive_group(required=True)
+    how.add_argument("--recipe", type=Path, metavar="FILE", help="replay what `leangen tune` found")
+    how.add_argument(
         "--scheme",
-        required=True,
         metavar="SCHEME[-asym][-gN][-wo][-e4]",
         help="fp16, bf16, int8, int4, int3, int2, nf4 or fp4; -asym: zero points, -gN: weights to "
         "a scale, -wo: weights only, -e4: embedding and head at 4 bits too",
@@ -41,15 +43,30 @@ def declare(add: Callable[..., argparse.ArgumentParser]) -> None:
 def run(args: argparse.Namespace) -> int:
     """Quantize, and print what came of it."""
     from leangen import quantize as quantizer
+    from leangen import recipe
     from leangen.precision import parse
     from leangen.store import Store
 
-    precision = str(parse(args.scheme, method=args.method))  # before the work, not after it
+    # What was given is read before the work, not after it.
+    wanted = None if args.recipe is None else recipe.read(args.recipe)
+    precision = None if args.scheme is None else str(parse(args.scheme, method=args.method))
+    if wanted is not None and (args.method or args.data):
+        raise RequestError("--recipe says all: leave out --method and --data")
     with progress_bar() as progress:
         source = Store().resolve(args.bundle, notify=say, progress=progress)
-        bundle = quantizer.quantize(
-            source, precision, args.output, data=args.data, replace=args.force, progress=progress
-        )
+        if wanted is not None:
+            bundle = quantizer.replay(
+                source, wanted, args.output, replace=args.force, progress=progress
+            )
+        elif precision is not None:
+            bundle = quantizer.quantize(
+                source,
+                precision,
+                args.output,
+                data=args.data,
+                replace=args.force,
+                progress=progress,
+            )
     bits = bundle.quantization["bits_per_weight"]
     print(
         f"{bundle.name}:{bundle.scheme} {human_bytes(bundle.size_bytes)}, "

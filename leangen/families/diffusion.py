@@ -14,7 +14,7 @@ The bundle has one graph, `model`, and in its config
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,22 +72,32 @@ def prepare(session: Session) -> None:
 
 def run(session: Session, request: Request) -> Generator[Step, None, Output]:
     """Draw samples; one `denoise` step per sampler step, the last of a sample completing it."""
-    config = session.bundle.config
-    steps = config["steps"] if request.steps is None else request.steps
-    sampler = samplers.get(request.sampler or config["sampler"])
-    conditions = imaging.condition_feeds(config, request.conditions)
-    denoise, sigmas = _denoiser(session, conditions, steps)
-    shape = (1, *config["sample"]["shape"])
+    steps = _steps(session, request)
     drawn = []
     for index in range(request.count):
-        rng = imaging.generator(request.seed, index)
-        x = rng.standard_normal(shape, np.float32) * np.float32(sigmas[0])
-        trajectory = sampler.sample(denoise, x, sigmas, rng)
-        for step in range(1, steps + 1):
-            x = next(trajectory)
+        for step, x in enumerate(trajectory(session, request, index), start=1):
+            if step == steps:
+                drawn.append(x)
             yield Step(kind="denoise", units=float(step == steps))
-        drawn.append(x)
-    return Output(array=imaging.images(drawn), media=MEDIA, extra=imaging.rendering(config))
+    return Output(
+        array=imaging.images(drawn), media=MEDIA, extra=imaging.rendering(session.bundle.config)
+    )
+
+
+def trajectory(session: Session, request: Request, index: int = 0) -> Iterator[Array]:
+    """What each step leaves of sample `index`, [1, c, h, w]; the last is the sample."""
+    config = session.bundle.config
+    sampler = samplers.get(request.sampler or config["sampler"])
+    conditions = imaging.condition_feeds(config, request.conditions)
+    denoise, sigmas = _denoiser(session, conditions, _steps(session, request))
+    rng = imaging.generator(request.seed, index)
+    shape = (1, *config["sample"]["shape"])
+    x = rng.standard_normal(shape, np.float32) * np.float32(sigmas[0])
+    yield from sampler.sample(denoise, x, sigmas, rng)
+
+
+def _steps(session: Session, request: Request) -> int:
+    return int(session.bundle.config["steps"] if request.steps is None else request.steps)
 
 
 def calibration_requests(session: Session) -> list[Request]:
