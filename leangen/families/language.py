@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -132,18 +130,8 @@ def _check_messages(messages: Sequence[Mapping[str, str]]) -> None:
 
 
 def prepare(session: Session) -> None:
-    """Open the graph and read the tokenizer, side by side: each keeps one core busy for a while."""
-
-    def read() -> None:
-        with suppress(BundleError):  # raised below, in the caller's thread
-            tokenizer(session)
-
-    reading = Thread(target=read)
-    reading.start()
-    try:
-        session.graph("model")
-    finally:
-        reading.join()
+    """Open the graph and read the tokenizer."""
+    session.graph("model")
     tokenizer(session)
 
 
