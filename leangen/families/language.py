@@ -8,11 +8,9 @@ Keys of the bundle's config: `context_length`, `layers`, `kv_heads`, `head_dim`,
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from itertools import zip_longest
 from operator import eq
-from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -48,18 +46,8 @@ CONFIG_KEYS = (
 
 
 def prepare(session: Session) -> None:
-    """Open the graph and read the tokenizer, side by side: each keeps one core busy for a while."""
-
-    def read() -> None:
-        with suppress(BundleError):  # raised below, in the caller's thread
-            tokenizer(session)
-
-    reading = Thread(target=read)
-    reading.start()
-    try:
-        session.graph("model")
-    finally:
-        reading.join()
+    """Open the graph and read the tokenizer."""
+    session.graph("model")
     tokenizer(session)
 
 
