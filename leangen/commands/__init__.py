@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from leangen.commands import verify
+from leangen.commands import serve, verify
 
 
 class Module(Protocol):
@@ -20,4 +20,4 @@ class Module(Protocol):
         """Add the parser."""
 
 
-MODULES: tuple[Module, ...] = (verify,)
+MODULES: tuple[Module, ...] = (serve, verify)
