@@ -200,12 +200,26 @@ class Account:
         return max(0, now_ns - max(worker.since_ns, self._stretch_ns))
 
     def _settle(self) -> None:
-        """Look at the meters and share the stretch that ends here."""
+        """Look at the meters, and share the stretch that ends here."""
         now_ns = clock.monotonic_ns()
         under_way_ns = {worker: self._under_way(worker, now_ns) for worker in self._workers}
         times_ns = {w: w.busy_ns + under_way_ns[w] for w in self._workers}
-        if not any(times_ns.values()):
-            return
+        if any(times_ns.values()):
+            self._divide(now_ns, times_ns)
+        for worker in self._workers:
+            if any(worker.work.values()):
+                for index, shares in enumerate(self._shares):
+                    ended, worker.held[index] = largest_remainder(
+                        worker.held[index], [max(1, worker.busy_ns), under_way_ns[worker]]
+                    )
+                    shares.add(ended, worker.work)
+            worker.work.clear()
+            worker.busy_ns = 0
+        for tab in self._tabs:
+            meters.keep_up(tab.window)
+
+    def _divide(self, now_ns: int, times_ns: Mapping[Worker, int]) -> None:
+        """Look at the meters, and give each worker its part of the stretch to hold."""
         amounts = [*self._gains(), now_ns - self._stretch_ns]
         self.total_uj += sum(amounts[:-1])
         self.power_w = sum(amounts[:-1]) * 1e3 / max(1, amounts[-1])
@@ -215,17 +229,6 @@ class Account:
             parts = largest_remainder(amount, list(times_ns.values()))
             for worker, part in zip(times_ns, parts, strict=True):
                 worker.held[index] += part
-        for worker in self._workers:
-            if any(worker.work.values()):
-                for index, shares in enumerate(self._shares):
-                    ended, worker.held[index] = largest_remainder(
-                        worker.held[index], [max(1, worker.busy_ns), under_way_ns[worker]]
-                    )
-                    shares.add(ended, worker.work)
-                worker.work.clear()
-            worker.busy_ns = 0
-        for tab in self._tabs:
-            meters.keep_up(tab.window)
 
     def _gains(self) -> list[int]:
         """Microjoules of each meter since the last look; a fault is noted, and counts as 0."""
