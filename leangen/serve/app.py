@@ -45,7 +45,15 @@ def create(server: Server) -> FastAPI:
     app.include_router(text.router(server))
     app.include_router(media.router(server))
     _operations(app, server)
+    _name_models(app, list(server.models.by_name))
     return app
+
+
+def _name_models(app: FastAPI, names: list[str]) -> None:
+    """The schema says which models there are, so that generated clients and tests can name them."""
+    for body in app.openapi()["components"]["schemas"].values():
+        if "model" in body.get("properties", {}):
+            body["properties"]["model"]["enum"] = names
 
 
 def _operations(app: FastAPI, server: Server) -> None:

@@ -269,7 +269,13 @@ class ModelWorker:
 
     def _end(self, job: Job, output: Output | None) -> Finished | None:
         """Take a job off, and put what it cost on the account; None where it did nothing."""
-        engine, running = self._engine, self._running.pop(job)
+        try:
+            return self._billed(job, self._running[job], output)
+        finally:
+            del self._running[job]
+
+    def _billed(self, job: Job, running: _Running, output: Output | None) -> Finished | None:
+        engine = self._engine
         bill = self._account.close(running.tab)
         if not running.steps or engine is None:
             return None
