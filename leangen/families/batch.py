@@ -33,7 +33,7 @@ from leangen.session import Session
 CHUNK = 32
 """Prompt tokens per run: about as long as a decode step of a full batch."""
 _LEAST_ROWS = 2
-_COPIED = 64  # positions are copied in multiples of this, whatever a cache's inner layout groups
+_POSITIONS = 64  # a cache is sized and copied by these: kernels group its positions by up to 16
 
 
 class Sequence:
@@ -283,6 +283,10 @@ def _common(held: Items[int], prompt: Items[int]) -> int:
     return length
 
 
+def _whole(positions: int) -> int:
+    return -(-positions // _POSITIONS) * _POSITIONS
+
+
 class _Rows:
     """The caches of all rows, and a binding for each set of rows that runs together."""
 
@@ -292,6 +296,7 @@ class _Rows:
         self._graph = session.graph("model")
         self._vocab = config["vocab_size"]
         # Zeroed pages are the kernel's until written: rows that are not used take no memory.
+        capacity = _whole(capacity)
         shape = (config["layers"], 2, rows, config["kv_heads"], capacity, config["head_dim"])
         self._buffers = np.zeros(shape, np.float32)
         self._bindings: dict[tuple[int, int], _Binding] = {}
@@ -311,7 +316,7 @@ class _Rows:
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` tokens of a row."""
-        length = -(-length // _COPIED) * _COPIED
+        length = _whole(length)
         self._buffers[:, :, target, :, :length] = self._buffers[:, :, source, :, :length]
 
     def _binding(self, first: int, stop: int) -> _Binding:
