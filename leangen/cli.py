@@ -113,19 +113,6 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--json", action="store_true")
 
     sub = add(
-        "export",
-        export,
-        "Turn a GGUF, a Piper voice, a pzflow file or a plain ONNX into a bundle",
-        "leangen export voice.onnx -o my-voice",
-    )
-    sub.add_argument("source", type=Path)
-    sub.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
-    sub.add_argument("--name", help="name in the manifest; default: the file's")
-    sub.add_argument("--form", choices=("fp32", "gguf"), help="GGUF: dequantized, or bit for bit")
-    sub.add_argument("--family", choices=("diffusion", "oneshot"), help="plain ONNX: what it is")
-    sub.add_argument("--force", action="store_true", help="replace DIR")
-
-    sub = add(
         "quantize",
         quantize,
         "Make a low-precision bundle from an fp32 one",
@@ -364,19 +351,6 @@ def pull(args: argparse.Namespace) -> int:
         )
     else:
         print(f"{bundle.name}:{bundle.scheme} {human_bytes(bundle.size_bytes)} {bundle.path}")
-    return 0
-
-
-def export(args: argparse.Namespace) -> int:
-    from leangen import exporters
-
-    options = {
-        name: getattr(args, name) for name in ("form", "family") if getattr(args, name) is not None
-    }
-    bundle = exporters.export(
-        args.source, args.output, name=args.name, replace=args.force, **options
-    )
-    print(f"{bundle.name}:{bundle.scheme} {human_bytes(bundle.size_bytes)} {bundle.path}")
     return 0
 
 

@@ -65,12 +65,12 @@ def transformers_logits(path, tokens):
         transformers.LlamaConfig(
             vocab_size=config.vocab,
             hidden_size=config.width,
-            intermediate_size=config.mlp_width,
+            intermediate_size=file.hyper("feed_forward_length"),
             num_hidden_layers=config.layers,
             num_attention_heads=config.heads,
             num_key_value_heads=config.kv_heads,
             head_dim=config.head_dim,
-            rms_norm_eps=config.rms_epsilon,
+            rms_norm_eps=config.epsilon,
             tie_word_embeddings=config.tied_head,
             attention_bias=biased,
             mlp_bias=biased,
@@ -101,7 +101,7 @@ def transformers_logits(path, tokens):
                 state[f"{key}.bias"] = weights.bias(name)
     model.load_state_dict({k: torch.from_numpy(np.array(v)) for k, v in state.items()})
     model = model.double().eval()
-    model.model.rotary_emb.inv_freq = torch.from_numpy(weights.inverse_frequencies())
+    model.model.rotary_emb.inv_freq = torch.from_numpy(weights.inverse_frequencies("rope"))
     with torch.no_grad():
         return model(torch.tensor([tokens])).logits[0].numpy()
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from leangen.commands import serve, verify
+from leangen.commands import export, serve, verify
 
 
 class Module(Protocol):
@@ -20,4 +20,4 @@ class Module(Protocol):
         """Add the parser."""
 
 
-MODULES: tuple[Module, ...] = (serve, verify)
+MODULES: tuple[Module, ...] = (export, serve, verify)

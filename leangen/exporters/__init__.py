@@ -1,8 +1,8 @@
-"""The exporters: one module per kind of source file, each making a bundle of it.
+"""The exporters: one module per kind of source, each making a bundle of it.
 
 An exporter is one module with
 
-    accepts(path) -> bool        whether the file looks like its kind: magic bytes, extension
+    accepts(path) -> bool        whether file or folder looks like its kind: magic bytes, extension
     export(path, out, *, name=None, source=None, replace=False, **options) -> Bundle
 
 `export` writes through `bundle.create`, so `out` appears whole or not at all. `source` says where
@@ -16,24 +16,28 @@ from importlib import import_module
 from inspect import signature
 from pathlib import Path
 from types import ModuleType
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from leangen.bundle import Bundle
 from leangen.errors import RequestError, SourceError
+
+if TYPE_CHECKING:
+    from leangen.exporters.transformers_check import Difference
 
 EXPORTERS = {
     "gguf": "leangen.exporters.gguf",
     "piper": "leangen.exporters.piper",
     "pzflow": "leangen.exporters.pzflow",
     "onnx": "leangen.exporters.onnx_file",
+    "transformers": "leangen.exporters.transformers_lm",
 }
 """Modules by kind, the more particular first: a Piper voice is an ONNX file too."""
 
 
 def find(path: Path) -> ModuleType:
-    """The exporter of the file at `path`; SourceError when there is no file, or none accepts it."""
-    if not path.is_file():
-        raise SourceError(f"{path} is not a file: give the path of a model file to export")
+    """The exporter of what is at `path`; SourceError when there is nothing, or none accepts it."""
+    if not path.exists():
+        raise SourceError(f"there is no {path}: give the path of a model to export")
     for module_name in EXPORTERS.values():
         module = import_module(module_name)
         if module.accepts(path):
@@ -62,3 +66,16 @@ def export(
         if option not in taken:
             raise RequestError(f"--{option} does not apply to {path.name}: leave it out")
     return cast(Bundle, module.export(path, out, name=name, replace=replace, **options))
+
+
+def check(path: Path, bundle: Bundle) -> list[Difference]:
+    """Compare `bundle` with torch's result for the source at `path` that it was exported from.
+
+    Raises RequestError for sources that torch does not run.
+    """
+    module = find(path)
+    if not hasattr(module, "check"):
+        raise RequestError(
+            f"--check compares with torch, which does not run {path.name}: leave it out"
+        )
+    return cast("list[Difference]", module.check(path, bundle))

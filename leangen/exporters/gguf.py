@@ -1,4 +1,4 @@
-"""GGUF files of the llama architecture to a language bundle.
+"""GGUF files of language models to a language bundle.
 
 Two forms of the same weights: `fp32` dequantizes them, `gguf` carries the low-bit blocks over bit
 for bit (see `gguf_blocks`).
@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 from leangen.bundle import Bundle, create, open_bundle, sha256_file
 from leangen.errors import UnsupportedError
 from leangen.exporters import gguf_tokenizer, llm_graph
-from leangen.exporters.gguf_checkpoint import ARCHITECTURE, MAGIC, Checkpoint, GgufFile
+from leangen.exporters.gguf_checkpoint import MAGIC, Checkpoint, GgufFile
 
 Form = Literal["fp32", "gguf"]
 
@@ -53,7 +53,7 @@ def export(
         draft.graphs["model"] = "model.onnx"
         nodes = llm_graph.write(draft.folder, config, checkpoint)
         draft.config = {
-            "architecture": ARCHITECTURE,
+            "architecture": file.architecture,
             "context_length": config.context,
             "layers": config.layers,
             "kv_heads": config.kv_heads,

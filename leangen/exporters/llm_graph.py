@@ -1,4 +1,4 @@
-"""The ONNX graph of a llama-shaped decoder: RMS norms, rotary attention, gated SiLU MLP.
+"""The ONNX graph of a decoder-only language model, as a `DecoderConfig` describes it.
 
 One run takes `new` tokens of each sequence, whose earlier tokens are in the cache:
 
@@ -17,21 +17,20 @@ is what lets one `Gemm` both multiply and add.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from onnx import TensorProto, ValueInfoProto, helper
 
-from leangen.exporters.gguf_blocks import Blocks, Floats, stack
-from leangen.exporters.llama import LlamaConfig, Matrix, Weights
+from leangen.exporters.decoder import DecoderConfig, Weights
+from leangen.exporters.gguf_blocks import Blocks
+from leangen.exporters.llm_linear import Linears
+from leangen.exporters.llm_mlp import Mlps
 from leangen.exporters.onnx_writer import GraphWriter
 
-INT8_ACTIVATIONS, FP32_ACTIVATIONS = 4, 1  # MatMulNBits' accuracy_level
 
-
-def write(folder: Path, config: LlamaConfig, weights: Weights) -> dict[str, dict[str, Any]]:
+def write(folder: Path, config: DecoderConfig, weights: Weights) -> dict[str, dict[str, Any]]:
     """Write `model.onnx` and `model.onnx.data` into `folder`.
 
     Returns, for each node that holds a weight matrix, its form, its bits per weight, how many
@@ -40,37 +39,47 @@ def write(folder: Path, config: LlamaConfig, weights: Weights) -> dict[str, dict
     with GraphWriter(folder) as writer:
         graph = _Graph(writer, config, weights)
         graph.build()
-        return graph.held
+        return graph.linears.held
 
 
 class _Graph:
-    def __init__(self, writer: GraphWriter, config: LlamaConfig, weights: Weights) -> None:
+    def __init__(self, writer: GraphWriter, config: DecoderConfig, weights: Weights) -> None:
         self.writer = writer
         self.config = config
         self.weights = weights
-        self.held: dict[str, dict[str, Any]] = {}
+        # Rounding in the last layer's MLP meets the logits raw: int8 activations everywhere but
+        # there take a fifth off the KL divergence of SmolLM2-135M and cost too little to measure.
+        self.linears = Linears(writer, weights, exact=f"/layers.{config.layers - 1}/mlp/")
+        self.mlps = Mlps(config, self.linears)
 
     def build(self) -> None:
         config, node = self.config, self.writer.node
         self._shapes_and_rotations()
-        residual = self._embed()
-        gain = self._gain("layers.0.attn_norm")
-        x = node("RMSNormalization", "/layers.0/attn_norm", [residual, gain], **self._epsilon())
+        residual, y = self._embed(), ""
         for layer in range(config.layers):
-            last = layer == config.layers - 1
+            path = f"layers.{layer}"
+            x, residual = self._enter(f"{path}.attn_norm", y, residual)
             y = self._attention(layer, x)
-            if last:  # nothing after attention mixes positions, so drop the unwanted ones here
+            if layer == config.layers - 1:
+                # Nothing after attention mixes positions, so drop the unwanted ones here.
                 y = node("Slice", "/wanted/attended", [y, "logits_from", "end", "axis_1"])
                 residual = node("Reshape", "/wanted/unflat", [residual, "batched"])
                 residual = node("Slice", "/wanted", [residual, "logits_from", "end", "axis_1"])
                 residual = node("Reshape", "/wanted/flat", [residual, "flat"])
-            y = node("Reshape", f"/layers.{layer}/attn/flat", [y, "flat_heads"])
-            y = self._linear(f"layers.{layer}", "attn", y, ["o"])
-            x, residual = self._add_norm(f"layers.{layer}.mlp_norm", y, residual)
-            y = self._mlp(layer, x)
-            gain = "norm" if last else f"layers.{layer + 1}.attn_norm"
-            x, residual = self._add_norm(gain, y, residual)
+            y = node("Reshape", f"/{path}/attn/flat", [y, "flat_heads"])
+            y = self._leave(f"{path}.attn_post_norm", self.linears.linear(path, "attn", y, ["o"]))
+            if config.parallel:
+                x = self._norm(f"{path}.mlp_norm", residual)
+                y = node("Add", f"/{path}/both", [y, self.mlps.mlp(layer, x)])
+            else:
+                x, residual = self._enter(f"{path}.mlp_norm", y, residual)
+                y = self._leave(f"{path}.mlp_post_norm", self.mlps.mlp(layer, x))
+        x, _ = self._add_norm("norm", y, residual)
         logits = self._head(x)
+        if config.logit_softcap:
+            cap = self.writer.constant("logit_softcap", np.array(config.logit_softcap, np.float32))
+            logits = node("Div", "/lm_head/capped", [logits, cap])
+            logits = node("Mul", "/lm_head/cap", [node("Tanh", "/lm_head/tanh", [logits]), cap])
         node("Reshape", "/lm_head/batched", [logits, "batched_vocab"], ["logits"])
         self.writer.save(self._inputs(), self._outputs())
 
@@ -87,152 +96,135 @@ class _Graph:
         node("Shape", "/batch", ["input_ids"], end=1)
         node("Concat", "/batched", ["/batch_new/y", "any"], ["batched"], axis=0)
         node("Concat", "/batched_vocab", ["/batch/y", "any_vocab"], ["batched_vocab"], axis=0)
-        angles = np.outer(np.arange(config.context), self.weights.inverse_frequencies())
-        self.writer.constant("rope.cos", np.cos(angles).astype(np.float32))
-        self.writer.constant("rope.sin", np.sin(angles).astype(np.float32))
+        for table in sorted({config.rotation(layer) for layer in range(config.layers)} - {""}):
+            angles = np.outer(np.arange(config.context), self.weights.inverse_frequencies(table))
+            self.writer.constant(f"{table}.cos", np.cos(angles).astype(np.float32))
+            self.writer.constant(f"{table}.sin", np.sin(angles).astype(np.float32))
 
     def _ints(self, name: str, *values: int) -> str:
         return self.writer.constant(name, np.array(values, np.int64))
 
-    def _gain(self, name: str) -> str:
-        return self.writer.constant(f"{name}.weight", self.weights.gain(name))
+    def _enter(self, name: str, y: str, residual: str) -> tuple[str, str]:
+        """What a block reads, and the residual stream with the block before added."""
+        if self.config.norms != "after":
+            if y:
+                return self._add_norm(name, y, residual)
+            return self._norm(name, residual), residual
+        if y:
+            residual = self.writer.node("Add", f"{_path(name)}/sum", [residual, y])
+        return residual, residual
 
-    def _epsilon(self) -> dict[str, Any]:
-        return {"axis": -1, "epsilon": self.config.rms_epsilon}
+    def _leave(self, name: str, y: str) -> str:
+        """What a block adds to the residual stream."""
+        return y if self.config.norms == "before" else self._norm(name, y)
+
+    def _norm(self, name: str, x: str, path: str = "") -> str:
+        """Norm of each row, with the gain of that name."""
+        op = "RMSNormalization" if self.config.norm == "rms" else "LayerNormalization"
+        inputs = [x, *self._gain_and_bias(name)]
+        return self.writer.node(
+            op, path or _path(name), inputs, axis=-1, epsilon=self.config.epsilon
+        )
 
     def _add_norm(self, name: str, x: str, residual: str) -> tuple[str, str]:
-        """RMS norm of x + residual with the gain of that name, and the sum itself."""
-        path = "/" + name.replace(".mlp", "/mlp").replace(".attn", "/attn")
+        """Norm of x + residual with the gain of that name, and the sum itself."""
+        path = _path(name)
+        simplified = "Simplified" if self.config.norm == "rms" else ""
         total = f"{path}/sum"
         y = self.writer.node(
-            "SkipSimplifiedLayerNormalization",
+            f"Skip{simplified}LayerNormalization",
             path,
-            [x, residual, self._gain(name)],
+            [x, residual, *self._gain_and_bias(name)],
             [f"{path}/y", "", "", total],
             domain="com.microsoft",
-            epsilon=self.config.rms_epsilon,
+            epsilon=self.config.epsilon,
         )
         return y, total
 
+    def _gain_and_bias(self, name: str) -> list[str]:
+        gain = self.writer.constant(f"{name}.weight", self.weights.gain(name))
+        bias = self.weights.bias(name)
+        return [gain] if bias is None else [gain, self.writer.constant(f"{name}.bias", bias)]
+
     def _attention(self, layer: int, x: str) -> str:
-        path = f"/layers.{layer}/attn"
-        qkv = self._linear(f"layers.{layer}", "attn", x, ["q", "k", "v"])
-        qkv = self.writer.node("Reshape", f"{path}/batched", [qkv, "batched"])
+        config, path = self.config, f"/layers.{layer}/attn"
+        qkv = self.linears.linear(f"layers.{layer}", "attn", x, ["q", "k", "v"])
+        if config.query_key_norm == "none":
+            heads = [self.writer.node("Reshape", f"{path}/batched", [qkv, "batched"]), "", ""]
+        else:
+            heads = self._normed_heads(layer, qkv)
         caches = [f"past_key_{layer}", f"past_value_{layer}"]
         lengths = ["seqlens_k", "total_sequence_length"]
+        table = config.rotation(layer)
+        special: dict[str, Any] = {}
+        if window := config.window(layer):
+            special["local_window_size"] = window
+        if config.attention_scale is not None:
+            special["scale"] = config.attention_scale
+        if config.attention_softcap:
+            special["softcap"] = config.attention_softcap
         return self.writer.node(
             "GroupQueryAttention",
             f"{path}/gqa",
-            [qkv, "", "", *caches, *lengths, "rope.cos", "rope.sin"],
+            [*heads, *caches, *lengths, *([f"{table}.cos", f"{table}.sin"] if table else [])],
             [f"{path}/gqa/y", f"present_key_{layer}", f"present_value_{layer}"],
             domain="com.microsoft",
-            num_heads=self.config.heads,
-            kv_num_heads=self.config.kv_heads,
-            do_rotary=1,
+            num_heads=config.heads,
+            kv_num_heads=config.kv_heads,
+            do_rotary=int(bool(table)),
             rotary_interleaved=0,
+            **special,
         )
 
-    def _mlp(self, layer: int, x: str) -> str:
-        path, node = f"/layers.{layer}/mlp", self.writer.node
-        both = self._linear(f"layers.{layer}", "mlp", x, ["gate", "up"], "_")
-        gate, up = f"{path}/gate_half", f"{path}/up_half"
-        node("Split", f"{path}/split", [both], [gate, up], axis=-1, num_outputs=2)
-        # QuickGelu with alpha 1 is SiLU, in one pass over the data.
-        silu = self.writer.microsoft("QuickGelu", f"{path}/silu", [gate], alpha=1.0)
-        gated = node("Mul", f"{path}/gated", [silu, up])
-        return self._linear(f"layers.{layer}", "mlp", gated, ["down"])
-
-    def _linear(
-        self, layer: str, block: str, x: str, labels: Sequence[str], joint: str = ""
-    ) -> str:
-        """x @ W^T + b for matrices side by side; neighbours of one form share a node."""
-        groups: list[tuple[list[str], list[Matrix]]] = []
-        for label in labels:
-            matrix = self.weights.matrix(f"{layer}.{label}")
-            if not groups or _form(groups[-1][1][0]) != _form(matrix):
-                groups.append(([], []))
-            groups[-1][0].append(label)
-            groups[-1][1].append(matrix)
-        parts = [
-            self._product(
-                f"/{layer}/{block}/{joint.join(names)}",
-                x,
-                _stacked(matrices),
-                self._biases([f"{layer}.{label}" for label in names], matrices),
-            )
-            for names, matrices in groups
-        ]
-        if len(parts) == 1:
-            return parts[0]
-        return self.writer.node("Concat", f"/{layer}/{block}/{joint.join(labels)}", parts, axis=-1)
-
-    def _biases(self, names: Sequence[str], matrices: Sequence[Matrix]) -> Floats | None:
-        biases = [self.weights.bias(name) for name in names]
-        if all(bias is None for bias in biases):
-            return None
-        return np.concatenate(
-            [
-                np.zeros(matrix.shape[0], np.float32) if bias is None else bias
-                for bias, matrix in zip(biases, matrices, strict=True)
-            ]
-        )
-
-    def _product(self, path: str, x: str, weight: Matrix, bias: Floats | None = None) -> str:
-        constant, stem = self.writer.constant, path[1:].replace("/", ".")
-        if isinstance(weight, Blocks):
-            codes = constant(f"{stem}.codes", weight.codes)
-            scales = constant(f"{stem}.scales", weight.scales)
-            return self._low_bit_product(path, x, weight, codes, scales, bias)
-        self._hold(path, weight)
-        y = self.writer.node("MatMul", path, [x, constant(f"{stem}.weight", weight.T)])
-        if bias is not None:
-            y = self.writer.node("Add", f"{path}/bias", [y, constant(f"{stem}.bias", bias)])
-        return y
-
-    def _low_bit_product(
-        self, path: str, x: str, weight: Blocks, codes: str, scales: str, bias: Floats | None
-    ) -> str:
-        level = self._accuracy_level(path, weight)
-        self._hold(path, weight, activations="fp32" if level == FP32_ACTIVATIONS else "int8")
-        stem = path[1:].replace("/", ".")
-        inputs = [x, codes, scales]
-        if bias is not None:
-            inputs += ["", "", self.writer.constant(f"{stem}.bias", bias)]
-        n, k = weight.shape
-        y = self.writer.microsoft(
-            "MatMulNBits",
-            path,
-            inputs,
-            N=n,
-            K=k,
-            bits=weight.bits,
-            block_size=weight.block_size,
-            accuracy_level=level,
-        )
-        if weight.offsets is None:
-            return y
-        offsets = self.writer.constant(f"{stem}.offsets", weight.offsets)
-        in_blocks = self._ints(f"{stem}.blocks", -1, k // weight.block_size, weight.block_size)
-        blocks = self.writer.node("Reshape", f"{path}/blocks", [x, in_blocks])
-        sums = self.writer.node(
-            "ReduceSum", f"{path}/block_sums", [blocks, "axis_last"], keepdims=0
-        )
-        return self.writer.node("Gemm", f"{path}/offset", [sums, offsets, y], transB=1)
-
-    def _accuracy_level(self, path: str, weight: Blocks) -> int:
-        """int8 activations, but fp32 in the last layer's MLP, whose rounding meets the logits raw.
-
-        On SmolLM2-135M that takes a fifth off the KL divergence and costs too little to measure.
-        ORT's 8-bit kernel has no fast fp32 path (40 times slower), so only 4-bit nodes get it.
-        """
-        last_mlp = path.startswith(f"/layers.{self.config.layers - 1}/mlp/")
-        return FP32_ACTIVATIONS if last_mlp and weight.bits == 4 else INT8_ACTIVATIONS
+    def _normed_heads(self, layer: int, qkv: str) -> list[str]:
+        """Queries, keys and values apart, the first two normed."""
+        config, node, path = self.config, self.writer.node, f"/layers.{layer}/attn"
+        widths = [config.heads * config.head_dim, *[config.kv_heads * config.head_dim] * 2]
+        parts = [f"{path}/{name}_part" for name in "qkv"]
+        node("Split", f"{path}/split", [qkv, self._ints(f"{path}/widths", *widths)], parts, axis=-1)
+        heads = []
+        for label, part in zip("qkv", parts, strict=True):
+            if label != "v":
+                if config.query_key_norm == "head":
+                    shape = self._ints(f"{path}/{label}_heads", -1, config.head_dim)
+                    part = node("Reshape", f"{path}/{label}_by_head", [part, shape])
+                part = self._norm(f"layers.{layer}.{label}_norm", part, f"{path}/{label}_norm")
+            heads.append(node("Reshape", f"{path}/{label}_batched", [part, "batched"]))
+        return heads
 
     def _embed(self) -> str:
         """The residual stream [batch * new, width] that the tokens start from."""
+        node, config = self.writer.node, self.config
+        x = self._embedded(node("Reshape", "/embed/ids", ["input_ids", "any"]))
+        if config.embedding_scale != 1:
+            scale = self.writer.constant(
+                "embed.scale", np.array(config.embedding_scale, np.float32)
+            )
+            x = node("Mul", "/embed/scaled", [x, scale])
+        if config.learned_positions:
+            table = self.writer.constant("positions.weight", self.weights.matrix("positions"))  # type: ignore[arg-type]
+            rows = node("Gather", "/positions", [table, self._positions()])
+            x = node("Add", "/embed/placed", [x, rows])
+        return x
+
+    def _positions(self) -> str:
+        """The places [batch * new] of the new tokens in their sequences."""
+        node, constant = self.writer.node, self.writer.constant
+        one = constant("one", np.array(1))
+        shape = node("Shape", "/positions/shape", ["input_ids"], start=1)
+        new = node("Squeeze", "/positions/new", [shape])
+        last = node("Cast", "/positions/last", ["seqlens_k"], to=TensorProto.INT64)
+        first = node("Sub", "/positions/before", [last, new])
+        first = node("Unsqueeze", "/positions/column", [first, "axis_last"])
+        steps = node(
+            "Range", "/positions/steps", [one, node("Add", "/positions/end", [new, one]), one]
+        )
+        places = node("Add", "/positions/places", [first, steps])
+        return node("Reshape", "/positions/flat", [places, "any"])
+
+    def _embedded(self, ids: str) -> str:
         node, weight = self.writer.node, self.weights.matrix("embed")
-        self._hold("/embed", weight)
-        ids = node("Reshape", "/embed/ids", ["input_ids", "any"])
+        self.linears.hold("/embed", weight)
         if not isinstance(weight, Blocks):
             return node("Gather", "/embed", [self.writer.constant("embed.weight", weight), ids])
         codes = self.writer.constant("embed.codes", weight.codes.reshape(weight.shape[0], -1))
@@ -258,23 +250,16 @@ class _Graph:
 
     def _head(self, x: str) -> str:
         """Logits [batch * wanted, vocab]; a tied head computes with the embedding's bytes."""
+        linears = self.linears
         if not self.config.tied_head:
-            return self._product("/lm_head", x, self.weights.matrix("head"))
-        if self.held["/embed"]["form"] == "fp32":
-            self.held["/lm_head"] = self.held["/embed"]
+            return linears.product("/lm_head", x, self.weights.matrix("head"))
+        if linears.held["/embed"]["form"] == "fp32":
+            linears.held["/lm_head"] = linears.held["/embed"]
             return self.writer.microsoft("FusedMatMul", "/lm_head", [x, "embed.weight"], transB=1)
         weight = self.weights.matrix("embed")
         assert isinstance(weight, Blocks)  # its form is not fp32
         codes = self.writer.view("lm_head.codes", weight.codes, of="embed.codes")
-        return self._low_bit_product("/lm_head", x, weight, codes, "embed.scales", None)
-
-    def _hold(self, path: str, weight: Matrix, *, activations: str = "fp32") -> None:
-        self.held[path] = {
-            "form": _form(weight),
-            "bits_per_weight": weight.bits_per_weight if isinstance(weight, Blocks) else 32.0,
-            "weights": int(np.prod(weight.shape)),
-            "activations": activations,
-        }
+        return linears.low_bit_product("/lm_head", x, weight, codes, "embed.scales", None)
 
     def _caches(self, prefix: str) -> list[ValueInfoProto]:
         shape: list[str | int | None] = [
@@ -305,12 +290,7 @@ class _Graph:
         return [logits, *self._caches("present")]
 
 
-def _form(matrix: Matrix) -> str:
-    return matrix.form if isinstance(matrix, Blocks) else "fp32"
-
-
-def _stacked(matrices: Sequence[Matrix]) -> Matrix:
-    blocks = [matrix for matrix in matrices if isinstance(matrix, Blocks)]
-    if blocks:
-        return stack(blocks)
-    return np.concatenate([matrix for matrix in matrices if not isinstance(matrix, Blocks)])
+def _path(name: str) -> str:
+    """`layers.0.attn_norm` -> `/layers.0/attn_norm`."""
+    layer, dot, label = name.rpartition(".")
+    return f"/{layer}/{label}" if dot else f"/{name}"

@@ -67,7 +67,7 @@ class GraphWriter:
 
     def constant(self, name: str, array: Array) -> str:
         """Add a constant tensor and return its name; its bytes are on disk afterwards."""
-        array = np.ascontiguousarray(array)
+        array = np.asarray(array, order="C")  # not ascontiguousarray: that has no scalars
         tensor = self._tensor(name, array)
         if array.nbytes < INLINE_BYTES:
             tensor.raw_data = array.tobytes()

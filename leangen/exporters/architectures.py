@@ -1,0 +1,360 @@
+"""The decoder-only architectures of transformers: how each differs from llama.
+
+A new one is a function from its `config.json` to a `Layout`, and one line in `ARCHITECTURES`.
+Names are those that transformers writes to safetensors files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from leangen.exporters.checkpoint import Json, Layout
+from leangen.exporters.decoder import DecoderConfig, Experts
+
+LLAMA = {
+    "embed": "model.embed_tokens",
+    "norm": "model.norm",
+    "head": "lm_head",
+    "attn_norm": "model.layers.{i}.input_layernorm",
+    "q": "model.layers.{i}.self_attn.q_proj",
+    "k": "model.layers.{i}.self_attn.k_proj",
+    "v": "model.layers.{i}.self_attn.v_proj",
+    "o": "model.layers.{i}.self_attn.o_proj",
+    "mlp_norm": "model.layers.{i}.post_attention_layernorm",
+    "gate": "model.layers.{i}.mlp.gate_proj",
+    "up": "model.layers.{i}.mlp.up_proj",
+    "down": "model.layers.{i}.mlp.down_proj",
+}
+_QK_NORM = {
+    "q_norm": "model.layers.{i}.self_attn.q_norm",
+    "k_norm": "model.layers.{i}.self_attn.k_norm",
+}
+_EXPERTS = {
+    "router": "model.layers.{i}.mlp.gate",
+    "experts.gate": "model.layers.{i}.mlp.experts.{e}.gate_proj",
+    "experts.up": "model.layers.{i}.mlp.experts.{e}.up_proj",
+    "experts.down": "model.layers.{i}.mlp.experts.{e}.down_proj",
+}
+_ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+}
+
+
+def _llama(json: Json, **special: Any) -> Layout:
+    """Llama, and what differs from it in `special`."""
+    heads = json["num_attention_heads"]
+    config: dict[str, Any] = {
+        "layers": json["num_hidden_layers"],
+        "width": json["hidden_size"],
+        "heads": heads,
+        "kv_heads": json.get("num_key_value_heads") or heads,
+        "head_dim": json.get("head_dim") or json["hidden_size"] // heads,
+        "vocab": json["vocab_size"],
+        "context": json["max_position_embeddings"],
+        "epsilon": json.get("rms_norm_eps", 1e-6),
+        "tied_head": bool(json.get("tie_word_embeddings", False)),
+        "activation": _activation(json.get("hidden_activation") or json.get("hidden_act", "silu")),
+    }
+    return Layout(config=DecoderConfig(**config | special), names=LLAMA, ropes={"rope": rope(json)})
+
+
+def _activation(name: str) -> str:
+    """Ours for transformers' name; a name that has none is refused by who reads the config."""
+    return _ACTIVATIONS.get(name, name)
+
+
+def rope(json: Json) -> Json:
+    """The parameters of the rotation, from before transformers 5 as well."""
+    if "rope_parameters" in json:
+        return dict(json["rope_parameters"])
+    scaling = dict(json.get("rope_scaling") or {})
+    scaling.setdefault("rope_type", scaling.pop("type", "default"))
+    return {"rope_theta": json.get("rope_theta", json.get("rotary_emb_base", 10000.0)), **scaling}
+
+
+def _windows(json: Json) -> tuple[int, ...]:
+    """By layer, from `sliding_window` and `layer_types`."""
+    window, layers = int(json.get("sliding_window") or 0), int(json["num_hidden_layers"])
+    kinds = json.get("layer_types")
+    if json.get("use_sliding_window") is False or not window:
+        return ()
+    if kinds is None:
+        return (window,) * layers
+    return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
+
+
+def _mistral(json: Json) -> Layout:
+    return _llama(json, windows=_windows(json))
+
+
+def _qwen2(json: Json) -> Layout:
+    if json.get("use_sliding_window") and "layer_types" not in json:
+        full, layers = json.get("max_window_layers", 0), json["num_hidden_layers"]
+        kinds = ["full_attention"] * full + ["sliding_attention"] * (layers - full)
+        json = {**json, "layer_types": kinds[:layers]}
+    return _llama(json, windows=_windows(json))
+
+
+def _qwen3(json: Json) -> Layout:
+    layout = _qwen2(json)
+    config = replace(layout.config, query_key_norm="head")
+    return replace(layout, config=config, names={**layout.names, **_QK_NORM})
+
+
+def _gemma2(json: Json) -> Layout:
+    layers = range(json["num_hidden_layers"])
+    if "layer_types" not in json:
+        kinds = ["full_attention" if i % 2 else "sliding_attention" for i in layers]
+        json = {**json, "layer_types": kinds}
+    return _gemma(json)
+
+
+def _gemma(json: Json, **special: Any) -> Layout:
+    json = {"tie_word_embeddings": True, **json}
+    layout = _llama(
+        json,
+        norms="both",
+        windows=_windows(json),
+        attention_scale=json["query_pre_attn_scalar"] ** -0.5,
+        attention_softcap=json.get("attn_logit_softcapping") or 0.0,
+        logit_softcap=json.get("final_logit_softcapping") or 0.0,
+        embedding_scale=json["hidden_size"] ** 0.5,
+        **special,
+    )
+    names = {
+        **LLAMA,
+        "attn_post_norm": "model.layers.{i}.post_attention_layernorm",
+        "mlp_norm": "model.layers.{i}.pre_feedforward_layernorm",
+        "mlp_post_norm": "model.layers.{i}.post_feedforward_layernorm",
+    }
+    return replace(layout, names=names, unit_gain=True)
+
+
+def _gemma3(json: Json) -> Layout:
+    layers = range(json["num_hidden_layers"])
+    if "layer_types" not in json:
+        every = json.get("sliding_window_pattern", 6)
+        kinds = ["sliding_attention" if (i + 1) % every else "full_attention" for i in layers]
+        json = {**json, "layer_types": kinds}
+    local = [kind == "sliding_attention" for kind in json["layer_types"]]
+    rotations = tuple("rope_local" if near else "rope" for near in local)
+    layout = _gemma(json, query_key_norm="head", rotations=rotations)
+    if "rope_parameters" in json:
+        both = json["rope_parameters"]
+        ropes = {"rope": both["full_attention"], "rope_local": both["sliding_attention"]}
+    else:
+        near = {"rope_theta": json.get("rope_local_base_freq", 10000.0), "rope_type": "default"}
+        ropes = {"rope": rope(json), "rope_local": near}
+    return replace(layout, names={**layout.names, **_QK_NORM}, ropes=ropes)
+
+
+def _phi3(json: Json) -> Layout:
+    layout = _llama(json, windows=_windows(json))
+    parameters = dict(layout.ropes["rope"])
+    share = parameters.pop("partial_rotary_factor", json.get("partial_rotary_factor", 1.0))
+    names = {
+        **LLAMA,
+        "qkv": "model.layers.{i}.self_attn.qkv_proj",
+        "gate_up": "model.layers.{i}.mlp.gate_up_proj",
+    }
+    joint = {"q": ("qkv", 0), "k": ("qkv", 1), "v": ("qkv", 2), "gate": ("gate_up", 0)}
+    joint["up"] = ("gate_up", 1)
+    return replace(layout, names=names, joint=joint, rotated=share, ropes={"rope": parameters})
+
+
+def _olmo2(json: Json) -> Layout:
+    layout = _llama(json, norms="after", query_key_norm="row")
+    names = {
+        **LLAMA,
+        **_QK_NORM,
+        "attn_post_norm": "model.layers.{i}.post_attention_layernorm",
+        "mlp_post_norm": "model.layers.{i}.post_feedforward_layernorm",
+    }
+    return replace(layout, names=names)
+
+
+def _smollm3(json: Json) -> Layout:
+    json = {"tie_word_embeddings": True, **json}
+    every = json.get("no_rope_layer_interval", 4)
+    rotated = json.get("no_rope_layers") or [
+        int((i + 1) % every != 0) for i in range(json["num_hidden_layers"])
+    ]
+    rotations = tuple("rope" if on else "" for on in rotated)
+    return _llama(json, rotations=rotations, windows=_windows(json))
+
+
+def _mixtral(json: Json) -> Layout:
+    experts = Experts(
+        count=json["num_local_experts"], active=json["num_experts_per_tok"], normalized=True
+    )
+    stem = "model.layers.{i}.block_sparse_moe"
+    names = {
+        **LLAMA,
+        "router": f"{stem}.gate",
+        "experts.gate": f"{stem}.experts.{{e}}.w1",
+        "experts.up": f"{stem}.experts.{{e}}.w3",
+        "experts.down": f"{stem}.experts.{{e}}.w2",
+    }
+    layout = _llama(json, windows=_windows(json), experts=experts)
+    return replace(layout, names=names)
+
+
+def _mixture(json: Json, dense: frozenset[int] = frozenset()) -> Experts:
+    return Experts(
+        count=json.get("num_experts") or json["num_local_experts"],
+        active=json["num_experts_per_tok"],
+        normalized=bool(json.get("norm_topk_prob", False)),
+        dense_layers=dense,
+    )
+
+
+def _qwen3_moe(json: Json) -> Layout:
+    step, only = json.get("decoder_sparse_step", 1), json.get("mlp_only_layers") or []
+    layers = range(json["num_hidden_layers"])
+    dense = frozenset(i for i in layers if i in only or (i + 1) % step)
+    layout = _qwen3(json)
+    config = replace(layout.config, experts=_mixture(json, dense))
+    return replace(layout, config=config, names={**layout.names, **_EXPERTS})
+
+
+def _olmoe(json: Json) -> Layout:
+    if json.get("clip_qkv"):
+        raise KeyError("clip_qkv")
+    layout = _llama(json, query_key_norm="row", experts=_mixture(json))
+    return replace(layout, names={**LLAMA, **_QK_NORM, **_EXPERTS})
+
+
+def _gpt2(json: Json) -> Layout:
+    config = DecoderConfig(
+        layers=json["n_layer"],
+        width=json["n_embd"],
+        heads=json["n_head"],
+        kv_heads=json["n_head"],
+        head_dim=json["n_embd"] // json["n_head"],
+        vocab=json["vocab_size"],
+        context=json["n_positions"],
+        epsilon=json.get("layer_norm_epsilon", 1e-5),
+        tied_head=bool(json.get("tie_word_embeddings", True)),
+        norm="layer",
+        activation=_activation(json["activation_function"]),
+        gated=False,
+        learned_positions=True,
+    )
+    names = {
+        "embed": "transformer.wte",
+        "positions": "transformer.wpe",
+        "norm": "transformer.ln_f",
+        "head": "lm_head",
+        "attn_norm": "transformer.h.{i}.ln_1",
+        "qkv": "transformer.h.{i}.attn.c_attn",
+        "o": "transformer.h.{i}.attn.c_proj",
+        "mlp_norm": "transformer.h.{i}.ln_2",
+        "up": "transformer.h.{i}.mlp.c_fc",
+        "down": "transformer.h.{i}.mlp.c_proj",
+    }
+    joint = {"q": ("qkv", 0), "k": ("qkv", 1), "v": ("qkv", 2)}
+    return Layout(config=config, names=names, transposed=True, joint=joint)
+
+
+def _opt(json: Json) -> Layout:
+    heads, width = json["num_attention_heads"], json["hidden_size"]
+    config = DecoderConfig(
+        layers=json["num_hidden_layers"],
+        width=width,
+        heads=heads,
+        kv_heads=heads,
+        head_dim=width // heads,
+        vocab=json["vocab_size"],
+        context=json["max_position_embeddings"],
+        epsilon=1e-5,
+        tied_head=bool(json.get("tie_word_embeddings", True)),
+        norm="layer",
+        activation=_activation(json["activation_function"]),
+        gated=False,
+        learned_positions=True,
+    )
+    stem = "model.decoder.layers.{i}"
+    names = {
+        "embed": "model.decoder.embed_tokens",
+        "positions": "model.decoder.embed_positions",
+        "norm": "model.decoder.final_layer_norm",
+        "head": "lm_head",
+        "attn_norm": f"{stem}.self_attn_layer_norm",
+        "q": f"{stem}.self_attn.q_proj",
+        "k": f"{stem}.self_attn.k_proj",
+        "v": f"{stem}.self_attn.v_proj",
+        "o": f"{stem}.self_attn.out_proj",
+        "mlp_norm": f"{stem}.final_layer_norm",
+        "up": f"{stem}.fc1",
+        "down": f"{stem}.fc2",
+    }
+    return Layout(config=config, names=names, skipped_positions=2)
+
+
+def _gpt_neox(json: Json) -> Layout:
+    parameters = dict(rope(json))
+    share = parameters.pop("partial_rotary_factor", json.get("rotary_pct", 0.25))
+    heads, width = json["num_attention_heads"], json["hidden_size"]
+    config = DecoderConfig(
+        layers=json["num_hidden_layers"],
+        width=width,
+        heads=heads,
+        kv_heads=heads,
+        head_dim=width // heads,
+        vocab=json["vocab_size"],
+        context=json["max_position_embeddings"],
+        epsilon=json.get("layer_norm_eps", 1e-5),
+        tied_head=bool(json.get("tie_word_embeddings", False)),
+        norm="layer",
+        parallel=bool(json.get("use_parallel_residual", True)),
+        activation=_activation(json.get("hidden_act", "gelu")),
+        gated=False,
+    )
+    stem = "gpt_neox.layers.{i}"
+    names = {
+        "embed": "gpt_neox.embed_in",
+        "norm": "gpt_neox.final_layer_norm",
+        "head": "embed_out",
+        "attn_norm": f"{stem}.input_layernorm",
+        "qkv": f"{stem}.attention.query_key_value",
+        "o": f"{stem}.attention.dense",
+        "mlp_norm": f"{stem}.post_attention_layernorm",
+        "up": f"{stem}.mlp.dense_h_to_4h",
+        "down": f"{stem}.mlp.dense_4h_to_h",
+    }
+    return Layout(
+        config=config,
+        names=names,
+        joint={"q": ("qkv", 0), "k": ("qkv", 1), "v": ("qkv", 2)},
+        interleaved_qkv=True,
+        rotated=share,
+        ropes={"rope": parameters},
+    )
+
+
+ARCHITECTURES: Mapping[str, Callable[[Json], Layout]] = {
+    "gemma2": _gemma2,
+    "gemma3_text": _gemma3,
+    "gpt2": _gpt2,
+    "gpt_neox": _gpt_neox,
+    "llama": _llama,
+    "mistral": _mistral,
+    "mixtral": _mixtral,
+    "olmo2": _olmo2,
+    "olmoe": _olmoe,
+    "opt": _opt,
+    "phi3": _phi3,
+    "qwen2": _qwen2,
+    "qwen3": _qwen3,
+    "qwen3_moe": _qwen3_moe,
+    "smollm3": _smollm3,
+}
+"""By `model_type` of `config.json`."""

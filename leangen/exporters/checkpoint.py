@@ -1,0 +1,244 @@
+"""What a checkpoint's tensors are called and how they are stored, and the weights taken from them.
+
+Rows are moved before they are converted, so that low-bit blocks can be moved as they are.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from leangen.errors import SourceError
+from leangen.exporters.decoder import DecoderConfig, Matrix
+from leangen.exporters.gguf_blocks import Floats
+
+Json = Mapping[str, Any]
+Rows = np.ndarray[Any, Any]
+"""A tensor as it is stored, rows first: numbers, or the bytes of blocks."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """A model's shape, and where its tensors are."""
+
+    config: DecoderConfig
+    names: Mapping[str, str]
+    """Our name without `layers.I.` to the tensor's without `.weight`; `{i}` layer, `{e}` expert.
+
+    A name without `{e}` for a part of experts is of one tensor that holds that part of all."""
+    transposed: bool = False
+    """Matrices of the layers are stored [inputs, outputs] (GPT-2's Conv1D)."""
+    unit_gain: bool = False
+    """Norms are stored as what is added to a gain of 1 (Gemma)."""
+    interleaved_qkv: bool = False
+    """The joint q, k, v matrix holds a head's three parts beside each other (GPT-NeoX)."""
+    joint: Mapping[str, tuple[str, int]] = field(default_factory=dict)
+    """Our name to the joint matrix that holds it and its place there: rows of equal share, or for
+    q, k and v rows by their heads."""
+    skipped_positions: int = 0
+    """Rows at the start of the table of positions that no token uses (OPT)."""
+    rotated: float = 1.0
+    """The share of each head that is rotated."""
+    neighbours: bool = False
+    """Rows of q and k that are rotated together stand beside each other (GGUF's llama)."""
+    ropes: Mapping[str, Json] = field(default_factory=dict)
+    """The parameters of each table of angles."""
+
+
+class Checkpoint(ABC):
+    """The weights of a file or folder, under the names of `decoder.Weights`.
+
+    A reader says where it keeps its tensors; this class knows how they stand in one another.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+
+    @abstractmethod
+    def _shape(self, tensor: str) -> tuple[int, ...] | None:
+        """Of a stored tensor, rows first; None when there is none of that name."""
+
+    @abstractmethod
+    def _rows(self, tensor: str) -> Rows:
+        """A tensor as it is stored."""
+
+    @abstractmethod
+    def _floats(self, tensor: str, rows: Rows) -> Floats:
+        """Rows of a tensor as numbers."""
+
+    def _matrix(self, tensor: str, rows: Rows) -> Matrix:
+        """Rows of a tensor as numbers, or as low-bit blocks."""
+        return self._floats(tensor, rows)
+
+    def gain(self, name: str) -> Floats:
+        """A norm's gain."""
+        tensor = self._tensor(name)
+        gain = self._floats(tensor, self._rows(tensor))
+        return gain + np.float32(1) if self.layout.unit_gain else gain
+
+    def matrix(self, name: str) -> Matrix:
+        """A weight [n, k] with q and k rows in half-rotation order, or a table [rows, width]."""
+        tensor, rows = self._taken(name, ".weight")
+        if name == "positions":
+            rows = rows[self.layout.skipped_positions :]
+        return self._matrix(tensor, rows)
+
+    def bias(self, name: str) -> Floats | None:
+        """The bias of a linear layer or norm, if there is one."""
+        if self._shape(self._tensor(self._holder(name), ".bias")) is None:
+            return None
+        tensor, rows = self._taken(name, ".bias")
+        return self._floats(tensor, rows)
+
+    def inverse_frequencies(self, table: str) -> np.ndarray[Any, np.dtype[np.float64]]:
+        """Radians per position [head_dim / 2]: base, linear scaling, llama-3 factors."""
+        parameters, head_dim = self.layout.ropes[table], self.layout.config.head_dim
+        rotated = self._rotated()
+        base = float(parameters.get("rope_theta", 10000.0))
+        frequencies = base ** (-np.arange(0, rotated, 2, dtype=np.float64) / rotated)
+        kind = parameters.get("rope_type", "default")
+        if kind == "linear":
+            frequencies /= float(parameters["factor"])
+        elif kind == "llama3":
+            frequencies = _llama3(frequencies, parameters)
+        return np.concatenate([frequencies, np.zeros((head_dim - rotated) // 2)])
+
+    def _rotated(self) -> int:
+        return int(self.layout.config.head_dim * self.layout.rotated)
+
+    def _holder(self, name: str) -> str:
+        """The name of the joint matrix that holds this one, or its own."""
+        label = name.rpartition(".")[2]
+        joint = self.layout.joint.get(label)
+        return name if joint is None else name.removesuffix(label) + joint[0]
+
+    def _tensor(self, name: str, suffix: str = ".weight") -> str:
+        """`layers.3.experts.5.gate` -> what the file calls it."""
+        parts = name.split(".")
+        numbers = [part for part in parts if part.isdigit()]
+        label = ".".join(part for part in parts if part != "layers" and not part.isdigit())
+        return self.layout.names[label].format(**dict(zip("ie", numbers, strict=False))) + suffix
+
+    def _taken(self, name: str, suffix: str) -> tuple[str, Rows]:
+        """The tensor that holds `name`, and the rows of it that are meant, in our order."""
+        label = name.rpartition(".")[2]
+        tensor = self._tensor(self._holder(name), suffix)
+        rows = self._rows(tensor)
+        if ".experts." in name and "{e}" not in self.layout.names[f"experts.{label}"]:
+            rows = rows[int(name.split(".")[3])]
+        if self.layout.transposed and name.startswith("layers.") and rows.ndim == 2:
+            rows = rows.T
+        if label in self.layout.joint:
+            rows = self._part(label, rows)
+        return tensor, self._ordered(label, rows)
+
+    def _part(self, label: str, whole: Rows) -> Rows:
+        """The rows of one of the matrices that stand in a joint one."""
+        config, place = self.layout.config, self.layout.joint[label][1]
+        if label not in ("q", "k", "v"):
+            return np.split(whole, 2)[place]
+        if self.layout.interleaved_qkv:
+            by_head = whole.reshape(config.heads, 3, config.head_dim, *whole.shape[1:])
+            return by_head[:, place].reshape(-1, *whole.shape[1:])
+        rows = [count * config.head_dim for count in (config.heads, *[config.kv_heads] * 2)]
+        return np.split(whole, np.cumsum(rows)[:2])[place]
+
+    def _ordered(self, label: str, rows: Rows) -> Rows:
+        """Put rows of q and k that are rotated together half a head apart."""
+        head_dim, rotated = self.layout.config.head_dim, self._rotated()
+        if label not in ("q", "k") or (rotated == head_dim and not self.layout.neighbours):
+            return rows
+        turned = np.arange(rotated)
+        pairs = turned.reshape(-1, 2).T if self.layout.neighbours else turned.reshape(2, -1)
+        still = np.arange(rotated, head_dim).reshape(2, -1)
+        order = np.concatenate([pairs, still], axis=1).reshape(-1)
+        heads = rows.reshape(-1, head_dim, *rows.shape[1:])
+        return np.ascontiguousarray(heads[:, order].reshape(rows.shape))
+
+    def check(self, source: object) -> None:
+        """SourceError listing the tensors that are missing or of another shape."""
+        wrong = []
+        for name, shape in expected(self.layout):
+            tensor = self._tensor(name)
+            found = self._shape(tensor)
+            if found is None:
+                wrong.append(f"{tensor} is missing")
+                continue
+            if self.layout.transposed and name.startswith("layers."):
+                found = found[::-1]
+            if len(found) != len(shape) or any(
+                want is not None and want != have for want, have in zip(shape, found, strict=True)
+            ):
+                wanted = ", ".join("any" if size is None else str(size) for size in shape)
+                wrong.append(f"{tensor} is {list(found)}, expected [{wanted}]")
+        if wrong:
+            more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+            raise SourceError(
+                f"{source} does not fit its own description: {'; '.join(wrong[:8])}{more}; "
+                "download or convert it again"
+            )
+
+
+def _llama3(frequencies: np.ndarray[Any, np.dtype[np.float64]], parameters: Json) -> Any:
+    """Llama 3.1's: slow rotations are slowed down, quick ones kept, those between blended."""
+    factor, low = float(parameters["factor"]), float(parameters["low_freq_factor"])
+    high = float(parameters["high_freq_factor"])
+    turns = float(parameters["original_max_position_embeddings"]) * frequencies / (2 * np.pi)
+    blend = np.clip((turns - low) / (high - low), 0, 1)
+    return frequencies * (blend + (1 - blend) / factor)
+
+
+def expected(layout: Layout) -> list[tuple[str, tuple[int | None, ...]]]:
+    """Our names of all tensors, with their shapes (rows first); None is any size."""
+    config = layout.config
+    width, q, kv = config.width, config.heads * config.head_dim, config.kv_heads * config.head_dim
+    rows: list[tuple[str, tuple[int | None, ...]]] = [("embed", (config.vocab, width))]
+    rows.append(("norm", (width,)))
+    if not config.tied_head:
+        rows.append(("head", (config.vocab, width)))
+    if config.learned_positions:
+        rows.append(("positions", (config.context + layout.skipped_positions, width)))
+    by_row = config.query_key_norm == "row"
+    shapes: dict[str, tuple[int | None, ...]] = {
+        "qkv": (q + 2 * kv, width),
+        "q": (q, width),
+        "k": (kv, width),
+        "v": (kv, width),
+        "o": (width, q),
+        "q_norm": (q if by_row else config.head_dim,),
+        "k_norm": (kv if by_row else config.head_dim,),
+    }
+    experts = config.experts
+    for layer in range(config.layers):
+        for label in layout.names:
+            if label in ("embed", "norm", "head", "positions") or label in layout.joint:
+                continue
+            norm_before = label in ("attn_norm", "mlp_norm")
+            if label.endswith("_norm") and norm_before and config.norms == "after":
+                continue
+            mlp = label in ("gate", "up", "down", "gate_up")
+            if (config.routed(layer) and mlp) or (
+                not config.routed(layer) and label.startswith(("experts.", "router"))
+            ):
+                continue
+            shape: tuple[int | None, ...] = shapes.get(label, (None, width))
+            if label.endswith("down"):
+                shape = (width, None)
+            elif label.endswith("_norm") and label not in shapes:
+                shape = (width,)
+            if label == "router" and experts is not None:
+                shape = (experts.count, width)
+            if label.startswith("experts.") and experts is not None:
+                part, together = label.removeprefix("experts."), "{e}" not in layout.names[label]
+                shape = (experts.count, *shape) if together else shape
+                rows += [
+                    (f"layers.{layer}.experts.{e}.{part}", shape)
+                    for e in range(1 if together else experts.count)
+                ]
+            else:
+                rows.append((f"layers.{layer}.{label}", shape))
+    return rows

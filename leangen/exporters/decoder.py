@@ -1,0 +1,105 @@
+"""What the graph of a decoder-only language model is built from: its shape and its weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from leangen.exporters.gguf_blocks import Blocks, Floats
+
+Matrix = Floats | Blocks
+"""A weight [n, k], rows are outputs: float32, or low-bit blocks."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Experts:
+    """A mixture of experts in place of the MLP (Shazeer et al. 2017)."""
+
+    count: int
+    active: int
+    """How many of them each token goes through."""
+    normalized: bool
+    """Whether the active ones' shares are scaled to a sum of 1."""
+    dense_layers: frozenset[int] = frozenset()
+    """Layers with an ordinary MLP."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecoderConfig:
+    """The shape of the model; the defaults are llama's."""
+
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    context: int
+    epsilon: float
+    """Of the norms."""
+    tied_head: bool
+    norm: Literal["rms", "layer"] = "rms"
+    norms: Literal["before", "after", "both"] = "before"
+    """Where the norms of attention and of the MLP stand."""
+    query_key_norm: Literal["none", "head", "row"] = "none"
+    """RMS norm of queries and keys: over each head, or over all of them."""
+    parallel: bool = False
+    """The MLP reads what attention reads, not attention's result."""
+    activation: str = "silu"
+    """Of the MLP: silu, gelu, gelu_tanh or relu."""
+    gated: bool = True
+    learned_positions: bool = False
+    """A table of positions is added to the embedding; else heads are rotated."""
+    rotations: tuple[str, ...] = ()
+    """By layer: the table of angles, `""` for none. Empty: `rope` in every layer."""
+    windows: tuple[int, ...] = ()
+    """By layer: how many tokens attention sees, itself among them, 0 for all. Empty: all."""
+    attention_scale: float | None = None
+    """None is 1 / sqrt(head_dim)."""
+    attention_softcap: float = 0.0
+    logit_softcap: float = 0.0
+    embedding_scale: float = 1.0
+    experts: Experts | None = None
+
+    def rotation(self, layer: int) -> str:
+        """The table of angles of a layer; `""` where heads are not rotated."""
+        if self.learned_positions:
+            return ""
+        return self.rotations[layer] if self.rotations else "rope"
+
+    def window(self, layer: int) -> int:
+        """Tokens that a layer's attention sees; 0 for all."""
+        window = self.windows[layer] if self.windows else 0
+        return window if window < self.context else 0
+
+    def routed(self, layer: int) -> bool:
+        """Whether a layer has experts."""
+        return self.experts is not None and layer not in self.experts.dense_layers
+
+
+class Weights(Protocol):
+    """Where the weights come from, one at a time, so that few are in memory at once.
+
+    Names are `embed`, `positions`, `head`, `norm` and, for each layer I, `layers.I.` with `q`, `k`,
+    `v`, `o`, `gate`, `up`, `down`, the norms `attn_norm`, `mlp_norm` (before), `attn_post_norm`,
+    `mlp_post_norm` (after), `q_norm`, `k_norm`, and for experts `router` and `experts.E.gate`,
+    `.up`, `.down`. Rows of q and k stand in half-rotation order (not interleaved).
+    """
+
+    def gain(self, name: str) -> Floats:
+        """A norm's gain."""
+        ...
+
+    def matrix(self, name: str) -> Matrix:
+        """A linear layer's weight [n, k], or a table [rows, width]."""
+        ...
+
+    def bias(self, name: str) -> Floats | None:
+        """The bias of a linear layer or norm, if it has one."""
+        ...
+
+    def inverse_frequencies(self, table: str) -> np.ndarray[Any, np.dtype[np.float64]]:
+        """Radians per position of each rotated pair [head_dim / 2]; 0 where it stands still."""
+        ...

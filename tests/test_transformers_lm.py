@@ -1,0 +1,125 @@
+"""Every architecture of transformers that leangen exports, against transformers itself."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from transformers_models import SMALL, VARIANTS, VOCAB, checkpoint, torch
+
+from leangen import exporters
+from leangen.engine import Engine
+from leangen.errors import SourceError, UnsupportedError
+from leangen.exporters.architectures import ARCHITECTURES
+from leangen.families import language
+from leangen.quantize import quantize
+from leangen.session import Session
+
+CASES = [
+    pytest.param(kind, options, id=f"{kind}-{i}" if i else kind)
+    for kind in ARCHITECTURES
+    for i, options in enumerate(VARIANTS[kind])
+]
+
+
+@pytest.mark.parametrize(("kind", "options"), CASES)
+def test_logits_and_greedy_text_are_those_of_transformers(tmp_path, kind, options):
+    model = checkpoint(tmp_path / "saved", kind, options)
+    session = Session(exporters.export(tmp_path / "saved", tmp_path / "bundle"), threads=1)
+    tokens = np.random.default_rng().integers(0, VOCAB, 60).tolist()
+    with torch.no_grad():
+        expected = model.double()(torch.tensor([tokens])).logits[0].numpy()
+    got = language.logits(session, tokens)
+    np.testing.assert_allclose(got, expected, atol=1e-4 * max(1, np.abs(expected).max()))
+
+    prompt = tokens[:20]
+    run = language.run(session, language.Request(tokens=prompt, max_new_tokens=64, ignore_eos=True))
+    written = [step.token for step in run]
+    with torch.no_grad():
+        rows = model(torch.tensor([prompt + written])).logits[0, len(prompt) - 1 : -1].numpy()
+    assert len(written) == 64
+    for row, token in zip(rows, written, strict=True):  # each the likeliest, or as likely to 1e-4
+        assert row[token] >= row.max() - 1e-4 * max(1, np.abs(row).max())
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_every_architecture_quantizes_and_generates_with_a_receipt(tmp_path, kind, scheme):
+    checkpoint(tmp_path / "saved", kind, VARIANTS[kind][0])
+    bundle = exporters.export(tmp_path / "saved", tmp_path / "fp32")
+    low = quantize(bundle, scheme, tmp_path / scheme)
+    assert low.quantization["weights_8bit_or_fewer"] > 0.9
+    engine = Engine(Session(low, threads=1), baseline_s=0)
+    result = engine.generate(tokens=[5, 6, 7], max_new_tokens=4, ignore_eos=True)
+    assert len(result.tokens) == 4
+    assert result.receipt.scheme == scheme
+    assert result.receipt.units.count == 4
+
+
+def test_what_cannot_be_exported_is_named(tmp_path):
+    folder = tmp_path / "saved"
+    checkpoint(folder, "llama", SMALL)
+    config = json.loads((folder / "config.json").read_text())
+
+    def with_config(**changes):
+        (folder / "config.json").write_text(json.dumps(config | changes))
+
+    with_config(model_type="llama5")
+    with pytest.raises(UnsupportedError, match=r"'llama5'.*the nearest is llama"):
+        exporters.export(folder, tmp_path / "out")
+    with_config(hidden_act="mish")
+    with pytest.raises(UnsupportedError, match="activation 'mish'"):
+        exporters.export(folder, tmp_path / "out")
+    with_config(rope_parameters={"rope_type": "yarn", "factor": 4.0})
+    with pytest.raises(UnsupportedError, match="rope of type 'yarn'"):
+        exporters.export(folder, tmp_path / "out")
+    with_config(num_hidden_layers=5, intermediate_size=96, vocab_size=95)
+    with pytest.raises(SourceError, match=r"expected \[95, 64\].*layers.4.* is missing"):
+        exporters.export(folder, tmp_path / "out")
+    del config["hidden_size"]
+    with_config()
+    with pytest.raises(SourceError, match="lacks 'hidden_size'"):
+        exporters.export(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_damaged_missing_and_pickled_files(tmp_path):
+    folder = tmp_path / "saved"
+    checkpoint(folder, "llama", SMALL)
+    weights = folder / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[: len(content) // 2])
+    with pytest.raises(SourceError, match="truncated or damaged"):
+        exporters.export(folder, tmp_path / "out")
+    weights.rename(folder / "pytorch_model.bin")
+    with pytest.raises(SourceError, match="pickled weights only"):
+        exporters.export(folder, tmp_path / "out")
+    weights.write_bytes(content)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(SourceError, match=r"no tokenizer\.json"):
+        exporters.export(folder, tmp_path / "out")
+    (folder / "config.json").write_text("{")
+    with pytest.raises(SourceError, match=r"cannot read .*config\.json"):
+        exporters.export(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_half_precision_and_names_without_their_prefix(tmp_path):
+    folder = tmp_path / "saved"
+    model = checkpoint(folder, "gpt2", VARIANTS["gpt2"][0])
+    half = {
+        name.removeprefix("transformer."): value.to(torch.bfloat16).contiguous()
+        for name, value in model.state_dict().items()
+        if name != "lm_head.weight"
+    }
+    (folder / "model.safetensors").unlink()
+    from safetensors.torch import save_file
+
+    save_file(half, folder / "model.safetensors")
+    session = Session(exporters.export(folder, tmp_path / "out"), threads=1)
+    tokens = [3, 1, 4, 1, 5]
+    model.load_state_dict({f"transformer.{k}": v.float() for k, v in half.items()}, strict=False)
+    with torch.no_grad():
+        expected = model(torch.tensor([tokens])).logits[0].numpy()
+    np.testing.assert_allclose(language.logits(session, tokens), expected, atol=1e-4)
