@@ -49,6 +49,8 @@ def run(args: argparse.Namespace) -> int:
             temperature=args.temperature,
             top_p=args.top_p,
             seed=args.seed + len(history),
+            speculate=args.speculate,
+            prefix_cache=args.prefix_cache,
         )
         answer = ""
         try:

@@ -11,12 +11,14 @@ from typing import Any
 
 from leangen import __version__, commands
 from leangen.commands.options import (
+    GUESSES,
     METER_HELP,
     json_and_threads,
     request,
     request_options,
     run_options,
     share,
+    speculate,
 )
 from leangen.console import human_bytes, print_json, progress_bar, say, table
 from leangen.errors import LeangenError, RequestError
@@ -86,6 +88,13 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--temperature", type=float, default=0.2)
     sub.add_argument("--top-p", type=float, default=0.9)
     sub.add_argument("--seed", type=int, default=0)
+    speculate(sub, default=GUESSES)
+    sub.add_argument(
+        "--no-prefix-cache",
+        dest="prefix_cache",
+        action="store_false",
+        help="compute the whole conversation anew at each turn",
+    )
     run_options(sub, as_json=False)
 
     sub = add(
@@ -258,9 +267,11 @@ def generate(args: argparse.Namespace) -> int:
     if args.output is not None:
         media.suffix_for(engine.family.MEDIA, args.output)  # before the work, not after it
     stream = engine.stream(prompt, **options)
+    sample = 0
     for step in stream:
         if not args.json:
-            print(step.text, end="", flush=True)
+            print("\n---\n" * (step.sample - sample) + step.text, end="", flush=True)
+            sample = step.sample
     result = stream.result
     saved = None
     if args.output is not None:
@@ -270,6 +281,8 @@ def generate(args: argparse.Namespace) -> int:
         saved = result.save(_unused(f"{engine.bundle.name}-{engine.bundle.scheme}", suffix))
     if args.json:
         document: dict[str, Any] = {"text": result.text}
+        if "samples" in result.output.extra:
+            document["samples"] = [reply.to_json() for reply in result.output.extra["samples"]]
         if saved is not None:
             document["path"] = str(saved)
         print_json(document | {"receipt": result.receipt.to_json()})

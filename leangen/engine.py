@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import uuid
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,7 @@ class Stream(Iterator[Step]):
     def _run(self, engine: Engine, request: Any, repeats: int, aligned: bool) -> Generator[Step]:
         steps: list[tuple[str, float, int]] = []
         marks: dict[int, int] = {}
+        counts: Counter[str] = Counter()
         left = repeats
         started_at = clock.utc_now()
         cpu = engine._cpu_times()
@@ -117,6 +119,7 @@ class Stream(Iterator[Step]):
                     running = engine.family.run(engine.session, request)
                     continue
                 steps.append((step.kind, step.units, clock.monotonic_ns() - step_ns))
+                counts.update(step.counts)
                 if meters.keep_up(window) and (energy_uj := window.energy_uj) is not None:
                     marks[len(steps) - 1] = energy_uj
                 yield step
@@ -132,6 +135,7 @@ class Stream(Iterator[Step]):
                     windows=windows,
                     steps=steps,
                     marks=marks,
+                    counts=counts,
                     cpu=None if cpu is None else (cpu, attribution.cpu_times()),
                     repeats=repeats,
                 )
@@ -152,6 +156,8 @@ class Measured:
     """(kind, units, duration in ns)"""
     marks: Mapping[int, int] = dataclasses.field(default_factory=dict)
     """Microjoules up to the end of a step, by its index."""
+    counts: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """Sums of the steps' counts."""
     cpu: tuple[attribution.CpuTimes, attribution.CpuTimes] | None = None
     repeats: int = 1
     """Generations within the window."""
@@ -341,6 +347,7 @@ class Engine:
                 kind=self.family.UNIT,
                 count=count,
                 prompt=output.prompt_units * measured.repeats if output is not None else 0,
+                counts=dict(measured.counts),
             ),
             energy=spent,
             latency=_latency(measured.steps, measured.duration_ns, measured.repeats),

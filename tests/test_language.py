@@ -49,7 +49,7 @@ def test_steps_add_up_to_the_output(session, options, seed):
         session, "hello world", max_new_tokens=30, seed=seed, ignore_eos=True, **options
     )
     assert "".join(step.text for step in steps) == output.text
-    assert [step.token for step in steps] == output.tokens
+    assert [token for step in steps for token in step.tokens] == output.tokens
     assert [step.kind for step in steps] == ["prefill"] + ["decode"] * 29
     assert all(step.units == 1 for step in steps)
     assert output.stop_reason == "length"
