@@ -112,7 +112,7 @@ def test_the_batch_says_what_the_single_sequence_says(session):
         with pytest.raises(StopIteration) as end:
             while True:
                 next(running)
-        assert alone(session, wanted) == end.value.value
+        assert alone(session, wanted).tokens == end.value.value.tokens
 
 
 def test_rows_compute_what_a_full_prefill_computes(session):
@@ -154,9 +154,12 @@ def test_running_sequences_go_on_while_another_joins(session):
 def test_what_does_not_fit_is_refused(session):
     with pytest.raises(RequestError, match=f"{CAPACITY} tokens and a sequence holds {CAPACITY}"):
         Sequence(session, ask([3] * CAPACITY), CAPACITY)
+    for option in ({"n": 2}, {"beams": 2}, {"speculate": 3}):
+        with pytest.raises(RequestError, match=f"takes no {next(iter(option))}"):
+            Sequence(session, ask([3], **option), CAPACITY)
     batch = Batch(session, rows=1, capacity=CAPACITY)
     sequence = Sequence(session, ask([3] * (CAPACITY - 2)), CAPACITY)
-    assert sequence.limit == 2
+    assert sequence.reply.limit == 2
     batch.add(sequence)
     with pytest.raises(RequestError, match="all 1 rows"):
         batch.add(Sequence(session, ask([3]), CAPACITY))

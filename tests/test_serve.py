@@ -110,6 +110,73 @@ def test_stop_strings_end_a_reply(client):
     assert stopped.choices[0].finish_reason == "stop"
 
 
+def test_logprobs(client):
+    asked = {"model": "tiny-text", "temperature": 0, "max_tokens": 4}
+    reply = client.chat.completions.create(
+        **asked, messages=CHAT, logprobs=True, top_logprobs=3
+    ).choices[0]
+    for token in reply.logprobs.content:
+        assert len(token.top_logprobs) == 3
+        assert token.logprob == token.top_logprobs[0].logprob <= 0  # greedy
+    plain = client.completions.create(**asked, prompt="hello", logprobs=2).choices[0]
+    assert len(plain.logprobs.tokens) == len(plain.logprobs.token_logprobs)
+    assert "".join(plain.logprobs.tokens[:2]) in plain.text
+
+
+def test_a_reply_that_must_be_json(client):
+    pytest.importorskip("llguidance", reason="the grammar extra is not installed")
+    schema = {
+        "type": "object",
+        "properties": {"yes": {"type": "boolean"}},
+        "required": ["yes"],
+        "additionalProperties": False,
+    }
+    reply = client.chat.completions.create(
+        model="tiny-text",
+        messages=CHAT,
+        max_tokens=60,
+        seed=1,
+        response_format={"type": "json_schema", "json_schema": {"name": "a", "schema": schema}},
+    ).choices[0]
+    assert reply.finish_reason in ("stop", "length")
+    if reply.finish_reason == "stop":
+        assert json.loads(reply.message.content)["yes"] in (True, False)
+    assert reply.message.content.lstrip().startswith("{")
+
+
+def test_penalties_and_biases_reach_the_choice(client):
+    asked = {"model": "tiny-text", "prompt": "hello", "max_tokens": 6, "temperature": 0}
+    options = {"extra_body": {"ignore_eos": True}}
+    plain = client.completions.create(**asked, **options).choices[0].text
+    biased = client.completions.create(**asked, logit_bias={"40": 100}, **options).choices[0].text
+    assert len(set(biased)) == 1
+    assert biased != plain
+
+
+def test_a_shared_beginning_is_computed_once(client):
+    asked = {"model": "tiny-text", "max_tokens": 2, "temperature": 0}
+    prompt = "12 world hello " * 9
+    first = client.completions.create(**asked, prompt=prompt)
+    second = client.completions.create(**asked, prompt=prompt)
+    assert second.usage.prompt_tokens_details.cached_tokens >= 32
+    assert second.choices[0].text == first.choices[0].text
+
+
+def test_langchain(running):
+    chat_openai = pytest.importorskip("langchain_openai", reason="langchain is not installed")
+    model = chat_openai.ChatOpenAI(
+        base_url=f"{running[0]}/v1",
+        api_key="none",
+        model="tiny-text",
+        max_tokens=6,
+        temperature=0,
+        http_client=httpx.Client(trust_env=False),
+    )
+    whole = model.invoke("hello world")
+    assert whole.usage_metadata["output_tokens"] > 0
+    assert "".join(chunk.content for chunk in model.stream("hello world")) == whole.content
+
+
 def test_many_at_once_say_what_each_says_alone(running, models):
     import asyncio
 
@@ -228,15 +295,38 @@ def test_the_page_needs_nothing_from_elsewhere(http):
         ("/v1/completions", {"model": "tiny-text", "prompt": "a", "max_tokens": "9"}, 400, "int"),
         ("/v1/completions", {"model": "tiny-text", "prompt": "a", "n": 99}, 400, "less than"),
         ("/v1/completions", {"model": "tiny-text", "prompt": "a", "bogus": 1}, 400, "bogus"),
-        ("/v1/completions", {"model": "tiny-text", "prompt": "a", "logprobs": 0}, 400, "logprobs"),
+        (
+            "/v1/completions",
+            {"model": "tiny-text", "prompt": "a", "logprobs": 99},
+            400,
+            "less than",
+        ),
+        (
+            "/v1/completions",
+            {"model": "tiny-text", "prompt": "a", "logprobs": 1, "stream": True},
+            400,
+            "not streamed",
+        ),
+        (
+            "/v1/completions",
+            {"model": "tiny-text", "prompt": "a", "logit_bias": {"x": 1}},
+            400,
+            "token ids",
+        ),
         ("/v1/completions", {"model": "tiny-text", "prompt": "a", "defer": True}, 400, "defer"),
         ("/v1/completions", {"model": "tiny-image", "prompt": "a"}, 400, "family diffusion"),
         ("/v1/chat/completions", {"model": "tiny-text", "messages": []}, 400, "messages"),
         (
             "/v1/chat/completions",
-            {"model": "tiny-text", "messages": CHAT, "response_format": {"type": "json_object"}},
+            {"model": "tiny-text", "messages": CHAT, "response_format": {"type": "json_schema"}},
             400,
-            "response_format is not supported",
+            "lacks json_schema",
+        ),
+        (
+            "/v1/chat/completions",
+            {"model": "tiny-text", "messages": CHAT, "tools": [{"type": "function"}]},
+            400,
+            "tools is not supported",
         ),
         ("/v1/images/generations", {"model": "tiny-image", "prompt": "a cat"}, 400, "no prompt"),
         ("/v1/images/generations", {"model": "tiny-text"}, 400, "family language"),

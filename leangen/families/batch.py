@@ -24,9 +24,9 @@ import onnxruntime as ort
 
 from leangen import clock
 from leangen.errors import RequestError
-from leangen.families import language, sampling
+from leangen.families import language
 from leangen.families.decoder import Floats
-from leangen.families.text_stream import TextStream
+from leangen.families.sampling import Choice
 from leangen.records import Output, Step
 from leangen.session import Session
 
@@ -37,76 +37,71 @@ _POSITIONS = 64  # a cache is sized and copied by these: kernels group its posit
 
 
 class Sequence:
-    """One request in a batch: its prompt, what it has generated, and `output` once it is done.
+    """One request in a batch: its prompt, its reply, and `output` once it is done.
 
-    Raises RequestError for a prompt that does not fit `capacity` tokens or the model's context.
+    Raises RequestError for a prompt that does not fit `capacity` tokens or the model's context, and
+    for what only a sequence by itself can do: several samples, beams, speculation.
     """
 
     def __init__(self, session: Session, request: language.Request, capacity: int) -> None:
-        config = session.bundle.config
+        for name, off in (("n", 1), ("beams", 1), ("speculate", 0)):
+            if getattr(request, name) != off:
+                raise RequestError(f"a batch takes no {name}: leave it out, or ask one by one")
         self.request = request
         self.prompt = language.encode(session, request)
-        room = min(capacity, config["context_length"]) - len(self.prompt)
+        room = capacity - len(self.prompt)
         if room < 1:
             raise RequestError(
                 f"the prompt has {len(self.prompt)} tokens and a sequence holds {capacity} here: "
                 f"shorten the prompt to at most {capacity - 1} tokens"
             )
-        self.limit = min(request.max_new_tokens, room)
+        self.reply = language.empty_reply(session, request, self.prompt)
+        self.reply.limit = min(self.reply.limit, room)
         self.reused = 0
         """Tokens of the prompt that another request had left in the cache."""
         self.output: Output | None = None
         self.length = 0
         """Tokens in the cache."""
-        self.last = -1
-        """The token to feed next."""
-        self._ends = () if request.ignore_eos else config["eos_ids"]
-        self._rng = np.random.default_rng(request.seed)
-        self._text = TextStream(language.tokenizer(session), self.prompt, request.stop)
-        self._seen = set(self.prompt)
-        self._tokens: list[int] = []
-        self._pieces: list[str] = []
+        self._tokenizer = language.tokenizer(session)
+        self._chooser = language.chooser(session, request, self.prompt)
 
     def take(self, logits: Floats) -> Step:
         """Choose the next token from logits [vocab]; `output` is set if it is the last one."""
-        request = self.request
-        if request.repetition_penalty != 1:
-            logits = sampling.penalize(logits, self._seen, request.repetition_penalty)
-        token = sampling.sample(
-            logits,
-            self._rng,
-            temperature=request.temperature,
-            top_k=request.top_k,
-            top_p=request.top_p,
+        first = not self.reply.tokens
+        choice = self._chooser.choose(logits)
+        text = self.reply.push(choice)
+        if self.reply.stop_reason is not None:
+            self.output = self.so_far(self.reply.stop_reason)
+        return Step(
+            kind="prefill" if first else "decode",
+            units=1,
+            text=text,
+            tokens=(choice.token,),
+            counts={"reused": self.reused} if first else {},
         )
-        self.last = token
-        self._tokens.append(token)
-        self._seen.add(token)
-        piece, reason = "", None
-        if token in self._ends:
-            reason = "eos"
-        else:
-            piece = self._text.push(token)
-            if self._text.stopped:
-                reason = "stop"
-            elif len(self._tokens) == self.limit:
-                reason = "length"
-        if reason is not None:
-            piece += self._text.flush()
-        self._pieces.append(piece)
-        if reason is not None:
-            self.output = self.so_far(reason)
-        kind = "prefill" if len(self._tokens) == 1 else "decode"
-        return Step(kind=kind, units=1, text=piece, token=token)
 
     def so_far(self, reason: str) -> Output:
-        """What has been generated, ended for `reason`."""
+        """What has been generated, ended for `reason`; with `extra["logprobs"]` if asked for."""
+        reply = self.reply
         return Output(
             prompt_units=len(self.prompt),
-            text="".join(self._pieces),
-            tokens=list(self._tokens),
+            text=reply.text,
+            tokens=list(reply.tokens),
             stop_reason=reason,
+            extra={"logprobs": [self._told(choice) for choice in reply.choices]}
+            if reply.choices
+            else {},
         )
+
+    def _told(self, choice: Choice) -> dict[str, Any]:
+        def text(token: int) -> str:
+            return self._tokenizer.decode([token], skip_special_tokens=False)
+
+        return {
+            "token": text(choice.token),
+            "logprob": choice.logprob,
+            "likeliest": [(text(token), logprob) for token, logprob in choice.likeliest],
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +178,7 @@ class Batch:
         if not sequences:
             return []
         begin_ns = clock.monotonic_ns()
-        tokens = [sequence.last for sequence in sequences]
+        tokens = [sequence.reply.tokens[-1] for sequence in sequences]
         lengths = [sequence.length for sequence in sequences]
         while len(tokens) < _LEAST_ROWS:  # writes behind what that row holds, which is overwritten
             tokens.append(0)

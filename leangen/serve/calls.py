@@ -214,6 +214,9 @@ def usage(receipts: Sequence[Receipt], prompts: int = 1) -> dict[str, Any]:
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
+        "prompt_tokens_details": {
+            "cached_tokens": sum(receipt.units.counts.get("reused", 0) for receipt in receipts)
+        },
         "energy": energy_usage(receipts),
     }
 

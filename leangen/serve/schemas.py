@@ -11,12 +11,12 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from leangen.errors import RequestError
+from leangen.families.sampling import MOST_LOGPROBS
 
 Model = Annotated[str, Field(min_length=1, max_length=200)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
-_UNUSED = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
 MOST_REPLIES = 16
 
 
@@ -54,6 +54,7 @@ class TextBody(Body):
     temperature: Annotated[Number, Field(ge=0, le=100)] | None = None
     top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0)] | None = None
+    min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[Number, Field(gt=0)] | None = None
     ignore_eos: bool = False
     n: Annotated[int, Field(ge=1, le=MOST_REPLIES)] | None = None
@@ -62,7 +63,7 @@ class TextBody(Body):
     stream_options: StreamOptions | None = None
     frequency_penalty: Number | None = None
     presence_penalty: Number | None = None
-    logit_bias: dict[str, Number] | None = None
+    logit_bias: dict[str, Annotated[Number, Field(ge=-100, le=100)]] | None = None
 
     def options(self, max_new_tokens: int | None, seed: int) -> dict[str, Any]:
         """Of the language family's request; what is not given is OpenAI's default."""
@@ -70,7 +71,12 @@ class TextBody(Body):
             "max_new_tokens": max_new_tokens,
             "top_p": self.top_p,
             "top_k": self.top_k,
+            "min_p": self.min_p,
             "repetition_penalty": self.repetition_penalty,
+            "frequency_penalty": self.frequency_penalty,
+            "presence_penalty": self.presence_penalty,
+            "logit_bias": _by_token(self.logit_bias),
+            "logprobs": self.likeliest(),
         }
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         return {
@@ -81,11 +87,14 @@ class TextBody(Body):
             "seed": seed,
         }
 
+    def likeliest(self) -> int | None:
+        """How many likeliest tokens are wanted with each token's log-probability, if it is."""
+        return None
+
     def refuse_unsupported(self) -> None:
         """RequestError for what this server cannot honour."""
-        refuse("frequency_penalty", self.frequency_penalty)
-        refuse("presence_penalty", self.presence_penalty)
-        refuse("logit_bias", self.logit_bias)
+        if self.stream and self.likeliest() is not None:
+            raise RequestError("log-probabilities are not streamed: leave stream or logprobs out")
 
 
 Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=1_000_000)]
@@ -96,15 +105,18 @@ class CompletionBody(TextBody):
 
     prompt: str | Annotated[list[str], Field(min_length=1, max_length=64)] | Tokens
     max_tokens: Annotated[int, Field(ge=1)] | None = None
-    logprobs: int | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     echo: bool | None = None
     suffix: str | None = None
     best_of: int | None = None
 
+    def likeliest(self) -> int | None:
+        """As the field says; 0 asks for the chosen token's alone."""
+        return self.logprobs
+
     def refuse_unsupported(self) -> None:
         """As the base, and completions' own."""
         super().refuse_unsupported()
-        refuse("logprobs", self.logprobs is not None)  # 0 asks for the chosen token's
         refuse("echo", self.echo)
         refuse("suffix", self.suffix)
         refuse("best_of", None if self.best_of == (self.n or 1) else self.best_of)
@@ -136,6 +148,36 @@ class Message(BaseModel):
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
+class JsonSchema(BaseModel):
+    """`response_format.json_schema`."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    name: str = ""
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(BaseModel):
+    """Text, any JSON object, or JSON of a schema."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    def schema_of_reply(self) -> dict[str, Any] | None:
+        """The JSON schema that the reply must obey; None for text."""
+        if self.type == "text":
+            return None
+        if self.type == "json_object":
+            return {"type": "object"}
+        if self.json_schema is None:
+            raise RequestError("response_format lacks json_schema: give its schema")
+        return self.json_schema.schema_
+
+
 class ChatBody(TextBody):
     """POST /v1/chat/completions."""
 
@@ -143,22 +185,29 @@ class ChatBody(TextBody):
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = None
-    response_format: dict[str, Any] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    response_format: ResponseFormat | None = None
     tools: list[Any] | None = None
     tool_choice: Any = None
     parallel_tool_calls: Any = None
     reasoning_effort: Any = None
 
+    def options(self, max_new_tokens: int | None, seed: int) -> dict[str, Any]:
+        """As the base, and what the reply must be."""
+        wanted = self.response_format
+        schema = None if wanted is None else wanted.schema_of_reply()
+        constraint = {} if schema is None else {"json_schema": schema}
+        return super().options(max_new_tokens, seed) | constraint
+
+    def likeliest(self) -> int | None:
+        """As the fields say."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
     def refuse_unsupported(self) -> None:
         """As the base, and chat's own."""
         super().refuse_unsupported()
-        refuse("logprobs", self.logprobs)
-        refuse("top_logprobs", self.top_logprobs)
         refuse("tools", self.tools)
         refuse("reasoning_effort", self.reasoning_effort)
-        if self.response_format not in (None, {"type": "text"}):
-            refuse("response_format", self.response_format)
 
 
 class ImageBody(Body):
@@ -196,6 +245,16 @@ class FlowDensityBody(Body):
     """POST /v1/flows/log_density."""
 
     rows: Annotated[list[list[Number]], Field(min_length=1, max_length=100_000)]
+
+
+def _by_token(bias: dict[str, float] | None) -> dict[int, float] | None:
+    """A logit bias by token id; JSON has only texts for keys."""
+    if bias is None:
+        return None
+    wrong = next((token for token in bias if not token.isdecimal()), None)
+    if wrong is not None:
+        raise RequestError(f"logit_bias has the key {wrong[:20]!r}, expected token ids")
+    return {int(token): value for token, value in bias.items()}
 
 
 def refuse(name: str, value: Any) -> None:

@@ -51,7 +51,9 @@ class _Form:
         content: dict[str, Any] = {"text": text}
         if self.chat:
             content = {"message": {"role": "assistant", "content": text, "refusal": None}}
-        return {"index": index, **content, "logprobs": None, "finish_reason": _finish(output)}
+        told = output.extra.get("logprobs")
+        logprobs = None if told is None else (_chat_logprobs if self.chat else _logprobs)(told)
+        return {"index": index, **content, "logprobs": logprobs, "finish_reason": _finish(output)}
 
     def chunk(self, index: int, text: str, finish: str | None, *, first: bool) -> dict[str, Any]:
         content: dict[str, Any] = {"text": text}
@@ -189,6 +191,28 @@ def _sse(content: dict[str, Any], body: TextBody | None) -> str:
     if body is not None and body.stream_options and body.stream_options.include_usage:
         content = content | {"usage": None}  # the API's form: only the last one has it
     return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
+
+
+def _chat_logprobs(told: list[dict[str, Any]]) -> dict[str, Any]:
+    def entry(token: str, logprob: float) -> dict[str, Any]:
+        return {"token": token, "logprob": logprob, "bytes": list(token.encode())}
+
+    content = [
+        entry(one["token"], one["logprob"])
+        | {"top_logprobs": [entry(*likely) for likely in one["likeliest"]]}
+        for one in told
+    ]
+    return {"content": content, "refusal": None}
+
+
+def _logprobs(told: list[dict[str, Any]]) -> dict[str, Any]:
+    lengths = [len(one["token"]) for one in told]
+    return {
+        "tokens": [one["token"] for one in told],
+        "token_logprobs": [one["logprob"] for one in told],
+        "top_logprobs": [dict(one["likeliest"]) for one in told],
+        "text_offset": [sum(lengths[:index]) for index in range(len(told))],
+    }
 
 
 def _finish(output: Output) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import threading
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -46,6 +47,7 @@ class _Running:
     last_ns: int
     steps: list[tuple[str, float, int]] = field(default_factory=list)
     busy_ns: list[int] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
     began: bool = False
     """Whether it has got its first unit of work."""
 
@@ -255,6 +257,7 @@ class ModelWorker:
             now_ns = clock.monotonic_ns()
             running.steps.append((gain.step.kind, gain.step.units, now_ns - running.last_ns))
             running.busy_ns.append(gain.busy_ns)
+            running.counts.update(gain.step.counts)
             if gain.step.units and not running.began:
                 running.began = True
                 self._metrics.first_unit(self.name, (now_ns - job.queued_ns) / 1e9)
@@ -289,6 +292,7 @@ class ModelWorker:
                 duration_ns=bill.duration_ns,
                 windows=bill.windows,
                 steps=running.steps,
+                counts=running.counts,
                 own_ns=bill.own_ns if shared else None,
                 busy_ns=running.busy_ns,
                 note=f"shared by computing time with up to {bill.company} requests that ran "
