@@ -294,6 +294,15 @@ def test_the_page_needs_nothing_from_elsewhere(http):
         ("/v1/completions", {"model": "tiny-text", "prompt": [999999]}, 400, "vocabulary"),
         ("/v1/completions", {"model": "tiny-text", "prompt": "a", "max_tokens": "9"}, 400, "int"),
         ("/v1/completions", {"model": "tiny-text", "prompt": "a", "n": 99}, 400, "less than"),
+        ("/v1/completions", b'{"model": "tiny-text", "prompt": "\\ud800"}', 400, "surrogate"),
+        ("/v1/completions", b'{"model": "tiny-text", "prompt": "\xff"}', 400, "body"),
+        ("/v1/completions", b"[" * 100_000, 400, "body"),
+        (
+            "/v1/completions",
+            {"model": "tiny-text", "prompt": "a", "max_tokens": 10**30},
+            400,
+            "less than",
+        ),
         ("/v1/completions", {"model": "tiny-text", "prompt": "a", "bogus": 1}, 400, "bogus"),
         (
             "/v1/completions",

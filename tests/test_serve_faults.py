@@ -7,6 +7,7 @@ import shutil
 import signal
 import threading
 import time
+from datetime import datetime, timedelta
 
 import httpx
 import pytest
@@ -202,6 +203,75 @@ def test_a_model_whose_file_is_gone_is_named_without_its_path(tmp_path):
         assert reply.json()["error"]["code"] == "model_unavailable"
         assert str(tmp_path) not in reply.text
         assert http.get("/ready").status_code == 200
+
+
+def test_asking_too_often(text_model):
+    with serving.serving([text_model], per_minute=3) as (address, _), client(address) as http:
+        asked = LONG | {"max_tokens": 1}
+        statuses = [http.post("/v1/completions", json=asked).status_code for _ in range(4)]
+        assert statuses == [200, 200, 200, 429]
+        reply = http.post("/v1/completions", json=asked)
+        assert reply.json()["error"]["code"] == "rate_limit_exceeded"
+        assert int(reply.headers["retry-after"]) > 0
+        assert http.get("/v1/models").status_code == 200
+
+
+def test_what_can_wait_waits_for_a_cleaner_hour(text_model, tmp_path):
+    def stamp(seconds):
+        moment = datetime.fromisoformat(clock.utc_now()) + timedelta(seconds=seconds)
+        return moment.isoformat(timespec="milliseconds")
+
+    hours = tmp_path / "hours.csv"
+    hours.write_text(f"{stamp(-10)},500\n{stamp(1.5)},100\n{stamp(20)},300\n")
+    with (
+        serving.serving([text_model], intensity=str(hours)) as (address, server),
+        client(address) as http,
+    ):
+        receipts = {}
+        for defer in (True, False):
+            begin_ns = clock.monotonic_ns()
+            reply = http.post("/v1/completions", json=LONG | {"max_tokens": 1, "defer": defer})
+            elapsed_s = (clock.monotonic_ns() - begin_ns) / 1e9
+            [receipt_id] = reply.json()["usage"]["energy"]["receipts"]
+            receipts[defer] = elapsed_s, server.ledger.receipt(receipt_id)["carbon"]
+            if defer:
+                assert 0.2 < elapsed_s < 5
+        assert receipts[True][1]["intensity_g_per_kwh"] == 100
+
+
+def test_a_deferred_request_whose_client_leaves_is_dropped(text_model, tmp_path):
+    now = datetime.fromisoformat(clock.utc_now())
+    rows = [(now - timedelta(hours=1), 500), (now + timedelta(hours=1), 100)]
+    hours = tmp_path / "hours.csv"
+    hours.write_text("".join(f"{moment.isoformat()},{g}\n" for moment, g in rows))
+    with (
+        serving.serving([text_model], intensity=str(hours)) as (address, server),
+        client(address) as http,
+    ):
+        for stream in (False, True):
+            with pytest.raises(httpx.ReadTimeout):
+                http.post(
+                    "/v1/completions", json=LONG | {"defer": True, "stream": stream}, timeout=0.3
+                )
+        assert until(lambda: server.models.get("tiny-text").worker.idle)
+        assert server.ledger.entries() == []
+
+
+def test_a_mistake_in_a_worker_is_told_and_does_not_last(text_model, monkeypatch):
+    step = Batch.step
+
+    def broken(batch):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(threading, "excepthook", lambda args: None)
+    with serving.serving([text_model]) as (address, server), client(address) as http:
+        monkeypatch.setattr(Batch, "step", broken)
+        reply = http.post("/v1/completions", json=LONG)
+        assert reply.status_code == 500
+        assert "ZeroDivision" not in reply.text
+        monkeypatch.setattr(Batch, "step", step)
+        assert http.post("/v1/completions", json=LONG).status_code == 200
+        assert server.account.billed_uj + server.account.unattributed_uj == server.account.total_uj
 
 
 def test_a_used_up_budget_is_429(text_model):

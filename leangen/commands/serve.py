@@ -26,6 +26,7 @@ def declare(add: Callable[..., argparse.ArgumentParser]) -> None:
     size.add_argument("--max-queue", type=int, default=256, help="requests that wait, per model")
     size.add_argument("--memory", metavar="SIZE", help="of all models together, such as 2GB")
     size.add_argument("--max-body", default="2MB", metavar="SIZE", help="of a request")
+    size.add_argument("--rate", type=int, metavar="N", help="requests of one client a minute")
     size.add_argument("--timeout", type=float, default=600.0, metavar="S", help="of a request")
     size.add_argument("--grace", type=float, default=30.0, metavar="S", help="to finish at SIGTERM")
     size.add_argument(
@@ -44,6 +45,7 @@ def declare(add: Callable[..., argparse.ArgumentParser]) -> None:
         "--intensity", metavar="G|FILE", help="gCO2e/kWh, or a CSV over time: allows `defer`"
     )
     power.add_argument("--meter", metavar="SPEC", help="a name of `leangen meters`, exec:, file:")
+    power.add_argument("--otel", action="store_true", help="OpenTelemetry: spans and metrics")
     power.add_argument("--tag", help="a word to find these generations by in the ledger")
 
 
@@ -67,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
             ),
             memory_bytes=None if args.memory is None else options.size(args.memory),
             max_body_bytes=options.size(args.max_body),
+            per_minute=args.rate,
             timeout_s=args.timeout,
             grace_s=args.grace,
             budgets=[options.budget(text) for text in args.budget],
@@ -77,6 +80,7 @@ def run(args: argparse.Namespace) -> int:
             intensity=args.intensity,
             meter=args.meter,
             tag=args.tag,
+            otel=args.otel,
         )
     )
     return 0

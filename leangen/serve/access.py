@@ -18,7 +18,7 @@ from leangen import clock
 from leangen.console import say
 from leangen.errors import LeangenError, RequestError
 from leangen.serve import problems
-from leangen.serve.problems import AuthError, DeadlineError, TooLargeError
+from leangen.serve.problems import AuthError, DeadlineError, RateError, TooLargeError
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -31,6 +31,7 @@ OPEN_PATHS = ("/", "/health", "/ready")
 LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]", "::1")
 BODY_S = 30.0
 LEAST_KEY = 16
+MOST_CLIENTS = 10_000
 
 
 def read_keys(path: Path) -> dict[str, bytes]:
@@ -66,12 +67,15 @@ class Access:
         keys: dict[str, bytes] | None,
         local: bool,
         max_body_bytes: int,
+        per_minute: int | None,
         refused: Callable[[str], None],
     ) -> None:
         self._app = app
         self._keys = keys
         self._local = local
         self._max_body_bytes = max_body_bytes
+        self._per_minute = per_minute
+        self._seen: dict[str, tuple[float, int]] = {}
         self._refused = refused
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -92,6 +96,8 @@ class Access:
         try:
             self._check_host(headers)
             told["client"] = self._client(scope, headers)
+            if scope["method"] == "POST":
+                self._count(told["client"])
             body = await self._body(headers, receive)
             await self._app(scope, _replay(body, receive), watched)
         except LeangenError as error:
@@ -121,6 +127,21 @@ class Access:
         if kind.lower() != b"bearer" or not found:
             raise AuthError("the API key is missing or wrong: send `Authorization: Bearer KEY`")
         return found[0]
+
+    def _count(self, client: str) -> None:
+        """A bucket of `per_minute` requests that fills again evenly."""
+        if self._per_minute is None:
+            return
+        now_ns = clock.monotonic_ns()
+        left, before_ns = self._seen.pop(client, (float(self._per_minute), now_ns))
+        left = min(self._per_minute, left + (now_ns - before_ns) / 60e9 * self._per_minute)
+        self._seen[client] = (left - 1 if left >= 1 else left, now_ns)
+        while len(self._seen) > MOST_CLIENTS:  # the one that was quiet for longest
+            del self._seen[next(iter(self._seen))]
+        if left < 1:
+            raise RateError(
+                f"more than {self._per_minute} requests a minute: try again in a few seconds"
+            )
 
     async def _body(self, headers: dict[bytes, bytes], receive: Receive) -> bytes:
         limit = self._max_body_bytes
@@ -165,6 +186,8 @@ async def _answer(error: LeangenError, send: Send) -> None:
     ]
     if isinstance(error, TooLargeError | DeadlineError):
         headers.append((b"connection", b"close"))  # what was sent is not read
+    if isinstance(error, RateError):
+        headers.append((b"retry-after", b"5"))
     if isinstance(error, AuthError):
         headers.append((b"www-authenticate", b"Bearer"))
     await send(

@@ -177,15 +177,16 @@ async def unless_gone(receive: Callable[[], Awaitable[Any]], work: Awaitable[T])
         while (await receive())["type"] != "http.disconnect":
             pass
 
-    working = asyncio.ensure_future(work)
+    working: asyncio.Future[T] = asyncio.ensure_future(work)
     watching = asyncio.ensure_future(gone())
+    tasks: set[asyncio.Future[Any]] = {working, watching}
     try:
-        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         return working.result() if working.done() else None
     finally:
-        for task in (working, watching):
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(working, watching, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def energy_usage(receipts: Sequence[Receipt]) -> dict[str, Any]:

@@ -26,6 +26,8 @@ class Options:
     limits: Limits = field(default_factory=Limits)
     memory_bytes: int | None = None
     max_body_bytes: int = 2_000_000
+    per_minute: int | None = None
+    """Requests of one client; None is as many as it likes."""
     timeout_s: float = 600.0
     """Of one request, its time in the queue included; a deferred one's counts from its hour."""
     grace_s: float = 30.0
@@ -41,6 +43,8 @@ class Options:
     """A deferred request waits no longer than this for a cleaner hour."""
     meter: str | None = None
     tag: str | None = None
+    otel: bool = False
+    """Tell OpenTelemetry of each receipt."""
 
     def __post_init__(self) -> None:
         if not self.models:
@@ -58,6 +62,7 @@ class Options:
             ("queue", self.limits.queue, 1),
             ("idle release", self.limits.idle_release_s, 0),
             ("max body", self.max_body_bytes, 1),
+            ("rate", 1 if self.per_minute is None else self.per_minute, 1),
             ("timeout", self.timeout_s, 0),
             ("grace", self.grace_s, 0),
         ):

@@ -28,6 +28,10 @@ class BudgetError(LeangenError):
     """A budget of energy or emissions is used up."""
 
 
+class RateError(LeangenError):
+    """A client asks more often than it may."""
+
+
 class DeadlineError(LeangenError):
     """The request's time was over before it was done."""
 
@@ -56,6 +60,7 @@ _STATUS: tuple[tuple[type[LeangenError], int, str, str], ...] = (
     (NotFoundError, 404, "invalid_request_error", "not_found"),
     (TooLargeError, 413, "invalid_request_error", "request_too_large"),
     (BudgetError, 429, "insufficient_quota", "budget_exceeded"),
+    (RateError, 429, "rate_limit_error", "rate_limit_exceeded"),
     (DependencyError, 501, "server_error", "missing_dependency"),
     (OverloadError, 503, "overloaded_error", "overloaded"),
     (StoppingError, 503, "overloaded_error", "shutting_down"),

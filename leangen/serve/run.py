@@ -7,7 +7,7 @@ import threading
 from types import FrameType
 from typing import Any
 
-from leangen import carbon, meters
+from leangen import carbon, meters, otel
 from leangen.budget import Guard
 from leangen.bundle import Bundle
 from leangen.console import say
@@ -69,6 +69,8 @@ def build(options: Options) -> tuple[Any, Server]:
             probes=store.home / "probes.json",
         )
         engine.share_meters(selection, account.baseline)
+        if options.otel:
+            engine.on_receipt.append(otel.record)
         return engine
 
     server = Server(
@@ -94,6 +96,7 @@ def build(options: Options) -> tuple[Any, Server]:
         keys=keys,
         local=options.local,
         max_body_bytes=options.max_body_bytes,
+        per_minute=options.per_minute,
         refused=metrics.refused,
     )
     return guarded, server
@@ -135,6 +138,7 @@ def run(options: Options) -> None:
     try:
         asyncio.run(Graceful(config).serve(sockets=[listener]))
     finally:
+        server.models.stop(0)  # done already, unless the web server failed
         listener.close()
 
 

@@ -6,9 +6,10 @@ not leave them out silently; those that change nothing in a reply are taken and 
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from leangen.errors import RequestError
 from leangen.families.sampling import MOST_LOGPROBS
@@ -18,12 +19,23 @@ Number = Annotated[float, Field(allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 MOST_REPLIES = 16
+MOST_TOKENS = 1_000_000
 
 
 class Body(BaseModel):
     """Strict: a number is no string, and what is not known is refused."""
 
     model_config = ConfigDict(strict=True, extra="forbid", protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_text(cls, data: Any) -> Any:
+        """JSON may escape half of a surrogate pair, which is no character."""
+        try:
+            json.dumps(data, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("a text holds half of a surrogate pair, which is no Unicode") from None
+        return data
 
     model: Model
     seed: Seed | None = None
@@ -53,7 +65,7 @@ class TextBody(Body):
 
     temperature: Annotated[Number, Field(ge=0, le=100)] | None = None
     top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0)] | None = None
+    top_k: Annotated[int, Field(ge=0, le=MOST_TOKENS)] | None = None
     min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[Number, Field(gt=0)] | None = None
     ignore_eos: bool = False
@@ -97,14 +109,15 @@ class TextBody(Body):
             raise RequestError("log-probabilities are not streamed: leave stream or logprobs out")
 
 
-Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=1_000_000)]
+Length = Annotated[int, Field(ge=1, le=MOST_TOKENS)]
+Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=MOST_TOKENS)]
 
 
 class CompletionBody(TextBody):
     """POST /v1/completions."""
 
     prompt: str | Annotated[list[str], Field(min_length=1, max_length=64)] | Tokens
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Length | None = None
     logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     echo: bool | None = None
     suffix: str | None = None
@@ -182,8 +195,8 @@ class ChatBody(TextBody):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Length | None = None
+    max_completion_tokens: Length | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
@@ -251,7 +264,7 @@ def _by_token(bias: dict[str, float] | None) -> dict[int, float] | None:
     """A logit bias by token id; JSON has only texts for keys."""
     if bias is None:
         return None
-    wrong = next((token for token in bias if not token.isdecimal()), None)
+    wrong = next((token for token in bias if not (token.isdecimal() and len(token) < 10)), None)
     if wrong is not None:
         raise RequestError(f"logit_bias has the key {wrong[:20]!r}, expected token ids")
     return {int(token): value for token, value in bias.items()}

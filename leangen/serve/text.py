@@ -129,7 +129,7 @@ async def _answer(
     client = told["client"] if told else ""
     call = Call(server, served, requests, client=client, priority=body.priority, defer=body.defer)
     if body.stream:
-        return await _stream(call, form, body, prompts, told)
+        return await _stream(call, form, body, prompts, request)
     async with call:
         results = await calls.unless_gone(request.receive, call.results())
     if results is None:
@@ -144,16 +144,20 @@ async def _answer(
 
 
 async def _stream(
-    call: Call, form: _Form, body: TextBody, prompts: int, told: dict[str, Any] | None
+    call: Call, form: _Form, body: TextBody, prompts: int, request: Request
 ) -> Response:
     """Starts when the first step is done: until then an error still has its own status."""
     await call.__aenter__()
     events = call.events()
+    first = None
     try:
-        first = await anext(events)
-    except BaseException:
-        await call.__aexit__()
-        raise
+        first = await calls.unless_gone(request.receive, anext(events))
+    finally:
+        if first is None:
+            await call.__aexit__()
+    if first is None:
+        return Response(status_code=499)  # nobody reads it
+    told = request.scope.get("leangen")
 
     async def chunks() -> AsyncIterator[str]:
         begun: set[int] = set()

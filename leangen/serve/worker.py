@@ -151,7 +151,9 @@ class ModelWorker:
             with self._wake:
                 left = [*self._running, *self._queue.clear()]
                 self._thread = None
-                self._running.clear()
+            for running in self._running.values():
+                self._account.close(running.tab)
+            self._running.clear()
             for job in left:
                 job.tell(LeangenError("the model's worker stopped unexpectedly"))
             raise
@@ -220,16 +222,14 @@ class ModelWorker:
                 job = self._queue.take(clock.monotonic_ns())
             if job is None:
                 return
-            tab = self._account.open()
+            now_ns = clock.monotonic_ns()
+            self._metrics.queued(self.name, (now_ns - job.queued_ns) / 1e9)
+            self._running[job] = _Running(self._account.open(), now_ns)
             try:
                 runner.add(job)
             except LeangenError as error:
-                self._account.close(tab)
+                self._end(job, None)
                 job.tell(error)
-                continue
-            now_ns = clock.monotonic_ns()
-            self._running[job] = _Running(tab, now_ns)
-            self._metrics.queued(self.name, (now_ns - job.queued_ns) / 1e9)
 
     def _step(self, runner: Runner, account: Worker) -> None:
         self._account.begin_step(account)
