@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 
 import gguf_fixtures
@@ -36,8 +37,22 @@ def ask(tokens, **options):
     return language.Request(**{"tokens": tokens, "ignore_eos": True, "max_new_tokens": 8} | options)
 
 
+@pytest.fixture
+def seen(monkeypatch):
+    """The logits that each sequence chose from, as digests: a bit that differs shows."""
+    digests = {}
+    take = Sequence.take
+
+    def noted(sequence, logits):
+        digests.setdefault(sequence, []).append(hashlib.sha256(logits.tobytes()).digest())
+        return take(sequence, logits)
+
+    monkeypatch.setattr(Sequence, "take", noted)
+    return digests
+
+
 def alone(session, wanted):
-    """The tokens of a request with a batch to itself."""
+    """The output of a request with a batch to itself."""
     batch = Batch(session, rows=1, capacity=CAPACITY)
     sequence = Sequence(session, wanted, CAPACITY)
     batch.add(sequence)
@@ -56,7 +71,7 @@ def prompts(rng, vocab, context):
 
 
 @pytest.mark.parametrize("model", ["session", "four_bit"])
-def test_text_is_the_same_alone_and_in_any_schedule(model, request):
+def test_text_and_logits_are_the_same_alone_and_in_any_schedule(model, request, seen):
     session = request.getfixturevalue(model)
     rng = random.Random(0)
     config = session.bundle.config
@@ -70,7 +85,11 @@ def test_text_is_the_same_alone_and_in_any_schedule(model, request):
         )
         for tokens in prompts(rng, config["vocab_size"], config["context_length"])
     ]
-    expected = [alone(session, wanted) for wanted in requests]
+    expected, bits = [], []
+    for wanted in requests:
+        seen.clear()
+        expected.append(alone(session, wanted))
+        bits += seen.values()
     batch = Batch(session, rows=4, capacity=CAPACITY)
     reused = largest = 0
     for _ in range(SCHEDULES):
@@ -96,7 +115,9 @@ def test_text_is_the_same_alone_and_in_any_schedule(model, request):
                 texts[sequence] += progress.step.text
                 reused += sequence.reused
                 if sequence.output is not None:
-                    assert sequence.output == expected[running.pop(sequence)]
+                    index = running.pop(sequence)
+                    assert sequence.output == expected[index]
+                    assert seen.pop(sequence) == bits[index]
                     assert texts[sequence] == sequence.output.text
         assert batch.size == batch.cached_tokens == 0
     assert reused > 0

@@ -131,6 +131,37 @@ def test_two_models_share_by_the_time_that_each_computes(monkeypatch):
     assert account.close(picture).windows[0].energy_uj == 5000
 
 
+def test_each_stretch_goes_by_its_own_work(monkeypatch):
+    world = World(monkeypatch)
+    account = world.account
+    worker = account.worker()
+    early, late = account.open(), account.open()
+    for tab, energy_uj in ((early, 1000), (late, 3000)):
+        account.begin_step(worker)
+        world.passes(10, energy_uj)
+        account.end_step(worker, {tab: 5})
+    assert account.close(early).windows[0].energy_uj == 1000
+    assert account.close(late).windows[0].energy_uj == 3000
+
+
+def test_a_step_under_way_keeps_its_part_for_its_end(monkeypatch):
+    world = World(monkeypatch)
+    account = world.account
+    monkeypatch.setattr(accounts, "STRETCH_S", 0.015)
+    worker = account.worker()
+    first, second = account.open(), account.open()
+    account.begin_step(worker)
+    world.passes(10, 1000)
+    account.end_step(worker, {first: 10})  # too soon to look at the meters
+    account.begin_step(worker)
+    world.passes(10, 1000)
+    third = account.open()  # looks, in the middle of the second step
+    world.passes(10, 1000)
+    account.end_step(worker, {second: 20})
+    bills = [account.close(tab).windows[0].energy_uj or 0 for tab in (first, second, third)]
+    assert bills == [1000, 2000, 0]
+
+
 def test_a_request_alone_gets_all_and_idle_time_is_nobodys(monkeypatch):
     world = World(monkeypatch)
     account = world.account

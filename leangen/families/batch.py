@@ -129,7 +129,8 @@ class Batch:
         self._waiting: list[Sequence] = []
         self._joining: Sequence | None = None
         self._joining_row = 0
-        # What a row's cache holds of whole chunks of a prompt, for requests that begin alike.
+        # What a row's cache holds of a prompt, for requests that begin alike: what was decoded is
+        # not what a prompt's chunks would have computed, to the last bit.
         self._held: list[list[int]] = [[] for _ in range(self._cache.rows)]
         self._last_used = [0] * self._cache.rows
         self._uses = 0
@@ -161,7 +162,7 @@ class Batch:
         if sequence in self._waiting:
             self._waiting.remove(sequence)
         elif sequence is self._joining:
-            self._held[self._joining_row] = _whole_chunks(sequence)
+            self._held[self._joining_row] = sequence.prompt[: sequence.length]
             self._joining = None
         elif sequence in self._decoding:
             self._leave(self._decoding.index(sequence))
@@ -215,7 +216,7 @@ class Batch:
             return [Progress(sequence, Step(kind="prefill", units=0), busy_ns)]
         self._joining = None
         done = _timed(sequence, partial(sequence.take, logits), busy_ns)
-        self._held[row] = _whole_chunks(sequence)
+        self._held[row] = sequence.prompt[: sequence.length]
         if sequence.output is None:
             self._move(row, len(self._decoding), sequence.length)
             self._decoding.append(sequence)
@@ -261,14 +262,8 @@ def _timed(sequence: Sequence, take: Callable[[], Step], busy_ns: int) -> Progre
     return Progress(sequence, step, busy_ns + clock.monotonic_ns() - begin_ns)
 
 
-def _whole_chunks(sequence: Sequence) -> list[int]:
-    """The part of the prompt that is in the cache as a request of its own would compute it."""
-    known = min(sequence.length, len(sequence.prompt))
-    return sequence.prompt[: known // CHUNK * CHUNK]
-
-
 def _common(held: Items[int], prompt: Items[int]) -> int:
-    """Tokens in whole chunks that both begin with."""
+    """Tokens that both begin with, in whole chunks: the rest is computed in other runs."""
     length = 0
     while (
         length + CHUNK <= min(len(held), len(prompt))
