@@ -189,8 +189,6 @@ class Account:
             if meter.sampler is not None:
                 meter.sampler.stop()
         for worker in self._workers:
-            worker.busy_ns = 0
-            worker.work.clear()
             worker.held = [0] * len(self._shares)
 
     def _under_way(self, worker: Worker, now_ns: int) -> int:
