@@ -115,7 +115,10 @@ def _integers(text: str) -> list[int]:
 
 def _bias(text: str) -> tuple[int, float]:
     token, _, value = text.partition("=")
-    return int(token), float(value)
+    try:
+        return int(token), float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not TOKEN=BIAS, such as 42=-1.5") from None
 
 
 def _file(option: str, path: str) -> str:

@@ -51,13 +51,10 @@ def search(
         while True:
             candidates = _continued(running, rows, width)
             last = len(candidates[0].tokens) == limit
-            done = [last or beam.tokens[-1] in ends for beam in candidates]
-            finished += [
-                beam for beam, ended in zip(candidates[:beams], done, strict=False) if ended
-            ]
+            ended = [beam for beam in candidates if last or beam.tokens[-1] in ends]
+            finished += [beam for beam in candidates[:beams] if beam in ended]
             finished = sorted(finished, key=lambda beam: -beam.score)[:beams]
-            running = [beam for beam, ended in zip(candidates, done, strict=True) if not ended]
-            running = running[:beams]
+            running = [beam for beam in candidates if beam not in ended][:beams]
             full = len(finished) == beams
             if last or not running or (full and running[0].score <= finished[-1].score):
                 yield finished[0].tokens

@@ -113,7 +113,8 @@ def empty_reply(session: Session, request: Request, prompt: Sequence[int]) -> Re
 
 
 def _limit(session: Session, request: Request, prompt: Sequence[int]) -> int:
-    return min(request.max_new_tokens, _config(session)["context_length"] - len(prompt))
+    context: int = _config(session)["context_length"]
+    return min(request.max_new_tokens, context - len(prompt))
 
 
 def _fill(

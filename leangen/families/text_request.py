@@ -76,18 +76,11 @@ class Request(Sampling):
             self,
             max_new_tokens=(is_whole(self.max_new_tokens, 1), "a whole number, 1 or more"),
             stop=(_texts(self.stop), "a list of strings, none of them empty"),
-            tools=(
-                self.tools is None or (self.messages is not None and _tools(self.tools)),
-                "a list of JSON objects, to go with messages",
-            ),
+            tools=(_tools(self), "a list of JSON objects, to go with messages"),
             n=(is_whole(self.n, 1), "a whole number, 1 or more"),
-            beams=(
-                is_whole(self.beams, 1) and self.beams <= MOST_BEAMS,
-                f"1 (off) to {MOST_BEAMS}",
-            ),
+            beams=(beams, f"a whole number, 1 (off) to {MOST_BEAMS}"),
             speculate=(guesses, f"a whole number, 0 (off) to {MOST_GUESSES}"),
         )
-
         if self.beams > 1:
             other = next((f.name for f in fields(self) if not _idle(self, f)), None)
             if other is not None:
