@@ -21,6 +21,14 @@ from leangen.fetch import watching
 
 # What suits a small machine first: 4-bit, then as few bits above that as there are.
 PREFERRED = "Q4_K_M Q4_K_S Q4_0 Q4_1 Q5_K_M Q5_K_S Q6_K Q8_0 BF16 F16 F32".split()
+CONFIG = "config.json"
+BESIDE = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+)
+"""What transformers saves beside the weights and an export reads."""
 _KIND = re.compile(r"(?:^|[-._])(I?Q\d\w*|BF16|F16|F32|FP16|FP32)(?=[-.])", re.IGNORECASE)
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
 
@@ -48,7 +56,9 @@ def entry(name: str, *, endpoint: str | None = None) -> Entry:
         licence=str(getattr(info.card_data, "license", None) or "not stated"),
     )
     kind: dict[str, Any] = {"family": "flow", "exporter": "piper", "forms": {"fp32": {}}}
-    if members[0].endswith(".gguf"):
+    if members[0] == CONFIG:
+        kind = {"family": "language", "exporter": "transformers", "forms": {"fp32": {}}}
+    elif members[0].endswith(".gguf"):
         kind = {"family": "language", "exporter": "gguf", **gguf_forms(gguf_kind(members[0]))}
     return Entry(name=name, summary=f"{members[0]} of {repo}", source=source, **kind)
 
@@ -73,7 +83,8 @@ def gguf_kind(path: str) -> str:
 def choose(repo: str, files: Sequence[str], wanted: str | None = None) -> tuple[str, ...]:
     """The file of a repository that leangen can export, with what must lie beside it.
 
-    A GGUF in the order of `PREFERRED`, else the one Piper voice (`.onnx` with `.onnx.json`).
+    A GGUF in the order of `PREFERRED`, else what transformers saved (`config.json` and all
+    safetensors), else the one Piper voice (`.onnx` with `.onnx.json`).
 
     >>> choose("org/name", ["README.md", "m.Q8_0.gguf", "m.Q4_K_M.gguf"])
     ('m.Q4_K_M.gguf',)
@@ -89,11 +100,18 @@ def choose(repo: str, files: Sequence[str], wanted: str | None = None) -> tuple[
         raise SourceError(f"{repo} {missing} {wanted!r}; {_readable(ggufs + voices, files)}")
     ggufs.sort(key=lambda path: (_rank(gguf_kind(path)), path))
     pick = wanted or (ggufs[0] if ggufs else None)
+    if pick is None and CONFIG in files and (weights := _weights(files)):
+        return (CONFIG, *weights, *(path for path in BESIDE if path in files))
     if pick is None and len(voices) == 1:
         pick = voices[0]
     if pick is None:
         raise SourceError(f"no single model in {repo}: {_readable(voices, files)}")
     return (pick,) if pick in ggufs else (pick, f"{pick}.json")
+
+
+def _weights(files: Sequence[str]) -> list[str]:
+    """The safetensors at the top of a repository; folders hold other forms of the same model."""
+    return sorted(path for path in files if path.endswith(".safetensors") and "/" not in path)
 
 
 def _rank(kind: str) -> int:
@@ -104,7 +122,10 @@ def _readable(usable: Sequence[str], files: Sequence[str]) -> str:
     shown = ", ".join((usable or files)[:8]) + (", ..." if len(usable or files) > 8 else "")
     if usable:
         return f"name one of its files as hf:org/name/FILE: {shown}"
-    return f"expected a .gguf in one part, or a Piper voice (.onnx and .onnx.json); found {shown}"
+    return (
+        "expected a .gguf in one part, config.json with *.safetensors, or a Piper voice (.onnx and "
+        f".onnx.json); found {shown}"
+    )
 
 
 def fetch(

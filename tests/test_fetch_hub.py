@@ -100,7 +100,12 @@ REPOS = {
     },
     "org/voice": {"en.onnx": b"onnx", "en.onnx.json": b"{}"},
     "org/voices": {f"{name}.onnx{end}": b"{}" for name in "abc" for end in ("", ".json")},
-    "org/torch": {"model.safetensors": b"x", "config.json": b"{}"},
+    "org/torch": {"pytorch_model.bin": b"x", "config.json": b"{}"},
+    "org/saved": {
+        "onnx/model.safetensors": b"x",
+        **{f"model-0000{i}-of-00002.safetensors": b"x" for i in (1, 2)},
+        **dict.fromkeys(("config.json", "tokenizer.json", "README.md"), b"{}"),
+    },
     "org/shards": {"m-00001-of-00002.gguf": b"x", "m-00002-of-00002.gguf": b"x"},
     "org/gated": {"m.gguf": b"x"},
 }
@@ -137,6 +142,13 @@ def test_a_file_and_a_revision_can_be_named(fake):
     assert ("GET", "/api/models/org/chat/revision/v1") in fake.asked
 
 
+def test_what_transformers_saved_comes_whole(fake):
+    entry = hub.entry("hf:org/saved", endpoint=fake.url)
+    weights = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    assert entry.source.members == ("config.json", *weights, "tokenizer.json")
+    assert (entry.exporter, list(entry.forms)) == ("transformers", ["fp32"])
+
+
 def test_a_voice_comes_with_its_json(fake):
     entry = hub.entry("hf:org/voice", endpoint=fake.url)
     assert entry.source.members == ("en.onnx", "en.onnx.json")
@@ -146,7 +158,7 @@ def test_a_voice_comes_with_its_json(fake):
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("hf:org/torch", "no single model in org/torch: .*found model.safetensors, config.json"),
+        ("hf:org/torch", "no single model in org/torch: .*found pytorch_model.bin, config.json"),
         ("hf:org/voices", "name one of its files as hf:org/name/FILE: a.onnx, b.onnx, c.onnx"),
         ("hf:org/shards", "expected a .gguf in one part"),
         ("hf:org/chat/none.gguf", "org/chat holds no 'none.gguf'; name one .*chat-Q4_K_M.gguf"),

@@ -26,7 +26,8 @@ CASES = [
 @pytest.mark.parametrize(("kind", "options"), CASES)
 def test_logits_and_greedy_text_are_those_of_transformers(tmp_path, kind, options):
     model = checkpoint(tmp_path / "saved", kind, options)
-    session = Session(exporters.export(tmp_path / "saved", tmp_path / "bundle"), threads=1)
+    source = tmp_path / "saved" / "config.json"  # stands for its folder
+    session = Session(exporters.export(source, tmp_path / "bundle"), threads=1)
     tokens = np.random.default_rng().integers(0, VOCAB, 60).tolist()
     with torch.no_grad():
         expected = model.double()(torch.tensor([tokens])).logits[0].numpy()

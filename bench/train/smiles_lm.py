@@ -67,8 +67,11 @@ def train_tokenizer(texts: Sequence[str]) -> Tokenizer:
 
 def token_stream(tokenizer: Tokenizer, texts: Sequence[str]) -> np.ndarray[Any, Any]:
     """All molecules in one row, each after END."""
-    ids = (encoding.ids for encoding in tokenizer.encode_batch(list(texts)))
-    return np.array([token for row in ids for token in (0, *row)], np.int16)
+    parts = []
+    for start in range(0, len(texts), 10_000):  # all at once would take gigabytes
+        encoded = tokenizer.encode_batch_fast(list(texts[start : start + 10_000]))
+        parts.append(np.array([token for row in encoded for token in (0, *row.ids)], np.int16))
+    return np.concatenate(parts)
 
 
 def train(
@@ -209,7 +212,7 @@ def main() -> None:
     """Train, evaluate, write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--steps", type=int, default=1800)
+    parser.add_argument("--steps", type=int, default=1200)
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     texts, test = molecules("train"), molecules("test")

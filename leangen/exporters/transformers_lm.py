@@ -29,7 +29,8 @@ CONFIG, TOKENIZER, TEMPLATE = "config.json", "tokenizer.json", "chat_template.ji
 
 
 def accepts(path: Path) -> bool:
-    """Whether it is a folder with a `config.json` that names a `model_type`."""
+    """Whether it is a folder with a `config.json` that names a `model_type`, or that file."""
+    path = _folder(path)
     if not (path / CONFIG).is_file():
         return False
     try:
@@ -48,10 +49,12 @@ def export(
 ) -> Bundle:
     """Export the model in folder `path` to a bundle in folder `out`.
 
-    `source` is kept in the manifest (by default the folder's name and its weights' hashes). Raises
-    SourceError for damaged or missing files, UnsupportedError for what leangen cannot run,
-    DependencyError without safetensors, StorageError.
+    The path of its `config.json` stands for the folder. `source` is kept in the manifest (by
+    default the folder's name and its weights' hashes). Raises SourceError for damaged or missing
+    files, UnsupportedError for what leangen cannot run, DependencyError without safetensors,
+    StorageError.
     """
+    path = _folder(path)
     layout = read_layout(path)
     config = layout.config
     with Tensors(path, layout) as checkpoint, create(out, replace=replace) as draft:
@@ -77,7 +80,11 @@ def check(path: Path, bundle: Bundle) -> list[Difference]:
     """Compare the bundle with torch; see `transformers_check`."""
     from leangen.exporters import transformers_check
 
-    return transformers_check.differences(path, bundle)
+    return transformers_check.differences(_folder(path), bundle)
+
+
+def _folder(path: Path) -> Path:
+    return path.parent if path.name == CONFIG else path
 
 
 def read_layout(path: Path) -> Layout:
