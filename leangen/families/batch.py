@@ -160,7 +160,7 @@ class Batch:
             self._leave(self._decoding.index(sequence))
 
     def step(self) -> list[Progress]:
-        """One token for every sequence that decodes, one chunk for the one that joins.
+        """One token for every sequence that decodes, about one chunk for those that join.
 
         Sequences whose `output` is then set have left the batch.
         """
@@ -193,10 +193,18 @@ class Batch:
         return min(len(self._held[row]), self.capacity - 1)
 
     def _prefill(self) -> list[Progress]:
+        """Chunks of prompts, until together they are as long as one: short prompts join at once."""
+        done: list[Progress] = []
+        left = CHUNK
+        while left > 0 and (self._joining is not None or self._waiting):
+            progress, tokens = self._prefill_chunk()
+            done.append(progress)
+            left -= tokens
+        return done
+
+    def _prefill_chunk(self) -> tuple[Progress, int]:
         begin_ns = clock.monotonic_ns()
         if self._joining is None:
-            if not self._waiting:
-                return []
             self._joining = self._waiting.pop(0)
             self._joining_row = self._place(self._joining)
         sequence, row = self._joining, self._joining_row
@@ -205,14 +213,14 @@ class Batch:
         sequence.length += len(chunk)
         busy_ns = clock.monotonic_ns() - begin_ns
         if sequence.length < len(sequence.prompt):
-            return [Progress(sequence, Step(kind="prefill", units=0), busy_ns)]
+            return Progress(sequence, Step(kind="prefill", units=0), busy_ns), len(chunk)
         self._joining = None
         done = _timed(sequence, partial(sequence.take, logits), busy_ns)
         self._held[row] = sequence.prompt[: sequence.length]
         if sequence.output is None:
             self._move(row, len(self._decoding), sequence.length)
             self._decoding.append(sequence)
-        return [done]
+        return done, len(chunk)
 
     def _place(self, sequence: Sequence) -> int:
         """A free row for the sequence, with as much of its prompt as any row holds."""
