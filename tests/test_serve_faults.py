@@ -165,6 +165,26 @@ def test_unused_models_leave_the_memory(text_model):
             assert until(lambda: not worker.loaded)
 
 
+def test_requests_that_meet_a_model_on_its_way_out_are_served(text_model):
+    limits = Limits(max_batch=2, context=64, idle_release_s=0.0)
+    with serving.serving([text_model], limits=limits) as (address, server):
+        statuses = []
+
+        def ask():
+            with client(address) as http:
+                for _ in range(10):
+                    reply = http.post("/v1/completions", json=LONG | {"max_tokens": 1})
+                    statuses.append(reply.status_code)
+
+        threads = [threading.Thread(target=ask) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert statuses == [200] * 30
+        assert len(server.ledger.entries()) == 30
+
+
 def test_an_idle_server_does_not_spin(text_model):
     with serving.serving([text_model]) as (address, _), client(address) as http:
         http.post("/v1/completions", json=LONG | {"max_tokens": 8})

@@ -144,7 +144,7 @@ class Models:
         with self._making_room:
             need = self.by_name[name].memory_bytes
             others = sorted(
-                (o for o in self.by_name.values() if o.name != name and o.worker.loaded),
+                (o for o in self.by_name.values() if o.name != name and o.worker.holds_memory),
                 key=lambda other: other.worker.last_used_ns,
             )
             while sum(o.memory_bytes for o in others) + need > self._memory_bytes:
@@ -155,6 +155,7 @@ class Models:
                     )
                 unused.worker.release()
                 others.remove(unused)
+            self.by_name[name].worker.holds_memory = True
 
 
 def cache_bytes(bundle: Bundle, limits: Limits) -> int:

@@ -67,6 +67,8 @@ class ModelWorker:
     ) -> None:
         self.name = name
         self.last_used_ns = 0
+        self.holds_memory = False
+        """Set by who grants the memory, before the model is loaded; given back with it."""
         self._load = load
         self._account = account
         self._metrics = metrics
@@ -145,9 +147,12 @@ class ModelWorker:
     def _run(self) -> None:
         account = self._account.worker()
         try:
-            while self._wait():
-                self._turn(account)
+            while not self._done():
+                while self._wait():
+                    self._turn(account)
+                self._unload()
         except BaseException:  # a mistake in leangen: nobody may wait for ever because of it
+            self._unload()
             with self._wake:
                 left = [*self._running, *self._queue.clear()]
                 self._thread = None
@@ -159,11 +164,17 @@ class ModelWorker:
             raise
         finally:
             self._account.dismiss(account)
-            self._engine = self._runner = None
-            gc.collect()  # the engine and its closures refer to each other
+
+    def _done(self) -> bool:
+        """Whether nothing is left to do; from then on the next job starts another thread."""
+        with self._wake:
+            if len(self._queue):
+                return False
+            self._thread = None
+            return True
 
     def _wait(self) -> bool:
-        """Return when there is something to do; False when the thread is to end."""
+        """Return when there is something to do; False when the model is to be unloaded."""
         idle_since_ns = clock.monotonic_ns()
         while True:
             with self._wake:
@@ -178,7 +189,6 @@ class ModelWorker:
                         self._stopping or self._release or now_ns >= release_ns
                     ):
                         self._release = False
-                        self._thread = None
                         return False
                     until_ns = release_ns if wakes_ns is None else wakes_ns
                     self._wake.wait(max(0.001, (until_ns - now_ns) / 1e9))
@@ -210,11 +220,17 @@ class ModelWorker:
                 )
             except LeangenError as error:
                 say(f"leangen: error: {self.name}: {error}")
+                self._unload()
                 with self._wake:
                     jobs = self._queue.clear()
                 for job in jobs:
                     job.tell(error)
         return self._runner
+
+    def _unload(self) -> None:
+        self._engine = self._runner = None
+        gc.collect()  # the engine and its closures refer to each other
+        self.holds_memory = False
 
     def _admit(self, runner: Runner) -> None:
         while runner.room:
