@@ -20,6 +20,7 @@ from leangen.commands import (
     metrics,
     quantize,
     report,
+    serve,
     tune,
     verify,
 )
@@ -41,6 +42,7 @@ MODULES: tuple[Module, ...] = (
     verify,
     eval_,
     compare,
+    serve,
     ledger,
     budget,
     report,
