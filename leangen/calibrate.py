@@ -24,7 +24,7 @@ class _Recorder(Session):
     """A session that keeps a copy of what every graph is fed."""
 
     def __init__(self, bundle: Bundle, limit: int) -> None:
-        super().__init__(bundle)
+        super().__init__(bundle, kernels="ort")  # what is recorded must not depend on the machine
         self.limit = limit
         self.feeds: dict[str, list[Feeds]] = {role: [] for role in bundle.graphs}
 

@@ -123,17 +123,6 @@ def footprint(
     return Footprint(grid, hardware)
 
 
-def carbon_for(
-    energy_j: float | None, region: str | None = None, *, intensity: float | None = None
-) -> Carbon:
-    """The operational emissions of `energy_j` joules now; as `footprint` with `of`.
-
-    >>> carbon_for(3.6e6, "fr").g
-    44.0
-    """
-    return footprint(region, intensity=intensity).of(energy_j, started_at=clock.utc_now())
-
-
 def brains(power_w: float) -> float:
     """Power as a number of human brains, at 0.5 kWh a day each.
 

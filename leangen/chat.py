@@ -20,6 +20,7 @@ def run(args: argparse.Namespace) -> int:
         intensity=args.intensity,
         embodied=args.embodied,
         activations=args.activations,
+        kernels=args.kernels,
         tag="chat",
     )
     if engine.bundle.family != "language":

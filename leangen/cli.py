@@ -1,4 +1,4 @@
-"""The command line: one function per subcommand, each importing only what it needs."""
+"""The command line: one function or file per subcommand, each importing only what it needs."""
 
 from __future__ import annotations
 
@@ -9,13 +9,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from leangen import __version__
+from leangen import __version__, commands
+from leangen.commands.options import (
+    METER_HELP,
+    json_and_threads,
+    request,
+    request_options,
+    run_options,
+    share,
+)
 from leangen.console import human_bytes, print_json, progress_bar, say, table
 from leangen.errors import LeangenError, RequestError
 
 Command = Callable[[argparse.Namespace], int]
-
-METER_HELP = "exec:COMMAND, file:PATH or a name of `leangen meters`; default: what is best there"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,10 +48,10 @@ def _parser() -> argparse.ArgumentParser:
         epilog='Start with `leangen demo`, or: leangen generate smollm2-135m:int4 --prompt "Hi"',
     )
     parser.add_argument("--version", action="version", version=f"leangen {__version__}")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     def add(name: str, command: Command, summary: str, example: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(
+        sub = subparsers.add_parser(
             name,
             help=summary,
             description=summary,
@@ -59,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
         "demo", demo, "Three published models at three precisions, with joules", "leangen demo"
     )
     sub.add_argument("--out", type=Path, default=Path("leangen-demo"), help="folder to write into")
-    _json_and_threads(sub)
+    json_and_threads(sub)
 
     sub = add(
         "generate",
@@ -68,10 +74,10 @@ def _parser() -> argparse.ArgumentParser:
         'leangen generate smollm2-135m:int4 --prompt "The capital of France is" --max-new-tokens 8',
     )
     sub.add_argument("model", metavar="MODEL", help="NAME, NAME:SCHEME, hf:org/name or a folder")
-    _request_options(sub)
+    request_options(sub)
     sub.add_argument("-o", "--output", type=Path, help=".txt, .wav, .png, .csv or .npy")
     sub.add_argument("--tag", help="a word to find this generation by in the ledger")
-    _run_options(sub)
+    run_options(sub)
 
     sub = add("chat", chat, "Talk with a language model", "leangen chat smollm2-135m:int4")
     sub.add_argument("model", metavar="MODEL")
@@ -80,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--temperature", type=float, default=0.2)
     sub.add_argument("--top-p", type=float, default=0.9)
     sub.add_argument("--seed", type=int, default=0)
-    _run_options(sub, as_json=False)
+    run_options(sub, as_json=False)
 
     sub = add(
         "bench",
@@ -92,13 +98,13 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--repeats", type=int, default=10, help="measured windows per model")
     sub.add_argument(
         "--precision",
-        type=_share,
+        type=share,
         default=0.05,
         metavar="5%",
         help="wanted ± of a window's edges: plans how many generations one window holds",
     )
-    _request_options(sub)
-    _run_options(sub)
+    request_options(sub)
+    run_options(sub)
 
     sub = add("pull", pull, "Fetch a model into the store", "leangen pull smollm2-135m")
     sub.add_argument("model", nargs="?", metavar="NAME[:SCHEME]")
@@ -129,9 +135,6 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--scheme", required=True, help="int8 or int4")
     sub.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
     sub.add_argument("--force", action="store_true", help="replace DIR")
-
-    sub = add("verify", verify, "Hash every file of a bundle", "leangen verify smollm2-135m:int4")
-    sub.add_argument("model", metavar="MODEL")
 
     sub = add("meters", meters, "What energy sensors there are, or why not", "leangen meters")
     sub.add_argument(
@@ -198,6 +201,9 @@ def _parser() -> argparse.ArgumentParser:
     sub = add("gc", collect, "Remove what can be fetched or made again", "leangen gc --dry-run")
     sub.add_argument("--dry-run", action="store_true", help="only say what would go")
     sub.add_argument("--json", action="store_true")
+
+    for module in commands.MODULES:
+        module.declare(add)
     return parser
 
 
@@ -242,104 +248,6 @@ def _budget_actions(budget: argparse.ArgumentParser) -> None:
     sub.add_argument("name", help="as `leangen budget show` names it")
 
 
-def _json_and_threads(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--threads", type=int, help="default: physical cores that we may use")
-    sub.add_argument("--json", action="store_true", help="one JSON document on standard output")
-
-
-def _run_options(sub: argparse.ArgumentParser, *, as_json: bool = True) -> None:
-    if as_json:
-        _json_and_threads(sub)
-    else:
-        sub.add_argument("--threads", type=int, help="default: physical cores that we may use")
-    sub.add_argument("--region", help="whose grid the carbon figure assumes, e.g. FR")
-    sub.add_argument("--meter", metavar="SPEC", help=METER_HELP)
-    sub.add_argument("--intensity", metavar="G|FILE", help="gCO2e/kWh, or a CSV of time, gCO2e/kWh")
-    sub.add_argument(
-        "--embodied", type=_embodied, metavar="KG,YEARS", help="making the hardware; gives SCI"
-    )
-    sub.add_argument(
-        "--activations",
-        choices=("int8", "fp32"),
-        default="int8",
-        help="fp32: low-bit layers do not round activations (slower)",
-    )
-
-
-def _request_options(sub: argparse.ArgumentParser) -> None:
-    """Every option defaults to None: what is not given is the family's or the model's default."""
-    group = sub.add_argument_group("what to generate")
-    group.add_argument("--prompt", help="text to continue, or to speak")
-    group.add_argument("--seed", type=int)
-    group.add_argument("--chat", action="store_true", help="language: through the chat template")
-    group.add_argument("--max-new-tokens", type=int)
-    group.add_argument("--temperature", type=float, help="0 is greedy")
-    group.add_argument("--top-k", type=int)
-    group.add_argument("--top-p", type=float)
-    group.add_argument("--repetition-penalty", type=float)
-    group.add_argument("--stop", action="append", metavar="TEXT", help="may be repeated")
-    group.add_argument("--ignore-eos", action="store_const", const=True)
-    group.add_argument("--phonemes", help="speech: IPA in place of text")
-    group.add_argument("--phoneme-ids", type=_integers, metavar="IDS", help="speech: `1 20 59 2`")
-    group.add_argument("--length-scale", type=float, help="speech: above 1 is slower")
-    group.add_argument("--noise-scale", type=float, help="speech: 0 is monotone")
-    group.add_argument("--count", type=int, help="samples or images to draw")
-    group.add_argument("--data", help="flow: rows (.npy, .csv) whose log-density is wanted")
-    group.add_argument("--steps", type=int, help="diffusion steps")
-    group.add_argument(
-        "--condition", dest="conditions", action="append", type=_condition, metavar="NAME=VALUE"
-    )
-
-
-_REQUEST_FIELDS = (
-    *("seed", "max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "stop"),
-    *("ignore_eos", "phonemes", "phoneme_ids", "length_scale", "noise_scale", "count", "data"),
-    *("steps", "conditions"),
-)
-
-
-def _share(text: str) -> float:
-    """`5%` or `0.05`."""
-    return float(text.removesuffix("%")) / 100 if text.endswith("%") else float(text)
-
-
-def _integers(text: str) -> list[int]:
-    return [int(part) for part in text.replace(",", " ").split()]
-
-
-def _condition(text: str) -> tuple[str, float]:
-    name, _, value = text.partition("=")
-    return name, float(value)
-
-
-def _embodied(text: str) -> tuple[float, float]:
-    try:
-        total_kg, lifetime_years = map(float, text.split(","))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not KG,YEARS: give kgCO2e of the hardware and the years of its use, "
-            "such as 250,4"
-        ) from error
-    return total_kg, lifetime_years
-
-
-def _request(args: argparse.Namespace) -> tuple[str | None, dict[str, Any]]:
-    """The prompt and the options that were given, under the names of the families' requests."""
-    options = {
-        name: getattr(args, name) for name in _REQUEST_FIELDS if getattr(args, name) is not None
-    }
-    if "stop" in options:
-        options["stop"] = tuple(options["stop"])
-    if "conditions" in options:
-        options["conditions"] = dict(options["conditions"])
-    if args.chat:
-        if args.prompt is None:
-            raise RequestError("--chat needs a --prompt: the user's message")
-        options["messages"] = [{"role": "user", "content": args.prompt}]
-        return None, options
-    return args.prompt, options
-
-
 def demo(args: argparse.Namespace) -> int:
     from leangen import demo as demonstration
 
@@ -349,7 +257,7 @@ def demo(args: argparse.Namespace) -> int:
 def generate(args: argparse.Namespace) -> int:
     from leangen import api, media, report
 
-    prompt, options = _request(args)
+    prompt, options = request(args)
     engine = api.load(
         args.model,
         threads=args.threads,
@@ -358,6 +266,7 @@ def generate(args: argparse.Namespace) -> int:
         embodied=args.embodied,
         tag=args.tag,
         activations=args.activations,
+        kernels=args.kernels,
         meter=args.meter,
     )
     if args.output is not None:
@@ -406,7 +315,7 @@ def chat(args: argparse.Namespace) -> int:
 def bench(args: argparse.Namespace) -> int:
     from leangen import benchmark
 
-    prompt, options = _request(args)
+    prompt, options = request(args)
     return benchmark.run(
         args.models,
         prompt=prompt,
@@ -415,6 +324,7 @@ def bench(args: argparse.Namespace) -> int:
         precision=args.precision,
         threads=args.threads,
         activations=args.activations,
+        kernels=args.kernels,
         region=args.region,
         meter=args.meter,
         intensity=args.intensity,
@@ -486,16 +396,6 @@ def quantize(args: argparse.Namespace) -> int:
         f"{bundle.name}:{bundle.scheme} {human_bytes(bundle.size_bytes)}, "
         f"{bits:.2f} bits a weight, {bundle.path}"
     )
-    return 0
-
-
-def verify(args: argparse.Namespace) -> int:
-    from leangen.bundle import verify as verify_bundle
-    from leangen.store import Store
-
-    bundle = Store().resolve(args.model, notify=say)
-    verify_bundle(bundle)
-    print(f"{bundle.name}:{bundle.scheme} {len(bundle.files)} files as the manifest says")
     return 0
 
 

@@ -11,7 +11,7 @@ NAMES = sorted(path.name for path in BOARDS.iterdir() if path.is_dir())
 
 def copy(name: str, folder: Path) -> Path:
     """A copy of a board under `folder`."""
-    return Path(shutil.copytree(BOARDS / name, folder / name))
+    return Path(shutil.copytree(BOARDS / name, folder / name, symlinks=True))
 
 
 def write(root: Path, **files: object) -> None:

@@ -43,7 +43,6 @@ def test_a_kilowatt_hour_costs_the_grids_intensity(monkeypatch):
     assert of(1.8e6, "SE", u_j=3.6e5).g == pytest.approx(18)
     assert of(1.8e6, "SE", u_j=3.6e5).u_g == pytest.approx(3.6)
     assert of(3.6e6, "Germany").region == "de"
-    assert carbon.carbon_for(3.6e6, "fr").g == 44
 
 
 def test_region_from_the_environment_and_an_argument_before_it(monkeypatch):

@@ -236,6 +236,17 @@ def test_another_programs_database_is_refused_and_left_alone(tmp_path):
     assert path.read_bytes() == before
 
 
+def test_a_ledger_with_other_tables_is_named_and_left_alone(tmp_path):
+    path = tmp_path / "ledger.db"
+    with Ledger(path) as ledger:
+        ledger.append(receipt()).wait()
+    db = sqlite3.connect(path)
+    db.execute("ALTER TABLE receipts RENAME COLUMN model TO modell")
+    db.close()
+    with Ledger(path) as ledger, pytest.raises(StorageError, match="not as leangen makes them"):
+        ledger.append(receipt(1)).wait()
+
+
 def test_a_newer_ledger_is_refused(ledger):
     ledger.append(receipt())
     ledger.close()

@@ -209,4 +209,9 @@ def explain(error: sqlite3.Error, path: Path) -> StorageError:
         return StorageError(
             f"the ledger {path} was locked by another process for {BUSY_S:g} s: try again"
         )
+    if name.startswith("SQLITE_ERROR"):
+        return StorageError(
+            f"the tables of the ledger {path} are not as leangen makes them ({error}): nothing was "
+            "changed; move it away to start a new one"
+        )
     return StorageError(f"cannot use the ledger {path}: {error}; choose a writable place")

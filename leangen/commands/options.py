@@ -1,0 +1,116 @@
+"""Options that several subcommands share, and what they amount to."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from leangen.errors import RequestError
+
+METER_HELP = "exec:COMMAND, file:PATH or a name of `leangen meters`; default: what is best there"
+
+
+def json_and_threads(sub: argparse.ArgumentParser) -> None:
+    """`--threads` and `--json`."""
+    sub.add_argument("--threads", type=int, help="default: physical cores that we may use")
+    sub.add_argument("--json", action="store_true", help="one JSON document on standard output")
+
+
+def run_options(sub: argparse.ArgumentParser, *, as_json: bool = True) -> None:
+    """How a generation runs and is accounted for."""
+    if as_json:
+        json_and_threads(sub)
+    else:
+        sub.add_argument("--threads", type=int, help="default: physical cores that we may use")
+    sub.add_argument("--region", help="whose grid the carbon figure assumes, e.g. FR")
+    sub.add_argument("--meter", metavar="SPEC", help=METER_HELP)
+    sub.add_argument("--intensity", metavar="G|FILE", help="gCO2e/kWh, or a CSV of time, gCO2e/kWh")
+    sub.add_argument(
+        "--embodied", type=_embodied, metavar="KG,YEARS", help="making the hardware; gives SCI"
+    )
+    sub.add_argument(
+        "--activations",
+        choices=("int8", "fp32"),
+        default="int8",
+        help="fp32: low-bit layers do not round activations (slower)",
+    )
+    sub.add_argument(
+        "--kernels",
+        choices=("auto", "ort"),
+        default="auto",
+        help="ort: ONNX Runtime's own, for comparison; default: leangen's where they fit",
+    )
+
+
+def request_options(sub: argparse.ArgumentParser) -> None:
+    """Every option defaults to None: what is not given is the family's or the model's default."""
+    group = sub.add_argument_group("what to generate")
+    group.add_argument("--prompt", help="text to continue, or to speak")
+    group.add_argument("--seed", type=int)
+    group.add_argument("--chat", action="store_true", help="language: through the chat template")
+    group.add_argument("--max-new-tokens", type=int)
+    group.add_argument("--temperature", type=float, help="0 is greedy")
+    group.add_argument("--top-k", type=int)
+    group.add_argument("--top-p", type=float)
+    group.add_argument("--repetition-penalty", type=float)
+    group.add_argument("--stop", action="append", metavar="TEXT", help="may be repeated")
+    group.add_argument("--ignore-eos", action="store_const", const=True)
+    group.add_argument("--phonemes", help="speech: IPA in place of text")
+    group.add_argument("--phoneme-ids", type=_integers, metavar="IDS", help="speech: `1 20 59 2`")
+    group.add_argument("--length-scale", type=float, help="speech: above 1 is slower")
+    group.add_argument("--noise-scale", type=float, help="speech: 0 is monotone")
+    group.add_argument("--count", type=int, help="samples or images to draw")
+    group.add_argument("--data", help="flow: rows (.npy, .csv) whose log-density is wanted")
+    group.add_argument("--steps", type=int, help="diffusion steps")
+    group.add_argument(
+        "--condition", dest="conditions", action="append", type=_condition, metavar="NAME=VALUE"
+    )
+
+
+_REQUEST_FIELDS = (
+    *("seed", "max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "stop"),
+    *("ignore_eos", "phonemes", "phoneme_ids", "length_scale", "noise_scale", "count", "data"),
+    *("steps", "conditions"),
+)
+
+
+def share(text: str) -> float:
+    """`5%` or `0.05`."""
+    return float(text.removesuffix("%")) / 100 if text.endswith("%") else float(text)
+
+
+def _integers(text: str) -> list[int]:
+    return [int(part) for part in text.replace(",", " ").split()]
+
+
+def _condition(text: str) -> tuple[str, float]:
+    name, _, value = text.partition("=")
+    return name, float(value)
+
+
+def _embodied(text: str) -> tuple[float, float]:
+    try:
+        total_kg, lifetime_years = map(float, text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not KG,YEARS: give kgCO2e of the hardware and the years of its use, "
+            "such as 250,4"
+        ) from error
+    return total_kg, lifetime_years
+
+
+def request(args: argparse.Namespace) -> tuple[str | None, dict[str, Any]]:
+    """The prompt and the options that were given, under the names of the families' requests."""
+    options = {
+        name: getattr(args, name) for name in _REQUEST_FIELDS if getattr(args, name) is not None
+    }
+    if "stop" in options:
+        options["stop"] = tuple(options["stop"])
+    if "conditions" in options:
+        options["conditions"] = dict(options["conditions"])
+    if args.chat:
+        if args.prompt is None:
+            raise RequestError("--chat needs a --prompt: the user's message")
+        options["messages"] = [{"role": "user", "content": args.prompt}]
+        return None, options
+    return args.prompt, options
