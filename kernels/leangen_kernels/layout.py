@@ -243,3 +243,33 @@ def unpack_conv(bits: int, packed: Array, n: int, k: int, block: int) -> tuple[A
     codes = in_order.transpose(0, 2, 1, 3).reshape(groups * CONV_OUTPUTS, fours * 4)[:n, :k]
     numbers = packed[size:].view(np.float32).reshape(groups, -1, CONV_OUTPUTS)
     return codes, numbers[:, :-1].transpose(0, 2, 1).reshape(groups * CONV_OUTPUTS, -1)[:n]
+
+
+def conv_blocks(scales: Array) -> tuple[int, Array]:
+    """The largest block within which no row's scales [n, k] differ, and the scales per block.
+
+    At least a row's whole length, or 32, 16, 8 or 4; raises ValueError if scales differ in fours.
+    """
+    k = -(-scales.shape[1] // 4) * 4
+    padded = np.pad(scales, [(0, 0), (0, k - scales.shape[1])], "edge")
+    for block in (k, 32, 16, 8, 4):
+        whole = -(-k // block) * block
+        blocks = np.pad(padded, [(0, 0), (0, whole - k)], "edge").reshape(len(scales), -1, block)
+        if (blocks == blocks[..., :1]).all():
+            return block, np.ascontiguousarray(blocks[..., 0], np.float32)
+    raise ValueError("the scales of four weights side by side differ")
+
+
+def transposed_weights(values: Array, stride: int, *, edge: bool = False) -> Array:
+    """Weights [n, channels, kernel] of a transposed convolution as those of a plain one.
+
+    Output `q * stride + r` of the former is output q of row `n * stride + r` of the latter, which
+    are [n * stride, channels, ceil(kernel / stride)]; its taps read x[q - taps + 1] to x[q]. A last
+    tap that is not whole is filled with 0, or with what is at its `edge`.
+    """
+    n, channels, kernel = values.shape
+    taps = -(-kernel // stride)
+    width = [(0, 0), (0, 0), (0, taps * stride - kernel)]
+    padded = np.pad(values, width, "edge") if edge else np.pad(values, width)
+    phases = padded.reshape(n, channels, taps, stride)[:, :, ::-1].transpose(0, 3, 1, 2)
+    return np.ascontiguousarray(phases).reshape(n * stride, channels, taps)

@@ -102,8 +102,10 @@ Status infer_input(void *context, size_t input, int64_t *dims, const char **name
 Status infer_output(void *context, size_t output, const int64_t *dims, const char **names,
                     size_t rank) {
   void *made;
-  for (size_t i = 0; i < rank; i++)
+  for (size_t i = 0; i < rank; i++) {
     if (!names[i]) names[i] = "";
+    if (dims[i] < 0 && !*names[i]) return NULL; /* ORT would take -1 for a size */
+  }
   TRY(ORT(CreateTensorTypeAndShapeInfo)(&made));
   Status status = ORT(SetTensorElementType)(made, TENSOR_FLOAT);
   if (!status) status = ORT(SetDimensions)(made, dims, rank);

@@ -3,7 +3,7 @@
  *   x         float [batch, channels, (height,) width]
  *   weights   uint8, layout.pack_conv of [n, channels * kernel]
  *   bias      float [n], optional
- *   residual  float, shaped as y, optional
+ *   residual  float, shaped as y or with a batch of 1, optional
  *   gain      float [channels], optional: a norm first, over groups of channels:
  *   shift     float [channels]: norm(x) = gain * (x - mean) / deviation + shift
  *   film      float [batch, 2 * channels], optional: norm(x) * (1 + film[:, :c]) + film[:, c:]
@@ -54,6 +54,7 @@ typedef struct {
   char *work;
   int64_t batch, channels, h, w;      /* of x */
   int64_t rows, columns, y_w;         /* of the convolution; of y, which has as many rows */
+  int64_t residual_step;              /* from one batch to the next */
   int64_t n, fours, blocks, groups;   /* of the weights; n counts phases */
   int64_t strip_rows, strip_columns, strips, splits, norm_parts, first;
   int64_t pitch, plane, work_bytes;   /* of a part's image, in floats; of all that a part needs */
@@ -215,7 +216,8 @@ static void fill_image(const Job *job, const Work *work, int64_t b, int64_t top,
  * place. The tile is `outputs` of `pixels` from place `at` of the image. */
 static void scatter(const Job *job, const float *tile, int64_t b, int64_t top, int64_t left,
                     int64_t columns, int64_t at, int64_t output, int64_t outputs, int64_t pixels) {
-  int64_t stride = job->op->stride;
+  int64_t stride = job->op->stride, image = job->op->n * job->rows * job->y_w;
+  const float *residual = job->residual ? job->residual + b * (job->residual_step - image) : NULL;
   for (int64_t o = output; o < output + outputs; o++, tile += LANES * VECTORS) {
     int64_t first = (b * job->op->n + o / stride) * job->rows + top;
     for (int64_t i = 0; i < pixels; i++) {
@@ -223,7 +225,7 @@ static void scatter(const Job *job, const float *tile, int64_t b, int64_t top, i
       int64_t to = (left + column) * stride + o % stride - job->op->crop;
       if (column >= columns || to < 0 || to >= job->y_w) continue;
       to += (first + row) * job->y_w;
-      job->y[to] = tile[i] + (job->residual ? job->residual[to] : 0);
+      job->y[to] = tile[i] + (residual ? residual[to] : 0);
     }
   }
 }
@@ -255,6 +257,8 @@ static void convolve(void *given, size_t part) {
   int64_t end = job->aligned ? rows * columns : (rows - 1) * job->pitch + columns;
   int direct = job->aligned && op->stride == 1;
   int64_t y_stride = 4 * job->rows * job->y_w;
+  const float *residual = job->residual;
+  if (residual) residual += b * (job->residual_step - op->n * job->rows * job->y_w);
   for (int64_t at = 0; at < end; at += LANES * VECTORS) {
     int64_t pixels = smaller(end - at, LANES * VECTORS), vectors = up_to(pixels, LANES) / LANES;
     for (int64_t v = 0; v < vectors; v++) {
@@ -276,7 +280,7 @@ static void convolve(void *given, size_t part) {
                   op->block / 4, (int64_t)(direct ? job->y + to : work.tile),
                   direct ? y_stride : 4 * LANES * VECTORS, pixels, outputs,
                   (int64_t)(job->biases + output),
-                  direct && job->residual ? (int64_t)(job->residual + to) : (int64_t)0);
+                  direct && residual ? (int64_t)(residual + to) : (int64_t)0);
       if (!direct)
         scatter(job, work.tile, b, top, left, columns, at, output, outputs, pixels);
     }
@@ -370,7 +374,9 @@ static Status measure(Job *job, const Tensor *x, const Tensor *residual, int64_t
   job->blocks = up_to(4 * job->fours, op->block) / op->block;
   job->groups = up_to(job->n, OUTPUTS) / OUTPUTS;
   int same = residual->rank == x->rank;
-  for (size_t i = 0; same && i < x->rank; i++) same = residual->dims[i] == dims[i];
+  for (size_t i = 1; same && i < x->rank; i++) same = residual->dims[i] == dims[i];
+  same = same && (residual->dims[0] == 1 || residual->dims[0] == dims[0]);
+  job->residual_step = same && residual->dims[0] > 1 ? op->n * job->rows * job->y_w : 0;
   if (residual->rank && !same)
     return fail("%s: residual is not shaped as the output, [%lld, %lld, ...]", op->name,
                 (long long)dims[0], (long long)dims[1]);
