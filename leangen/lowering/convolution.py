@@ -38,8 +38,11 @@ def rewrite(graph: Draft) -> int:
         _residual(graph, node, shapes)
     for node in _own(graph):
         _activation(graph, node)
+    graph.prune()
     for node in _own(graph):
         _film(graph, node, shapes)
+    graph.prune()
+    for node in _own(graph):
         _norm(graph, node)
     return replaced
 
