@@ -27,7 +27,7 @@ from leangen_kernels import variants
 LIBRARY = "libleangen_kernels.so"
 SOURCES = (
     "variants", "vectors", "simd", "dots", "unroll", "layout", "linear", "rows", "attention",
-    "build", "conv_simd", "conv",
+    "build", "conv_simd", "conv", "conv_attention",
 )  # fmt: skip
 _TYPES = {"i": "int64_t", "d": "double"}
 _TRIPLES = {"x86_64": "x86_64-unknown-linux-gnu", "aarch64": "aarch64-unknown-linux-gnu"}
@@ -123,9 +123,10 @@ def _digest() -> str:
 
 def kernels() -> dict[str, tuple[Any, str]]:
     """Name of every kernel -> what makes its function, and the C types of its arguments."""
-    from leangen_kernels import attention, conv, linear, rows
+    from leangen_kernels import attention, conv, conv_attention, linear, rows
 
-    return {**rows.kernels(), **linear.kernels(), **attention.kernels(), **conv.kernels()}
+    modules = (rows, linear, attention, conv, conv_attention)
+    return {name: made for module in modules for name, made in module.kernels().items()}
 
 
 def _table(wanted: list[variants.Variant]) -> str:

@@ -180,7 +180,7 @@ void *op_create_v1(const CustomOp *op, const void *api, const void *info) {
 void op_compute_v1(void *kernel, void *context) { (void)kernel, (void)context; }
 
 static const CustomOp *const operators[] = {&linear_op, &attention_op, &conv_op,
-                                          &conv_transpose_op};
+                                          &conv_transpose_op, &pixel_attention_op};
 
 /* Each session frees the domain it was given, so make one for each. */
 EXPORT Status RegisterCustomOps(void *options, const void *base) {

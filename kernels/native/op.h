@@ -50,7 +50,7 @@ Status infer_output(void *context, size_t output, const int64_t *dims, const cha
 /* Memory of the calling thread, 64-byte aligned, valid until its next call; NULL if exhausted. */
 char *scratch(size_t bytes);
 
-extern const CustomOp linear_op, attention_op, conv_op, conv_transpose_op;
+extern const CustomOp linear_op, attention_op, conv_op, conv_transpose_op, pixel_attention_op;
 
 /* The parts of an operator that are alike in all of them. */
 const char *op_provider(const CustomOp *);

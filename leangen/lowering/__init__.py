@@ -35,6 +35,7 @@ RULES = {
     "linear": "leangen.lowering.linear",
     "language": "leangen.lowering.language",
     "convolution": "leangen.lowering.convolution",
+    "pixel_attention": "leangen.lowering.pixel_attention",
 }
 """Rules in the order in which they are applied."""
 

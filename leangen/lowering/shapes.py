@@ -30,6 +30,10 @@ class Shapes:
         self._constants = {tensor.name for tensor in graph.model.graph.initializer}
         self._places: dict[str, Hashable] = {}
 
+    def dims(self, tensor: str) -> list[int | str]:
+        """A tensor's sizes and the names of those that vary; empty when nothing is known."""
+        return self._dims.get(tensor, [])
+
     def rank(self, tensor: str) -> int | None:
         """How many dimensions a tensor has, or None."""
         return len(self._dims[tensor]) if tensor in self._dims else None
