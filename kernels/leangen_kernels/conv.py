@@ -89,10 +89,7 @@ def activate(
         least, most = splat(0.0), splat(0.0)
         x_at, y_at, gain_at = x + 4 * i, y + 4 * i, gains
         for _ in range(channels):
-            if left >= ROWS:
-                value = load_floats(x_at, 0)
-            else:
-                value = load_first_floats(x_at, left)
+            value = load_floats(x_at, 0) if left >= ROWS else load_first_floats(x_at, left)
             value = multiply_add(value, load_for_all(gain_at, 0), load_for_all(gain_at, 4))
             if SILU:
                 value = value / (splat(1.0) + exponential(splat(0.0) - value))
@@ -114,7 +111,7 @@ def pack_patches(
     image: int, low: int, high: int, offsets: int, fours: int, taps: int, count: int, out: int,
     out_stride: int, scales: int,
 ) -> None:  # fmt: skip
-    """Patches of 16 pixels side by side as bytes [fours, 16, 4], `out_stride` bytes from four to four.
+    """Patches of 16 pixels side by side as bytes [fours, 16, 4], `out_stride` between fours.
 
     `image`, `low` and `high` are the places of the first pixel; `offsets` int32 [4 * fours] is
     where the weights' elements are from there, in bytes, and `taps` int32 [count] the same within

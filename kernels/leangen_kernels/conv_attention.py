@@ -1,4 +1,4 @@
-"""What attention between pixels needs besides convolution's kernels: softmax with pixels as lanes."""
+"""What attention between pixels needs besides convolution's kernels: softmax down columns."""
 
 from __future__ import annotations
 

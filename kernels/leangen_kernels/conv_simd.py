@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from llvmlite import ir
 from numba import types
 
 from leangen_kernels.dots import NEON_DOT
@@ -28,7 +29,6 @@ from leangen_kernels.vectors import (
     repeated,
     store,
 )
-from llvmlite import ir
 
 _UNSIGNED = VARIANT.dot.startswith("vnni")
 CENTER = 0 if _UNSIGNED else 128

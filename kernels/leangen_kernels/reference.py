@@ -148,10 +148,11 @@ def round_patches(patches: Array) -> tuple[Array, Array]:
     A column's step is its range, zero included, over 252, and at least 1e-30 / 252.
     """
     low, high = np.minimum(patches.min(0), 0), np.maximum(patches.max(0), 0)
+    patches, low, high = (values.astype(np.float32) for values in (patches, low, high))
     span = np.maximum((high - low).astype(np.float32), TINY)
     inverse = np.float32(252) / span
-    zero = np.rint(np.float32(2) - low * inverse)
-    codes = np.rint(patches * inverse + zero)
+    zero = np.rint(2 - (low * inverse).astype(np.float64))
+    codes = np.rint((patches * inverse).astype(np.float64) + zero)
     scales = span.astype(np.float64) / 252
     return (codes - zero) * scales, scales
 
@@ -207,3 +208,35 @@ def conv(
     if bias is not None:
         result = result + bias.reshape(-1, *(1,) * spatial)
     return result if residual is None else result + residual, np.stack(step)
+
+
+def pixel_attention(qkv: Array, heads: int, scale: float) -> Array:
+    """The operator `PixelAttention` on [batch, 3 * channels, pixels], float64, rounded as it does.
+
+    Keys have a scale each, values one for each channel of 32 pixels; queries and softmaxes are
+    rounded as patches, the latter on the scale of their largest entry.
+    """
+    batch, all_channels, pixels = qkv.shape
+    width = all_channels // 3 // heads
+    parts = qkv.reshape(batch, 3, heads, width, pixels)
+    y = np.zeros((batch, heads, width, pixels))
+    for b, head in np.ndindex(batch, heads):
+        q, k, v = parts[b, :, head]
+        queries, _ = round_patches(q)
+        keys = _symmetric(k.T, width).T
+        scores = (keys.T @ queries) * scale
+        shares = np.exp(scores - scores.max(0))
+        rounded = np.rint(shares * 252) / 252
+        y[b, head] = _symmetric(v, BLOCK) @ rounded / shares.sum(0)
+    return y.reshape(batch, heads * width, pixels)
+
+
+def _symmetric(x: Array, block: int) -> Array:
+    """Rows rounded to int8 in blocks of columns, as what the codes stand for."""
+    rounded = []
+    for at in range(0, x.shape[1], block):
+        part = x[:, at : at + block]
+        largest = np.maximum(np.abs(part).max(1, keepdims=True), TINY)
+        codes = np.rint(part * (np.float32(127) / largest))
+        rounded.append(codes * (largest.astype(np.float64) / 127))
+    return np.concatenate(rounded, 1)

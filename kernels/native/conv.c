@@ -309,7 +309,8 @@ static void cut(Job *job) {
     job->strip_rows = up_to(job->rows, strips) / strips;
     job->strips = up_to(job->rows, job->strip_rows) / job->strip_rows;
   }
-  job->splits = smaller(job->groups / SPLIT_GROUPS, wanted / (job->strips * job->batch));
+  job->splits = wanted / (job->strips * larger(job->batch, 1));
+  job->splits = smaller(job->groups / SPLIT_GROUPS, job->splits);
   job->splits = larger(job->splits, 1);
   job->pitch = job->strip_columns + along;
   /* An odd number of cache lines: channels do not fall on each other. */

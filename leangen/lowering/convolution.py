@@ -89,10 +89,8 @@ def _replace(graph: Draft, node: NodeProto) -> bool:
     graph.remove(node)
     if output != node.output[0]:
         graph.remove(*_rounding_after(graph, node.output[0]))
-    graph.put(
-        node.op_type, node.name, [x, graph.add(f"{node.name}/packed", packed), bias, "", "", "", ""],
-        [output], block=block, **given,
-    )  # fmt: skip
+    inputs = [x, graph.add(f"{node.name}/packed", packed), bias, "", "", "", ""]
+    graph.put(node.op_type, node.name, inputs, [output], block=block, **given)
     return True
 
 

@@ -60,11 +60,7 @@ class Shapes:
         pending = [tensor]
         while pending:  # graphs are deeper than Python's stack
             name = pending[-1]
-            needed = [
-                source
-                for source in self._like(name)
-                if source not in self._places and source not in pending
-            ]
+            needed = [source for source in self._like(name) if source not in self._places]
             if name in self._places or not needed:
                 pending.pop()
                 if name not in self._places:
@@ -88,9 +84,9 @@ class Shapes:
         if node.op_type == "Concat" and options.get("axis") == 1:
             return list(node.input)
         if node.op_type == "Conv" and set(options.get("strides", [1])) == {1}:
-            kernel, pads = options.get("kernel_shape", []), options.get("pads", [])
-            steps = options.get("dilations", [1] * len(kernel))
+            kernel = options.get("kernel_shape") or self.dims(node.input[1])[2:]
             rank = len(kernel)
+            pads, steps = options.get("pads", [0] * 2 * rank), options.get("dilations", [1] * rank)
             around = [pads[i] + pads[i + rank] for i in range(rank) if len(pads) == 2 * rank]
             if kernel and around == [s * (k - 1) for s, k in zip(steps, kernel, strict=True)]:
                 return [node.input[0]]
