@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import leangen_kernels
@@ -27,6 +29,18 @@ from onnx import TensorProto, helper, numpy_helper
 SHAPES = ((960, 576), (576, 576), (3072, 576), (576, 1536), (32768, 2048), (49152, 576))
 FORMS = ("q4", "q4_min", "q8")
 TOKENS = (1, 4, 8, 256)
+
+# outputs, channels, size, kernel: what terrain and piper-joe spend most of their time on
+CONVOLUTIONS = (
+    (32, 64, (128, 128), (3, 3)),
+    (32, 32, (128, 128), (3, 3)),
+    (64, 64, (64, 64), (3, 3)),
+    (96, 96, (32, 32), (3, 3)),
+    (128, 128, (8, 8), (3, 3)),
+    (192, 64, (32, 32), (1, 1)),
+    (128, 128, (1632,), (7,)),
+    (32, 32, (52224,), (7,)),
+)
 
 # Multiply-adds per cycle and core of the dot products alone: 512 bits of them twice in two cycles
 # on Zen 4, 256 bits twice a cycle elsewhere; a 128-bit sdot twice a cycle on small ARM cores.
@@ -66,7 +80,11 @@ def open_session(graph: onnx.GraphProto, threads: int) -> ort.InferenceSession:
     """A session on one graph, with leangen's operators."""
     domains = [("", 21), ("com.microsoft", 1), ("leangen", 1)]
     opsets = [helper.make_opsetid(*domain) for domain in domains]
-    proto = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    return opened(helper.make_model(graph, opset_imports=opsets, ir_version=10), threads)
+
+
+def opened(proto: onnx.ModelProto, threads: int) -> ort.InferenceSession:
+    """A session with leangen's operators."""
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
@@ -134,6 +152,61 @@ class Attention:
     def run(self, outputs: None, feeds: dict) -> None:
         """As a session's: everything is bound already."""
         self.session.run_with_iobinding(self.binding)
+
+
+def conv_session(kind: str, shape: tuple, threads: int) -> ort.InferenceSession:
+    """One convolution of random 8-bit weights: leangen's, or ORT's in fp32 or between QDQ."""
+    n, channels, size, kernel = shape
+    rng = np.random.default_rng(0)
+    codes = rng.integers(-63, 64, (n, channels, *kernel)).astype(np.int8)
+    pads = [length // 2 for length in kernel] * 2
+    attributes = {"kernel_shape": kernel, "pads": pads}
+    if kind == "leangen":
+        flat = codes.reshape(n, -1)
+        scales = rng.random((n, -(-flat.shape[1] // 32))).astype(np.float32)
+        constants = {"w": layout.pack_conv(8, flat, scales, 32)}
+        more = {"domain": "leangen", "n": n, "bits": 8, "block": 32}
+        nodes = [helper.make_node("Conv", ["x", "w"], ["y"], **attributes, **more)]
+    elif kind == "fp32":
+        constants = {"w": codes.astype(np.float32)}
+        nodes = [helper.make_node("Conv", ["x", "w"], ["y"], **attributes)]
+    else:
+        constants = {
+            "q": codes, "s": np.ones(n, np.float32), "sx": np.float32(0.05), "zx": np.uint8(128),
+            "sy": np.float32(10),
+        }  # fmt: skip
+        nodes = [
+            helper.make_node("QuantizeLinear", ["x", "sx", "zx"], ["xq"]),
+            helper.make_node("DequantizeLinear", ["xq", "sx", "zx"], ["xd"]),
+            helper.make_node("DequantizeLinear", ["q", "s"], ["wd"], axis=0),
+            helper.make_node("Conv", ["xd", "wd"], ["c"], **attributes),
+            helper.make_node("QuantizeLinear", ["c", "sy", "zx"], ["cq"]),
+            helper.make_node("DequantizeLinear", ["cq", "sy", "zx"], ["y"]),
+        ]
+    info = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        nodes,
+        "one",
+        [info("x", TensorProto.FLOAT, [1, channels, *size])],
+        [info("y", TensorProto.FLOAT, [1, n, *size])],
+        [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
+    )
+    opsets = [helper.make_opsetid(*domain) for domain in [("", 21), ("leangen", 1)]]
+    return opened(helper.make_model(graph, opset_imports=opsets, ir_version=10), threads)
+
+
+def convolutions(threads: int, seconds: float) -> Iterator[dict]:
+    """A row for each shape."""
+    for shape in CONVOLUTIONS:
+        n, channels, size, kernel = shape
+        sides = [conv_session(kind, shape, threads) for kind in ("leangen", "fp32", "qdq")]
+        x = np.random.default_rng(1).standard_normal((1, channels, *size)).astype(np.float32)
+        ours, fp32, qdq = alternate(sides, {"x": x}, seconds)
+        yield {
+            "n": n, "channels": channels, "size": size, "kernel": kernel, "leangen_s": ours,
+            "fp32_s": fp32, "qdq_s": qdq, "ratio": fp32 / ours, "ratio_qdq": qdq / ours,
+            "gmac_per_s": n * channels * math.prod((*size, *kernel)) / ours / 1e9,
+        }  # fmt: skip
 
 
 def alternate(sides: list, feeds: dict, seconds: float) -> list[float]:
@@ -228,8 +301,22 @@ def main() -> None:
                     f"  {row['gmac_per_s']:6.1f} GMAC/s  {row['ratio']:5.2f} x stock with fp32",
                     flush=True,
                 )
+    peak = MACS_PER_CYCLE[variant] * (options.clock_ghz or math.nan) * options.threads
+    convolved = []
+    for row in convolutions(options.threads, options.seconds):
+        convolved.append(row)
+        if not options.json:
+            share = f" of {peak:.0f}" if options.clock_ghz else ""
+            print(
+                f"conv {row['n']:3} x {row['channels']:3} {row['kernel']} on {row['size']}"
+                f"  {row['leangen_s'] * 1e6:8.1f} us  {row['gmac_per_s']:6.1f}{share} GMAC/s"
+                f"  {row['ratio']:5.2f} x stock fp32  {row['ratio_qdq']:5.2f} x stock QDQ",
+                flush=True,
+            )
     if options.json:
-        found = {"variant": variant, "threads": options.threads, "rows": rows}
+        found = {
+            "variant": variant, "threads": options.threads, "rows": rows, "convolutions": convolved
+        }  # fmt: skip
         print(json.dumps(found))
 
 

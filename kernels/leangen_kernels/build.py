@@ -28,7 +28,7 @@ from leangen_kernels import toolchain, variants
 LIBRARY = "libleangen_kernels.so"
 SOURCES = (
     "variants", "vectors", "simd", "dots", "unroll", "layout", "linear", "rows", "attention",
-    "build",
+    "build", "conv_simd", "conv", "conv_attention",
 )  # fmt: skip
 _TYPES = {"i": "int64_t", "d": "double"}
 _TRIPLES = {"x86_64": "x86_64-unknown-linux-gnu", "aarch64": "aarch64-unknown-linux-gnu"}
@@ -147,9 +147,10 @@ def _digest() -> str:
 
 def kernels() -> dict[str, tuple[Any, str]]:
     """Name of every kernel of this process's variant -> its maker, C types of its arguments."""
-    from leangen_kernels import attention, linear, rows
+    from leangen_kernels import attention, conv, conv_attention, linear, rows
 
-    return {**rows.kernels(), **linear.kernels(), **attention.kernels()}
+    modules = (rows, linear, attention, conv, conv_attention)
+    return {name: made for module in modules for name, made in module.kernels().items()}
 
 
 def _table(wanted: list[variants.Variant], objects: list[Path]) -> str:

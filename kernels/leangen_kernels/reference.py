@@ -179,3 +179,113 @@ def attention(
                 shares = np.exp(scores - scores.max())
                 y[b, token, head] = shares / shares.sum() @ values[b, group, seen]
     return y.reshape(batch, new, heads * width), keys, values
+
+
+def group_norm(x: Array, groups: int, gain: Array, shift: Array, epsilon: float) -> Array:
+    """gain * (x - mean) / sqrt(variance + epsilon) + shift over groups of channels, float64."""
+    flat = x.astype(np.float64).reshape(x.shape[0], groups, -1)
+    mean, variance = flat.mean(-1, keepdims=True), flat.var(-1, keepdims=True)
+    normed = ((flat - mean) / np.sqrt(variance + epsilon)).reshape(x.shape)
+    by_channel = (-1, *(1,) * (x.ndim - 2))
+    y: Array = normed * gain.reshape(by_channel) + shift.reshape(by_channel)
+    return y
+
+
+def round_patches(patches: Array) -> tuple[Array, Array]:
+    """Columns [k, pixels] on 8-bit scales: the values that the codes stand for, and the scales.
+
+    A column's step is its range, zero included, over 252, and at least 1e-30 / 252.
+    """
+    low, high = np.minimum(patches.min(0), 0), np.maximum(patches.max(0), 0)
+    patches, low, high = (values.astype(np.float32) for values in (patches, low, high))
+    span = np.maximum((high - low).astype(np.float32), TINY)
+    inverse = np.float32(252) / span
+    zero = np.rint(2 - (low * inverse).astype(np.float64))
+    codes = np.rint((patches * inverse).astype(np.float64) + zero)
+    scales = span.astype(np.float64) / 252
+    return (codes - zero) * scales, scales
+
+
+def conv(
+    w: Array,
+    x: Array,
+    *,
+    pads: tuple[int, ...],
+    dilations: tuple[int, ...],
+    bias: Array | None = None,
+    residual: Array | None = None,
+    norm: tuple[int, Array, Array, float] | None = None,
+    film: Array | None = None,
+    activation: str = "",
+    alpha: float = 0.01,
+) -> tuple[Array, Array]:
+    """The operator `Conv` with weights [n, channels, ...], float64, and what its rounding may do.
+
+    `norm` is groups, gain, shift, epsilon. The second array, shaped as the first, bounds how far
+    off y may be where sums in fp32 move a value to be rounded across a half.
+    """
+    spatial = w.ndim - 2
+    by_channel = (*x.shape[:2], *(1,) * spatial)
+    x = x.astype(np.float64) if norm is None else group_norm(x, *norm)
+    if film is not None:
+        scale, shift = np.split(film.astype(np.float64), 2, axis=1)
+        x = x * (1 + scale.reshape(by_channel)) + shift.reshape(by_channel)
+    if activation == "silu":
+        x = x / (1 + np.exp(np.minimum(-x, 700)))
+    elif activation == "leaky_relu":
+        x = np.maximum(x, alpha * x)
+    around = list(zip(pads[:spatial], pads[spatial:], strict=True))
+    x = np.pad(x.astype(np.float32), [(0, 0), (0, 0), *around])
+    size = [
+        length - step * (kernel - 1)
+        for length, step, kernel in zip(x.shape[2:], dilations, w.shape[2:], strict=True)
+    ]
+    taps = [
+        x[(slice(None), slice(None), *(
+            slice(step * at, step * at + length)
+            for step, at, length in zip(dilations, tap, size, strict=True)
+        ))]
+        for tap in np.ndindex(*w.shape[2:])
+    ]  # fmt: skip
+    flat = w.reshape(w.shape[0], -1)
+    y, step = [], []
+    for patches in np.stack(taps, 2).reshape(len(x), flat.shape[1], -1):
+        rounded, scales = round_patches(patches)
+        y.append((flat @ rounded).reshape(-1, *size))
+        step.append((np.abs(flat).max(1)[:, None] * scales).reshape(-1, *size))
+    result = np.stack(y)
+    if bias is not None:
+        result = result + bias.reshape(-1, *(1,) * spatial)
+    return result if residual is None else result + residual, np.stack(step)
+
+
+def pixel_attention(qkv: Array, heads: int, scale: float) -> Array:
+    """The operator `PixelAttention` on [batch, 3 * channels, pixels], float64, rounded as it does.
+
+    Keys have a scale each, values one for each channel of 32 pixels; queries and softmaxes are
+    rounded as patches, the latter on the scale of their largest entry.
+    """
+    batch, all_channels, pixels = qkv.shape
+    width = all_channels // 3 // heads
+    parts = qkv.reshape(batch, 3, heads, width, pixels)
+    y = np.zeros((batch, heads, width, pixels))
+    for b, head in np.ndindex(batch, heads):
+        q, k, v = parts[b, :, head]
+        queries, _ = round_patches(q)
+        keys = _symmetric(k.T, width).T
+        scores = (keys.T @ queries) * scale
+        shares = np.exp(scores - scores.max(0))
+        rounded = np.rint(shares * 252) / 252
+        y[b, head] = _symmetric(v, BLOCK) @ rounded / shares.sum(0)
+    return y.reshape(batch, heads * width, pixels)
+
+
+def _symmetric(x: Array, block: int) -> Array:
+    """Rows rounded to int8 in blocks of columns, as what the codes stand for."""
+    rounded = []
+    for at in range(0, x.shape[1], block):
+        part = x[:, at : at + block]
+        largest = np.maximum(np.abs(part).max(1, keepdims=True), TINY)
+        codes = np.rint(part * (np.float32(127) / largest))
+        rounded.append(codes * (largest.astype(np.float64) / 127))
+    return np.concatenate(rounded, 1)

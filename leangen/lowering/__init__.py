@@ -28,12 +28,14 @@ from leangen.bundle import Bundle
 from leangen.errors import StorageError
 from leangen.lowering import cache
 
-VERSION = 4
+VERSION = 5
 """To be raised when a rule or a packed layout changes, so that lowered models are made again."""
 
 RULES = {
     "linear": "leangen.lowering.linear",
     "language": "leangen.lowering.language",
+    "convolution": "leangen.lowering.convolution",
+    "pixel_attention": "leangen.lowering.pixel_attention",
 }
 """Rules in the order in which they are applied."""
 
