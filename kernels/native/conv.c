@@ -39,7 +39,7 @@ typedef struct {
   int64_t full_kernel;              /* of ConvTranspose: its own, not that of its phases */
   double epsilon, slope;
   moments_fn moments;
-  activate_fn activate;
+  normalize_fn activate;
   pack_patches_fn pack;
   elementwise_fn unpack;
   conv_fn multiply[VECTORS];

@@ -19,7 +19,7 @@ enum { LANES = 16, OUTPUTS = 4, VECTORS = 2, TILE = LANES * VECTORS, BLOCK = 32,
 typedef struct {
   int64_t heads;
   float scale;
-  activate_fn activate;
+  normalize_fn activate;
   pack_patches_fn pack;
   conv_fn multiply;
   elementwise_fn exponentials;

@@ -36,7 +36,7 @@ typedef int (*merge_fn)(void *, void **, int64_t state, int64_t more, int64_t wi
 typedef int (*finish_fn)(void *, void **, int64_t state, int64_t y, int64_t width, int64_t queries,
                          int64_t t);
 typedef int (*moments_fn)(void *, void **, int64_t x, int64_t n, int64_t out, double epsilon);
-typedef int (*activate_fn)(void *, void **, int64_t x, int64_t x_stride, int64_t y,
+typedef int (*normalize_fn)(void *, void **, int64_t x, int64_t x_stride, int64_t y,
                            int64_t y_stride, int64_t low, int64_t high, int64_t n,
                            int64_t channels, int64_t gains, double slope);
 typedef int (*pack_patches_fn)(void *, void **, int64_t image, int64_t low, int64_t high,
