@@ -16,8 +16,9 @@ from leangen.bundle import create, open_bundle, verify
 from leangen.errors import UnknownSchemeError
 from leangen.exporters import onnx_file
 from leangen.families import diffusion
+from leangen.family_recipes import RECIPES
 from leangen.graph_edit import Graph
-from leangen.quantize import RECIPES, quantize
+from leangen.quantize import quantize
 from leangen.sensitivity import Probe, isolate
 from leangen.session import Session
 from leangen.sites import find_sites
