@@ -1,10 +1,10 @@
 """What holds of every family in every scheme: close to fp32, portable, the same bytes each time."""
 
 import json
+import os
 import pickle
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import onnx
@@ -425,7 +425,7 @@ def test_a_full_disk_is_a_storage_error_that_leaves_nothing(bundle, tmp_path):
         capture_output=True,
         text=True,
         env={
-            "PYTHONPATH": str(Path(tiny_bundles.__file__).parent.parent),
+            "PYTHONPATH": os.pathsep.join(sys.path),
             "PYTHONDONTWRITEBYTECODE": "1",
             "TMPDIR": str(temporary),
         },

@@ -89,7 +89,7 @@ def _codes4(graph: Draft, tensor: str) -> tuple[int, Array] | None:
         return None
     cast = graph.producer(centred.input[0], "Cast")
     joined = None if cast is None else graph.producer(cast.input[0], "Concat")
-    if joined is None or len(joined.input) != 2 or attributes(joined)["axis"] != 2:
+    if joined is None or len(joined.input) != 2 or attributes(joined)["axis"] != -1:
         return None
     low = graph.producer(joined.input[0], "Mod")
     high = graph.producer(joined.input[1], "BitShift")

@@ -152,7 +152,7 @@ def _perplexity(name: str, loss: Array) -> Measure:
 def _continue(session: Session, start: list[int], count: int) -> list[int]:
     request = language.Request(tokens=start, max_new_tokens=count, temperature=0.0, ignore_eos=True)
     steps: Any = language.run(session, request)
-    return [step.token for step in steps]
+    return [token for step in steps for token in step.tokens]
 
 
 def _divergence(reference: Scored, candidate: Scored) -> list[Measure]:
