@@ -281,6 +281,12 @@ def test_the_page_needs_nothing_from_elsewhere(http):
     assert "https://" not in page.text
 
 
+def test_json_that_is_sent_as_something_else_is_told_apart(http):
+    reply = http.post("/v1/completions", content=b"{}", headers={"content-type": "text/plain"})
+    assert reply.status_code == 400
+    assert "content-type: application/json" in reply.json()["error"]["message"]
+
+
 @pytest.mark.parametrize(
     ("path", "body", "status", "says"),
     [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from leangen import families
 from leangen.bundle import Bundle
@@ -39,15 +40,17 @@ class Served:
 
 
 def find(refs: Sequence[str], store: Store, say: Notify) -> dict[str, Bundle]:
-    """Bundles by the name that clients use: `NAME=REF` names one, else it is `NAME:SCHEME`.
+    """Bundles by the name that clients use: `NAME=REF` names one, else it is called as it is given.
 
-    What is missing is fetched. Raises what `Store.resolve` raises, RequestError for a name twice.
+    A folder is called `NAME:SCHEME`, after its manifest. What is missing is fetched. Raises what
+    `Store.resolve` raises, RequestError for a name twice.
     """
     bundles: dict[str, Bundle] = {}
     for ref in refs:
         given, _, rest = ref.rpartition("=")
         bundle = store.resolve(rest, notify=say)
-        name = given or f"{bundle.name}:{bundle.scheme}"
+        folder = Path(rest).is_dir()
+        name = given or (f"{bundle.name}:{bundle.scheme}" if folder else rest)
         if name in bundles:
             raise RequestError(f"two models are called {name!r}: give one as OTHERNAME={rest}")
         bundles[name] = bundle

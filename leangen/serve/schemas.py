@@ -31,6 +31,8 @@ class Body(BaseModel):
     @classmethod
     def _is_text(cls, data: Any) -> Any:
         """JSON may escape half of a surrogate pair, which is no character."""
+        if isinstance(data, bytes):
+            raise ValueError("expected JSON, sent as content-type: application/json")
         try:
             json.dumps(data, ensure_ascii=False).encode()
         except UnicodeEncodeError:
