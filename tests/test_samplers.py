@@ -158,13 +158,20 @@ def test_consistency_steps_keep_the_distribution():
     """With the exact consistency function, any number of steps samples N(mu, s^2)."""
     count = 40_000
     start = MEAN + noise(count) * np.sqrt(1 + (SPREAD / SIGMA_MAX) ** 2)
-    x = last("consistency", solution, start, [*(Level(1.0, sigma) for sigma in (SIGMA_MAX, 3.0, 0.5)), CLEAN])
+    x = last(
+        "consistency",
+        solution,
+        start,
+        [*(Level(1.0, sigma) for sigma in (SIGMA_MAX, 3.0, 0.5)), CLEAN],
+    )
     assert x.mean() == pytest.approx(MEAN, abs=5 * SPREAD / math.sqrt(count))
     assert x.std() == pytest.approx(SPREAD, rel=5 / math.sqrt(2 * count))
 
 
 def test_an_unknown_sampler_is_an_error_that_lists_what_there_is():
-    with pytest.raises(RequestError, match=r"'plms' is unknown: expected one of " + ", ".join(SAMPLERS)):
+    with pytest.raises(
+        RequestError, match=r"'plms' is unknown: expected one of " + ", ".join(SAMPLERS)
+    ):
         samplers.get("plms")
 
 

@@ -61,7 +61,7 @@ def request_options(sub: argparse.ArgumentParser) -> None:
     group.add_argument("--guidance-rescale", type=float, metavar="SHARE", help="diffusion: 0 to 1")
     group.add_argument("--image", metavar="FILE", help="diffusion: picture or .npy to start from")
     group.add_argument("--strength", type=float, help="diffusion: how far to leave --image, 0 to 1")
-    group.add_argument("--mask", metavar="FILE", help="diffusion: white where to paint --image anew")
+    group.add_argument("--mask", metavar="FILE", help="diffusion: white where to paint anew")
     group.add_argument(
         "--condition", dest="conditions", action="append", type=_condition, metavar="NAME=VALUE"
     )

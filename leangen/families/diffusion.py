@@ -76,6 +76,10 @@ class Request:
         for name in ("strength", "mask"):
             if getattr(self, name) is not None and self.image is None:
                 raise RequestError(f"{name} is given without an image: give the image it is for")
+        if self.image is not None and self.strength is None and self.mask is None:
+            raise RequestError(
+                "image is given alone: give strength (how far to leave it) or a mask (where to)"
+            )
 
     def describe(self) -> dict[str, Any]:
         """The options as plain JSON types; of an image and a mask only whether there is one."""
@@ -116,8 +120,10 @@ def run(session: Session, request: Request) -> Generator[Step, None, Output]:
         x = rng.standard_normal((1, *shape), np.float32) * np.float32(levels[0].sigma)
         if image is not None:
             x = x + levels[0].alpha * image
-        for step, x in enumerate(sampler.sample(denoise, x, levels, rng), start=2):
-            yield Step(kind="denoise", units=float(step == len(levels)))
+        trajectory = sampler.sample(denoise, x, levels, rng)
+        for following in levels[1:]:
+            x = next(trajectory)
+            yield Step(kind="denoise", units=float(following == samplers.CLEAN))
         drawn.append(x)
     return Output(array=imaging.images(drawn), media=MEDIA, extra=imaging.rendering(config))
 

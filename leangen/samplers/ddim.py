@@ -1,10 +1,10 @@
 """DDIM (arXiv 2010.02502, eq. 12 and 16).
 
 Without noise of its own (`eta` 0) it keeps the noise that the denoiser sees in x, and shrinks it.
-This is Euler's step on a straight line between the two levels, so with alpha = 1 Euler's method on
-dx/dsigma = (x - D(x)) / sigma (arXiv 2206.00364, appendix C), and with alpha = 1 - sigma flow
-matching's on dx/dt = v (arXiv 2210.02747). With `eta` 1 as much of it is drawn anew as the forward process has added since: x is then drawn
-from q(x_next | x, x0).
+This is Euler's step along a straight line between the two levels: with alpha = 1 Euler's method on
+dx/dsigma = (x - D(x)) / sigma (arXiv 2206.00364, appendix C), with alpha = 1 - sigma flow
+matching's on dx/dt = v (arXiv 2210.02747). With `eta` 1 as much of the noise is drawn anew as the
+forward process has added between the levels: x is then drawn from q(x_next | x, x0).
 """
 
 from __future__ import annotations
