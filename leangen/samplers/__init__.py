@@ -25,7 +25,7 @@ import numpy as np
 
 from leangen.errors import RequestError
 
-Array = np.ndarray[Any, np.dtype[np.float32]]
+Array = np.ndarray[Any, np.dtype[np.floating[Any]]]
 
 
 class Level(NamedTuple):
