@@ -198,6 +198,17 @@ def test_flow_matching_is_that_of_diffusers(name, scheduler, per_step, shift):
     np.testing.assert_allclose(ours, their_x.numpy(), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["dpmpp_2m", "dpmpp_2m_sde", "unipc"])
+def test_multistep_solvers_run_flow_models_as_in_diffusers(name, monkeypatch):
+    peer = PEERS[name]
+    theirs = getattr(diffusers, peer.scheduler)(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, **peer.options
+    )
+    theirs.set_timesteps(STEPS)
+    levels = [Level(1 - sigma, sigma) for sigma in theirs.sigmas.double().tolist()]
+    compare(name, theirs, "flow", levels, same_noise(monkeypatch, theirs))
+
+
 def test_heun_is_that_of_diffusers_in_its_variables():
     """HeunDiscreteScheduler samples x0 + sigma noise, which here is alpha = 1."""
     theirs = diffusers.HeunDiscreteScheduler(
