@@ -1,7 +1,6 @@
 """Builds the kernel library into `leangen_kernels`, or leaves a note there of why it could not.
 
-Only with LEANGEN_BUILD_KERNELS=1: leangen runs no model on it yet, and it takes a minute.
-
+LEANGEN_BUILD_KERNELS=0 leaves it out: the wheel is then for any platform.
 LEANGEN_KERNELS_MACHINE=aarch64 with CC=aarch64-linux-gnu-gcc builds for another machine.
 """
 
@@ -37,9 +36,10 @@ class BuildKernels(build_ext):
 
         try:
             cache = ROOT / "build" / "kernels"
-            build.build(folder, ROOT / "kernels" / "native", cache, machine=MACHINE)
+            native = ROOT / "kernels" / "native"
+            build.build(folder, native, cache, machine=MACHINE, say=_say)
         except build.BuildError as error:
-            print(f"leangen: no kernel library, {error}", file=sys.stderr)
+            _say(f"no library: {error}")
             (folder / NOTE).write_text(f"{error}\n", encoding="utf-8")
         finally:
             sys.path.remove(str(ROOT / "kernels"))
@@ -66,6 +66,10 @@ class BuildKernels(build_ext):
         return {}
 
 
+def _say(line: str) -> None:
+    print(f"leangen kernels: {line}", file=sys.stderr, flush=True)
+
+
 class PlatformWheel(bdist_wheel):
     """One wheel for every Python 3 of a platform."""
 
@@ -75,10 +79,10 @@ class PlatformWheel(bdist_wheel):
         return "py3", "none", tag.replace(platform.machine(), MACHINE)
 
 
-if os.environ.get("LEANGEN_BUILD_KERNELS") == "1":
+if os.environ.get("LEANGEN_BUILD_KERNELS") == "0":
+    setup()
+else:
     setup(
         ext_modules=[Extension(f"{PACKAGE}.libleangen_kernels", sources=[], optional=True)],
         cmdclass={"build_ext": BuildKernels, "bdist_wheel": PlatformWheel},
     )
-else:
-    setup()

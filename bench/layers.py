@@ -2,9 +2,10 @@
 
     python bench/layers.py [--threads 2] [--context 256] [--prefill 256] [--json]
 
-The embedding is left out. Both sides run alternating in one process. Stock is the lossless rewrite
-that a portable bundle holds: MatMulNBits with zero point 8, plus the blocks' sums times the
-offsets.
+Prefill of one prompt, decoding of one sequence, and of several at once (leangen alone: what they
+cost over a single one). The embedding is left out. Both sides run alternating in one process. Stock
+is the lossless rewrite that a portable bundle holds: MatMulNBits with zero point 8, plus the
+blocks' sums times the offsets.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from leangen_kernels import layout
 from onnx import TensorProto, helper, numpy_helper
 
 LAYERS, WIDTH, MLP, HEADS, KV_HEADS, HEAD, VOCAB = 30, 576, 1536, 9, 3, 64, 49152
+QKV = (HEADS + 2 * KV_HEADS) * HEAD
 Q4, Q8 = layout.FORMS["q4_min"], layout.FORMS["q8"]
 
 
@@ -97,35 +99,33 @@ class Graph:
 
     def attention(self, qkv: str, layer: int) -> str:
         name = f"attention{layer}"
-        shape = self.constant(f"{name}.shape", np.array([1, -1, 960]))
-        packed = self.node("Reshape", [qkv, shape], f"{name}.qkv")
         if self.own:
-            inputs = [packed, f"key{layer}", f"value{layer}", "seqlens", "cos", "sin"]
-            y = self.node(
+            inputs = [qkv, f"key{layer}", f"value{layer}", "seqlens", "cos", "sin"]
+            return self.node(
                 "Attention", inputs, name, 3, domain="leangen", heads=HEADS, kv_heads=KV_HEADS
             )
-            return self.node("Reshape", [y, self.constant(f"{name}.flat", np.array([-1, WIDTH]))],
-                             f"{name}.y")  # fmt: skip
+        rows = self.constant(f"{name}.rows", np.array([1, -1, QKV]))
+        packed = self.node("Reshape", [qkv, rows], f"{name}.qkv")
         inputs = [packed, "", "", f"key{layer}", f"value{layer}", "seqlens", "total", "cos", "sin"]
         y = self.node(
             "GroupQueryAttention", inputs, name, 3, domain="com.microsoft",
             num_heads=HEADS, kv_num_heads=KV_HEADS, do_rotary=1,
         )  # fmt: skip
-        return self.node("Reshape", [y, self.constant(f"{name}.flat", np.array([-1, WIDTH]))],
-                         f"{name}.y")  # fmt: skip
+        flat = self.constant(f"{name}.flat", np.array([-1, WIDTH]))
+        return self.node("Reshape", [y, flat], f"{name}.y")
 
-    def build(self, capacity: int) -> bytes:
+    def build(self, capacity: int, sequences: int) -> bytes:
         positions = np.outer(np.arange(capacity), 1e4 ** (-np.arange(HEAD // 2) / (HEAD // 2)))
         self.constant("cos", np.cos(positions).astype(np.float32))
         self.constant("sin", np.sin(positions).astype(np.float32))
         h = self.own_layers() if self.own else self.stock_layers()
         info, floats = helper.make_tensor_value_info, TensorProto.FLOAT
-        cache = [1, KV_HEADS, capacity, HEAD]
+        cache, batch = [sequences, KV_HEADS, capacity, HEAD], [sequences] if self.own else []
         inputs = [
-            info("x", floats, ["new", WIDTH]), info("last", TensorProto.INT64, [1]),
-            info("seqlens", TensorProto.INT32, [1]), info("total", TensorProto.INT32, []),
+            info("x", floats, [*batch, "new", WIDTH]), info("last", TensorProto.INT64, [1]),
+            info("seqlens", TensorProto.INT32, [sequences]), info("total", TensorProto.INT32, []),
         ]  # fmt: skip
-        outputs = [info(h, floats, ["wanted", VOCAB])]
+        outputs = [info(h, floats, [*batch, "wanted", VOCAB])]
         for layer in range(LAYERS):
             inputs += [info(f"key{layer}", floats, cache), info(f"value{layer}", floats, cache)]
             outputs += [info(f"attention{layer}.{i}", floats, cache) for i in (1, 2)]
@@ -137,12 +137,12 @@ class Graph:
     def own_layers(self) -> str:
         h = "x"
         for i in range(LAYERS):
-            qkv = self.linear(h, 960, WIDTH, f"qkv{i}", gain=self.gain)
+            qkv = self.linear(h, QKV, WIDTH, f"qkv{i}", gain=self.gain)
             y = self.attention(qkv, i)
             h = self.linear(y, WIDTH, WIDTH, f"o{i}", residual=h)
             y = self.linear(h, 2 * MLP, WIDTH, f"gate_up{i}", gain=self.gain, gated=True)
             h = self.linear(y, WIDTH, MLP, f"down{i}", residual=h)
-        h = self.node("Gather", [h, "last"], "wanted", axis=0)
+        h = self.node("Gather", [h, "last"], "wanted", axis=1)
         return self.linear(h, VOCAB, WIDTH, "logits", bits=8, gain=self.gain)
 
     def stock_layers(self) -> str:
@@ -150,7 +150,7 @@ class Graph:
         h, y = "x", self.node("Mul", ["x", zero], "nothing")
         for i in range(LAYERS):
             x, h = self.norm(h, y, f"norm{i}")
-            y = self.attention(self.linear(x, 960, WIDTH, f"qkv{i}"), i)
+            y = self.attention(self.linear(x, QKV, WIDTH, f"qkv{i}"), i)
             x, h = self.norm(h, self.linear(y, WIDTH, WIDTH, f"o{i}"), f"mlp_norm{i}")
             both = self.linear(x, 2 * MLP, WIDTH, f"gate_up{i}")
             self.nodes.append(
@@ -169,7 +169,10 @@ class Graph:
 class Runner:
     """One side's session, its caches bound so that they are updated in place."""
 
-    def __init__(self, own: bool, threads: int, capacity: int, spin_us: int) -> None:
+    def __init__(
+        self, own: bool, threads: int, capacity: int, spin_us: int, sequences: int = 1
+    ) -> None:
+        self.own, self.sequences = own, sequences
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
@@ -177,9 +180,9 @@ class Runner:
         options.register_custom_ops_library(str(leangen_kernels.library()))
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.onnx"
-            path.write_bytes(Graph(own).build(capacity))
+            path.write_bytes(Graph(own).build(capacity, sequences))
             self.session = ort.InferenceSession(str(path), options)
-        shape = (1, KV_HEADS, capacity, HEAD)
+        shape = (sequences, KV_HEADS, capacity, HEAD)
         self.caches = [
             ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32)) for _ in range(2 * LAYERS)
         ]
@@ -192,14 +195,19 @@ class Runner:
             self.binding.bind_ortvalue_output(outputs[1 + i], cache)
 
     def run(self, x: np.ndarray, past: int) -> tuple[np.ndarray, float]:
+        """Logits and seconds of new tokens [new, WIDTH], the same ones for every sequence."""
         total = past + len(x)
-        feeds = {"x": x, "last": np.array([len(x) - 1]), "total": np.array(total, np.int32),
-                 "seqlens": np.array([total - 1], np.int32)}  # fmt: skip
+        feeds = {
+            "x": np.broadcast_to(x, (self.sequences, *x.shape)).copy() if self.own else x,
+            "last": np.array([len(x) - 1]),
+            "total": np.array(total, np.int32),
+            "seqlens": np.full(self.sequences, total - 1, np.int32),
+        }
         start = time.perf_counter()
         for name, value in feeds.items():
             self.binding.bind_cpu_input(name, value)
         self.session.run_with_iobinding(self.binding)
-        logits = self.binding.get_outputs()[0].numpy()
+        logits = self.binding.get_outputs()[0].numpy().reshape(-1, VOCAB)
         return logits, time.perf_counter() - start
 
 
@@ -223,7 +231,16 @@ def measure(threads: int, context: int, prefill: int, spin_us: int, rounds: int)
             "leangen_tokens_per_s": new / ours, "stock_tokens_per_s": new / stock,
             "logits_relative_rms": float(apart),
         }  # fmt: skip
+    found["sequences_s"] = {n: batch_s(n, threads, context, spin_us, rounds) for n in (1, 2, 4, 8)}
     return found
+
+
+def batch_s(sequences: int, threads: int, context: int, spin_us: int, rounds: int) -> float:
+    """Median seconds to decode one token of each of some sequences at once."""
+    runner = Runner(True, threads, (context + 16) // 16 * 16, spin_us, sequences)
+    x = np.random.default_rng(1).standard_normal((1, WIDTH)).astype(np.float32)
+    runner.run(x, context)
+    return statistics.median(runner.run(x, context)[1] for _ in range(3 * rounds))
 
 
 def main() -> None:
@@ -249,6 +266,12 @@ def main() -> None:
             f"{name:8} leangen {side['leangen_tokens_per_s']:7.1f} tokens/s"
             f"  stock {side['stock_tokens_per_s']:7.1f}  ratio {side['ratio']:.2f}"
             f"  logits apart {side['logits_relative_rms']:.4f}"
+        )
+    alone = found["sequences_s"][1]
+    for sequences, seconds in found["sequences_s"].items():
+        print(
+            f"decode of {sequences} at once {sequences / seconds:7.1f} tokens/s"
+            f"  {seconds / alone:.2f} times one"
         )
 
 

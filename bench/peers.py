@@ -1,7 +1,7 @@
-"""leangen against llama.cpp (through llama-cpp-python) on one GGUF file.
+"""leangen, with and without its kernels, against llama.cpp (llama-cpp-python) on one GGUF file.
 
-Both engines get the same file, threads and prompt tokens, each in a process of its own, and take
-turns, so that a busy minute hits both. A round is a prefill of the whole prompt and then greedy
+All engines get the same file, threads and prompt tokens, each in a process of its own, and take
+turns, so that a busy minute hits all. A round is a prefill of the whole prompt and then greedy
 decoding; the first round warms up and is dropped. Medians over the rounds are compared.
 
     python bench/peers.py model.gguf --threads 2 --json
@@ -21,17 +21,20 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-ENGINES = ("leangen", "llama.cpp")
+ENGINES = ("leangen", "leangen on ORT", "llama.cpp")
 SEED = 0
 
 Round = Callable[[list[int], int], tuple[float, float]]
 """(prompt, new tokens) -> seconds of the prefill with the first token, seconds of the rest."""
 
 
-def leangen_engine(model: str, threads: int, context: int) -> tuple[Round, str]:
+def leangen_engine(
+    model: str, threads: int, context: int, kernels: str = "auto"
+) -> tuple[Round, str]:
     """A round in leangen; `model` is a bundle's folder."""
     import onnxruntime
 
@@ -39,7 +42,8 @@ def leangen_engine(model: str, threads: int, context: int) -> tuple[Round, str]:
     from leangen.families.decoder import Decoder
     from leangen.session import Session
 
-    session = Session(open_bundle(Path(model)), threads=threads)
+    session = Session(open_bundle(Path(model)), threads=threads, kernels=kernels)
+    session.graph("model")
 
     def run(prompt: list[int], new_tokens: int) -> tuple[float, float]:
         with Decoder(session, context) as decoder:
@@ -50,7 +54,7 @@ def leangen_engine(model: str, threads: int, context: int) -> tuple[Round, str]:
                 token = int(decoder.feed([token]).argmax())
             return first - start, time.perf_counter() - first
 
-    return run, f"onnxruntime {onnxruntime.__version__}"
+    return run, f"onnxruntime {onnxruntime.__version__}, kernels {session.kernels}"
 
 
 def llama_engine(model: str, threads: int, context: int) -> tuple[Round, str]:
@@ -92,7 +96,11 @@ def llama_engine(model: str, threads: int, context: int) -> tuple[Round, str]:
 
 def serve(engine: str, model: str, threads: int, context: int) -> None:
     """The child process: one JSON line in (prompt, new tokens), one out (seconds, memory)."""
-    make = {"leangen": leangen_engine, "llama.cpp": llama_engine}[engine]
+    make = {
+        "leangen": leangen_engine,
+        "leangen on ORT": partial(leangen_engine, kernels="ort"),
+        "llama.cpp": llama_engine,
+    }[engine]
     run, version = make(model, threads, context)
     print(json.dumps({"version": version}), flush=True)
     for line in sys.stdin:
@@ -126,7 +134,7 @@ class Engine:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "PYTHONPATH": path} if name == "leangen" else None,
+            env={**os.environ, "PYTHONPATH": path} if name != "llama.cpp" else None,
         )
         self.version = self._answer()["version"]
 
@@ -162,10 +170,11 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         vocab = bundle.config["vocab_size"]
         prompt = random.Random(SEED).choices(range(vocab // 2), k=args.prompt_tokens)
         context = args.prompt_tokens + args.new_tokens
-        models = {"leangen": str(bundle.path), "llama.cpp": str(args.model)}
-        pythons = {"leangen": sys.executable, "llama.cpp": args.llama_python}
         engines = [
-            Engine(name, pythons[name], models[name], args.threads, context) for name in ENGINES
+            Engine(name, args.llama_python, str(args.model), args.threads, context)
+            if name == "llama.cpp"
+            else Engine(name, sys.executable, str(bundle.path), args.threads, context)
+            for name in ENGINES
         ]
         load_before = os.getloadavg()[0]
         rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in ENGINES}
@@ -178,9 +187,12 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         engine.name: {"version": engine.version, **summary(rounds[engine.name][1:], args)}
         for engine in engines
     }
-    ratio = {
-        key: results["leangen"][key]["median"] / results["llama.cpp"][key]["median"]
-        for key in ("decode_tokens_per_s", "prefill_tokens_per_s")
+    ratios = {
+        name: {
+            key: results["leangen"][key]["median"] / results[name][key]["median"]
+            for key in ("decode_tokens_per_s", "prefill_tokens_per_s")
+        }
+        for name in ENGINES[1:]
     }
     return {
         "model": args.model.name,
@@ -190,7 +202,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         "rounds": args.rounds,
         "load_average_before": load_before,
         "engines": results,
-        "leangen_over_llama_cpp": ratio,
+        "leangen_over": ratios,
     }
 
 
@@ -211,7 +223,7 @@ def summary(rounds: list[dict[str, Any]], args: argparse.Namespace) -> dict[str,
 
 def table(result: dict[str, Any]) -> str:
     """The comparison for a reader."""
-    lines = [f"{'':10} {'decode tok/s':>24} {'prefill tok/s':>24} {'peak RSS MB':>12}"]
+    lines = [f"{'':14} {'decode tok/s':>24} {'prefill tok/s':>24} {'peak RSS MB':>12}"]
     for name, engine in result["engines"].items():
         cells = [
             "{median:.1f} ({min:.1f}-{max:.1f})".format(**engine[key])
@@ -219,7 +231,7 @@ def table(result: dict[str, Any]) -> str:
         ]
         peak = engine["peak_rss_bytes"]
         memory = "unknown" if peak is None else f"{peak / 1e6:.0f}"
-        lines.append(f"{name:10} {cells[0]:>24} {cells[1]:>24} {memory:>12}")
+        lines.append(f"{name:14} {cells[0]:>24} {cells[1]:>24} {memory:>12}")
     return "\n".join(lines)
 
 

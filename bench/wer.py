@@ -21,89 +21,10 @@ from typing import Any
 import numpy as np
 
 from leangen.bundle import open_bundle
-from leangen.errors import DependencyError, LeangenError, SourceError
+from leangen.errors import LeangenError, SourceError
 from leangen.families import speech
+from leangen.quality.words import SENTENCES, errors, resample, whisper, words
 from leangen.session import Session
-
-SENTENCES = (
-    (
-        "The quick brown fox jumps over the lazy dog.",
-        "ðə kwˈɪk bɹˈaʊn fˈɑːks dʒˈʌmps ˌoʊvɚ ðə lˈeɪzi dˈɑːɡ.",
-    ),
-    (
-        "Speech is made one small step at a time.",
-        "spˈiːtʃ ɪz mˌeɪd wˈʌn smˈɔːl stˈɛp æɾə tˈaɪm.",
-    ),
-    (
-        "Every answer comes with the energy that it cost.",
-        "ˈɛvɹi ˈænsɚ kˈʌmz wɪððɪ ˈɛnɚdʒi ðˌɐɾɪt kˈɔst.",
-    ),
-    (
-        "The birch canoe slid on the smooth planks.",
-        "ðə bˈɜːtʃ kənˈuː slˈɪd ɔnðə smˈuːð plˈæŋks.",
-    ),
-    (
-        "Glue the sheet to the dark blue background.",
-        "ɡlˈuː ðə ʃˈiːt tə ðə dˈɑːɹk blˈuː bˈækɡɹaʊnd.",
-    ),
-    (
-        "It is easy to tell the depth of a well.",
-        "ɪɾ ɪz ˈiːzi tə tˈɛl ðə dˈɛpθ əvə wˈɛl.",
-    ),
-    (
-        "These days a chicken leg is a rare dish.",
-        "ðiːz dˈeɪz ɐ tʃˈɪkɪn lˈɛɡ ɪz ɐ ɹˈɛɹ dˈɪʃ.",
-    ),
-    (
-        "Rice is often served in round bowls.",
-        "ɹˈaɪs ɪz ˈɔfən sˈɜːvd ɪn ɹˈaʊnd bˈoʊlz.",
-    ),
-    (
-        "The box was thrown beside the parked truck.",
-        "ðə bˈɑːks wʌz θɹˈoʊn bᵻsˌaɪd ðə pˈɑːɹkt tɹˈʌk.",
-    ),
-    (
-        "Four hours of steady work faced us.",
-        "fˈoːɹ ˈaʊɚz ʌv stˈɛdi wˈɜːk fˈeɪsd ˌʌs.",
-    ),
-)
-"""Text and IPA; the last seven are from the Harvard sentences (IEEE, 1969)."""
-
-WHISPER_RATE_HZ = 16_000
-
-
-def words(text: str) -> list[str]:
-    """Lower-case words without punctuation.
-
-    >>> words("Don't panic, it's 4.")
-    ["don't", 'panic', "it's", '4']
-    """
-    kept = "".join(c if c.isalnum() or c == "'" else " " for c in text.lower())
-    return kept.split()
-
-
-def errors(said: Sequence[str], heard: Sequence[str]) -> int:
-    """Word edit distance (Levenshtein): substitutions, insertions and deletions.
-
-    >>> errors("a rare dish".split(), "a red fish dish".split())
-    2
-    """
-    row = list(range(len(heard) + 1))
-    for i, word in enumerate(said, 1):
-        diagonal, row[0] = row[0], i
-        for j, other in enumerate(heard, 1):
-            diagonal, row[j] = (
-                row[j],
-                min(row[j] + 1, row[j - 1] + 1, diagonal + (word != other)),
-            )
-    return row[-1]
-
-
-def resample(samples: np.ndarray[Any, Any], rate_hz: int) -> np.ndarray[Any, Any]:
-    """To 16 kHz for Whisper, by cutting the spectrum off at 8 kHz."""
-    count = round(len(samples) * WHISPER_RATE_HZ / rate_hz)
-    spectrum = np.fft.rfft(samples)[: count // 2 + 1]
-    return (np.fft.irfft(spectrum, count) * (count / len(samples))).astype(np.float32)
 
 
 def speak(session: Session, ipa: str, seed: int) -> np.ndarray[Any, Any]:
@@ -136,25 +57,6 @@ def measure(path: Path, hear: Callable[[np.ndarray[Any, Any]], str], seeds: int)
         "word_error_rate": wrong / total,
         "misheard": misheard,
     }
-
-
-def whisper(folder: Path) -> Callable[[np.ndarray[Any, Any]], str]:
-    """A function that transcribes 16 kHz samples with the CTranslate2 model in `folder`."""
-    try:
-        from faster_whisper import WhisperModel
-    except ModuleNotFoundError as error:
-        if error.name != "faster_whisper":
-            raise
-        raise DependencyError("this bench needs Whisper: pip install faster-whisper") from None
-    if not (folder / "model.bin").is_file():
-        raise SourceError(f"{folder} has no model.bin: expected a CTranslate2 Whisper model")
-    model = WhisperModel(str(folder), device="cpu", compute_type="float32")
-
-    def hear(samples: np.ndarray[Any, Any]) -> str:
-        segments, _ = model.transcribe(samples, language="en", beam_size=5, temperature=0.0)
-        return " ".join(segment.text for segment in segments)
-
-    return hear
 
 
 def model_folder(source: Path, scratch: Path) -> Path:

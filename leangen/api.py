@@ -10,7 +10,7 @@ from leangen.budget import Budget, Guard
 from leangen.console import Progress, say
 from leangen.engine import BASELINE_S, Engine
 from leangen.ledger import Ledger
-from leangen.session import Activations, Session
+from leangen.session import Activations, Kernels, Session
 from leangen.store import Store
 
 
@@ -19,6 +19,7 @@ def load(
     *,
     threads: int | None = None,
     activations: Activations = "int8",
+    kernels: Kernels = "auto",
     home: Path | None = None,
     ledger: bool = True,
     region: str | None = None,
@@ -34,6 +35,7 @@ def load(
 
     threads: intra-op threads; None chooses by affinity, cgroup and SMT, and says why.
     activations: "fp32" computes low-bit layers without rounding activations (slower).
+    kernels: "ort" keeps to ONNX Runtime's own, for comparison; else leangen's run where they fit.
     home: the store; None is `$LEANGEN_HOME` or the platform's cache folder.
     ledger: keep the receipt of every generation in the store's ledger.
     region: whose grid the carbon figure assumes; None is `$LEANGEN_REGION` or the world's mean.
@@ -55,7 +57,7 @@ def load(
     footprint = carbon.footprint(region, intensity=intensity, embodied=embodied)
     store = Store(home)
     bundle = store.resolve(str(ref), notify=say, progress=progress)
-    session = Session(bundle, threads=threads, activations=activations)
+    session = Session(bundle, threads=threads, activations=activations, kernels=kernels)
     book = Ledger(store.ledger_path)
     budgets = (budget,) if isinstance(budget, Budget) else tuple(budget)
     return Engine(

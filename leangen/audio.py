@@ -23,14 +23,19 @@ FLOOR = 1e-5
 
 
 def write_wav(path: Path, samples: Array, sample_rate_hz: int) -> None:
-    """Write mono 16-bit PCM; samples are floats in [-1, 1], and what lies outside is clipped.
+    """Write `wav_bytes` to a file; raises what it raises, and StorageError for the disk."""
+    write_atomic(path, wav_bytes(samples, sample_rate_hz))
 
-    Raises RequestError for samples that are not finite, StorageError for the disk.
+
+def wav_bytes(samples: Array, sample_rate_hz: int) -> bytes:
+    """A WAV file of mono 16-bit PCM; samples are floats in [-1, 1], what lies outside is clipped.
+
+    Raises RequestError for samples that are not finite.
     """
     samples = np.asarray(samples, np.float32).reshape(-1)
     if not np.isfinite(samples).all():
         raise RequestError(
-            f"the audio for {path} holds values that are not finite: "
+            "the audio holds values that are not finite: "
             "generate it again in fp32 to see whether the scheme is at fault"
         )
     pcm = np.round(np.clip(samples, -1, 1) * 32767).astype("<i2")
@@ -40,7 +45,7 @@ def write_wav(path: Path, samples: Array, sample_rate_hz: int) -> None:
         file.setsampwidth(2)
         file.setframerate(sample_rate_hz)
         file.writeframes(pcm.tobytes())
-    write_atomic(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
 def mel_filters(sample_rate_hz: int, window: int = WINDOW, bands: int = BANDS) -> Array:
@@ -78,10 +83,15 @@ def log_mel_distance(a: Array, b: Array, sample_rate_hz: int) -> float:
     The sounds must be aligned, sample for sample: the same durations and the same noise. Raises
     RequestError when their lengths differ.
     """
+    check_aligned(a, b)
+    difference = log_mel(a, sample_rate_hz) - log_mel(b, sample_rate_hz)
+    return float(np.sqrt(np.mean(difference**2)))
+
+
+def check_aligned(a: Array, b: Array) -> None:
+    """RequestError unless two sounds have the same number of samples."""
     if np.size(a) != np.size(b):
         raise RequestError(
             f"cannot compare sounds of {np.size(a)} and {np.size(b)} samples: "
             "generate both with the same `durations`"
         )
-    difference = log_mel(a, sample_rate_hz) - log_mel(b, sample_rate_hz)
-    return float(np.sqrt(np.mean(difference**2)))

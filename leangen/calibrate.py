@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import onnxruntime as ort
@@ -18,26 +18,40 @@ from leangen.graph_edit import Array, Graph, Range
 from leangen.session import Session
 
 Feeds = Mapping[str, Array]
+T = TypeVar("T")
 
 
-class _Recorder(Session):
+class Recorder(Session):
     """A session that keeps a copy of what every graph is fed."""
 
-    def __init__(self, bundle: Bundle, limit: int) -> None:
-        super().__init__(bundle)
-        self.limit = limit
-        self.feeds: dict[str, list[Feeds]] = {role: [] for role in bundle.graphs}
+    def __init__(self, bundle: Bundle) -> None:
+        super().__init__(bundle, kernels="ort")  # what is recorded must not depend on the machine
+        self._seen: dict[str, list[Feeds]] = {role: [] for role in bundle.graphs}
 
     def run(
         self, role: str, feeds: Mapping[str, Any], outputs: Sequence[str] | None = None
     ) -> list[Array]:
-        if len(self.feeds[role]) < self.limit:
-            self.feeds[role].append({name: np.array(value) for name, value in feeds.items()})
+        self._seen[role].append({name: np.array(value) for name, value in feeds.items()})
         return super().run(role, feeds, outputs)
 
+    def feeds(self, limit: int) -> dict[str, list[Feeds]]:
+        """Up to `limit` runs of each graph, spread evenly from the first to the last.
 
-def record(bundle: Bundle, *, limit: int = 4) -> tuple[dict[str, list[Feeds]], list[Any]]:
-    """Generate what the family asks for as calibration: feeds per graph role, and the requests.
+        A sampler's steps differ in noise level: these see early and late ones.
+        """
+        return {role: evenly(seen, limit) for role, seen in self._seen.items()}
+
+
+def evenly(items: Sequence[T], limit: int) -> list[T]:
+    """Up to `limit` of the items, evenly from the first to the last."""
+    count = min(limit, len(items))
+    return [items[round(i)] for i in np.linspace(0, len(items) - 1, count)]
+
+
+def record(
+    bundle: Bundle, asked: Sequence[Any] | None = None, *, limit: int = 4
+) -> tuple[dict[str, list[Feeds]], list[Any]]:
+    """Carry out requests, by default the family's own for calibration: feeds per role, requests.
 
     At most `limit` runs of each graph are kept; both are empty for a family whose module has no
     `calibration_requests`.
@@ -46,14 +60,13 @@ def record(bundle: Bundle, *, limit: int = 4) -> tuple[dict[str, list[Feeds]], l
     requests: Callable[[Session], Iterable[Any]] | None = getattr(
         family, "calibration_requests", None
     )
-    recorder = _Recorder(bundle, limit)
-    if requests is None:
-        return recorder.feeds, []
-    asked = list(requests(recorder))
+    recorder = Recorder(bundle)
+    if asked is None:
+        asked = [] if requests is None else list(requests(Session(bundle)))
     for request in asked:
         for _ in family.run(recorder, request):
             pass
-    return recorder.feeds, [dict(request.describe()) for request in asked]
+    return recorder.feeds(limit), [dict(request.describe()) for request in asked]
 
 
 def ranges(graph: Graph, tensors: Iterable[str], feeds: Iterable[Feeds]) -> dict[str, Range]:

@@ -20,6 +20,7 @@ def run(args: argparse.Namespace) -> int:
         intensity=args.intensity,
         embodied=args.embodied,
         activations=args.activations,
+        kernels=args.kernels,
         tag="chat",
     )
     if engine.bundle.family != "language":
@@ -49,6 +50,8 @@ def run(args: argparse.Namespace) -> int:
             temperature=args.temperature,
             top_p=args.top_p,
             seed=args.seed + len(history),
+            speculate=args.speculate,
+            prefix_cache=args.prefix_cache,
         )
         answer = ""
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,12 +10,14 @@ from typing import Any
 
 from leangen import __version__, commands
 from leangen.commands.options import (
+    GUESSES,
     METER_HELP,
     json_and_threads,
     request,
     request_options,
     run_options,
     share,
+    speculate,
 )
 from leangen.console import human_bytes, print_json, progress_bar, say, table
 from leangen.errors import LeangenError, RequestError
@@ -86,6 +87,13 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--temperature", type=float, default=0.2)
     sub.add_argument("--top-p", type=float, default=0.9)
     sub.add_argument("--seed", type=int, default=0)
+    speculate(sub, default=GUESSES)
+    sub.add_argument(
+        "--no-prefix-cache",
+        dest="prefix_cache",
+        action="store_false",
+        help="compute the whole conversation anew at each turn",
+    )
     run_options(sub, as_json=False)
 
     sub = add(
@@ -112,17 +120,6 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--from", dest="from_file", type=Path, metavar="WHEEL", help="a wheel at hand")
     sub.add_argument("--json", action="store_true")
 
-    sub = add(
-        "quantize",
-        quantize,
-        "Make a low-precision bundle from an fp32 one",
-        "leangen quantize terrain --scheme int8 -o terrain-int8",
-    )
-    sub.add_argument("bundle", metavar="MODEL")
-    sub.add_argument("--scheme", required=True, help="int8 or int4")
-    sub.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
-    sub.add_argument("--force", action="store_true", help="replace DIR")
-
     sub = add("meters", meters, "What energy sensors there are, or why not", "leangen meters")
     sub.add_argument(
         "action",
@@ -138,47 +135,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--json", action="store_true")
 
-    sub = add("ledger", ledger, "What was generated and what it cost", "leangen ledger --last 5")
-    sub.add_argument("--last", type=int, default=10, metavar="N", help="generations to list")
-    sub.add_argument("--model", help="only this model")
-    sub.add_argument("--scheme", help="only this scheme")
-    sub.add_argument("--tag", help="only this tag")
-    sub.add_argument("--json", action="store_true")
-    _ledger_actions(sub)
-
-    sub = add(
-        "budget",
-        budget,
-        "Limits of joules or gCO2e: warn, or refuse to generate",
-        "leangen budget set day --joules 5000 --on-exceed refuse",
-    )
-    _budget_actions(sub)
-
-    sub = add(
-        "report",
-        report,
-        "What was generated and what it cost: trend, models, idle, budgets",
-        "leangen report -o report.html --since 30d",
-    )
-    sub.add_argument("-o", "--output", type=Path, metavar="FILE", help="write one HTML page")
-    sub.add_argument("--since", metavar="DAY", help="2026-11-01, or 30d for the last 30 days")
-    sub.add_argument("--by", default="model,scheme", help="default: model,scheme")
-    sub.add_argument("--json", action="store_true")
-
-    sub = add(
-        "metrics",
-        metrics,
-        "The ledger's sums in Prometheus' text format",
-        "leangen metrics --listen 127.0.0.1:9464",
-    )
-    sub.add_argument(
-        "--listen",
-        nargs="?",
-        const="127.0.0.1:9464",
-        metavar="HOST:PORT",
-        help="serve them until interrupted; default 127.0.0.1:9464",
-    )
-
     sub = add("rm", remove, "Remove a model from the store", "leangen rm smollm2-135m:int8")
     sub.add_argument("model", metavar="NAME[:SCHEME]")
 
@@ -192,47 +148,6 @@ def _parser() -> argparse.ArgumentParser:
     for module in commands.MODULES:
         module.declare(add)
     return parser
-
-
-def _ledger_actions(ledger: argparse.ArgumentParser) -> None:
-    actions = ledger.add_subparsers(title="actions", dest="action", metavar="ACTION")
-
-    def add(name: str, summary: str) -> argparse.ArgumentParser:
-        sub = actions.add_parser(name, help=summary, description=summary)
-        sub.add_argument("--json", action="store_true", default=argparse.SUPPRESS)
-        return sub
-
-    sub = add("verify", "Find changed, missing and cut rows")
-    sub.add_argument("--head", metavar="HASH", help="what `leangen ledger head` printed once")
-    add("head", "The heads of all chains as one hash, to be noted elsewhere")
-    sub = add("sum", "Sums over groups")
-    sub.add_argument("--by", default="model,scheme", help="model,scheme,device,day,month,tag ...")
-    for name in ("model", "scheme", "tag"):
-        sub.add_argument(f"--{name}", help=f"only this {name}", default=argparse.SUPPRESS)
-    sub = add("merge", "Take in the ledgers of other machines")
-    sub.add_argument("files", nargs="+", type=Path, metavar="FILE")
-    sub = add("export", "Write all receipts to a file")
-    sub.add_argument("--format", choices=("csv", "jsonl", "parquet", "codecarbon"), required=True)
-    sub.add_argument("-o", "--output", type=Path, required=True, metavar="FILE")
-    sub = add("import", "Append the receipts of such a file, or of codecarbon's emissions.csv")
-    sub.add_argument("file", type=Path, metavar="FILE")
-    sub = add("compact", "Remove old receipts; their sums and the heads of their chains stay")
-    sub.add_argument("--older-than", type=int, required=True, metavar="DAYS")
-
-
-def _budget_actions(budget: argparse.ArgumentParser) -> None:
-    actions = budget.add_subparsers(title="actions", dest="action", required=True, metavar="ACTION")
-    sub = actions.add_parser("set", help="add a limit, or change it")
-    sub.add_argument("per", choices=("day", "month", "tag", "request"), help="days are UTC")
-    limit = sub.add_mutually_exclusive_group(required=True)
-    limit.add_argument("--joules", type=float)
-    limit.add_argument("--gco2e", type=float, help="grams")
-    sub.add_argument("--tag", help="count only generations with this tag")
-    sub.add_argument("--on-exceed", choices=("warn", "refuse"), default="warn")
-    sub = actions.add_parser("show", help="the limits, and what is spent")
-    sub.add_argument("--json", action="store_true")
-    sub = actions.add_parser("rm", help="remove a limit")
-    sub.add_argument("name", help="as `leangen budget show` names it")
 
 
 def demo(args: argparse.Namespace) -> int:
@@ -253,14 +168,17 @@ def generate(args: argparse.Namespace) -> int:
         embodied=args.embodied,
         tag=args.tag,
         activations=args.activations,
+        kernels=args.kernels,
         meter=args.meter,
     )
     if args.output is not None:
         media.suffix_for(engine.family.MEDIA, args.output)  # before the work, not after it
     stream = engine.stream(prompt, **options)
+    sample = 0
     for step in stream:
         if not args.json:
-            print(step.text, end="", flush=True)
+            print("\n---\n" * (step.sample - sample) + step.text, end="", flush=True)
+            sample = step.sample
     result = stream.result
     saved = None
     if args.output is not None:
@@ -270,6 +188,8 @@ def generate(args: argparse.Namespace) -> int:
         saved = result.save(_unused(f"{engine.bundle.name}-{engine.bundle.scheme}", suffix))
     if args.json:
         document: dict[str, Any] = {"text": result.text}
+        if "samples" in result.output.extra:
+            document["samples"] = [reply.to_json() for reply in result.output.extra["samples"]]
         if saved is not None:
             document["path"] = str(saved)
         print_json(document | {"receipt": result.receipt.to_json()})
@@ -310,6 +230,7 @@ def bench(args: argparse.Namespace) -> int:
         precision=args.precision,
         threads=args.threads,
         activations=args.activations,
+        kernels=args.kernels,
         region=args.region,
         meter=args.meter,
         intensity=args.intensity,
@@ -354,23 +275,6 @@ def pull(args: argparse.Namespace) -> int:
     return 0
 
 
-def quantize(args: argparse.Namespace) -> int:
-    from leangen import quantize as quantizer
-    from leangen.store import Store
-
-    with progress_bar() as progress:
-        source = Store().resolve(args.bundle, notify=say, progress=progress)
-        bundle = quantizer.quantize(
-            source, args.scheme, args.output, replace=args.force, progress=progress
-        )
-    bits = bundle.quantization.get("bits_per_weight")
-    print(
-        f"{bundle.name}:{bundle.scheme} {human_bytes(bundle.size_bytes)}, "
-        f"{bits:.2f} bits a weight, {bundle.path}"
-    )
-    return 0
-
-
 def meters(args: argparse.Namespace) -> int:
     from leangen import meters as sensors
     from leangen.meters import listing
@@ -407,112 +311,6 @@ def _calibrate(args: argparse.Namespace) -> int:
         f"{', '.join(found.reference)}: residual {found.residual:.1%}, the estimate is now within "
         f"{found.u_systematic:.0%}; kept in {path}"
     )
-    return 0
-
-
-def ledger(args: argparse.Namespace) -> int:
-    from leangen.ledger import Ledger
-    from leangen.report import ledger_tables
-    from leangen.store import Store
-
-    filters = {
-        name: getattr(args, name)
-        for name in ("model", "scheme", "tag")
-        if getattr(args, name) is not None
-    }
-    book = Ledger(Store().ledger_path)
-    if args.action is not None:
-        from leangen.ledger import commands
-
-        args.filters = filters
-        return commands.run(book, args)
-    sums = book.summary(where=filters)
-    entries = book.entries(filters, limit=args.last)
-    if args.json:
-        print_json({"summary": [row.to_json() for row in sums], "entries": entries})
-    else:
-        ledger_tables(sums, entries)
-    return 0
-
-
-def budget(args: argparse.Namespace) -> int:
-    from leangen import budget as budgets
-    from leangen import clock
-    from leangen.ledger import Ledger
-    from leangen.store import Store
-
-    store = Store()
-    if args.action == "rm":
-        budgets.remove(store.home, args.name)
-        return 0
-    if args.action == "set":
-        limit = budgets.Budget(
-            per=args.per,
-            limit=args.joules if args.gco2e is None else args.gco2e,
-            unit="J" if args.gco2e is None else "gCO2e",
-            tag=args.tag,
-            on_exceed=args.on_exceed,
-        )
-        budgets.keep(store.home, limit)
-        print(limit.name)
-        return 0
-    book, now = Ledger(store.ledger_path), clock.utc_now()
-    kept = budgets.read(store.home)
-    states = [budgets.spent(limit, book, now) for limit in kept if limit.per != "request"]
-    requests = [limit for limit in kept if limit.per == "request"]
-    if args.json:
-        rows = [{"name": limit.name, "budget": dataclasses.asdict(limit)} for limit in requests]
-        print_json([state.to_json() for state in states] + rows)
-        return 0
-    for state in states:
-        print(f"{state} ({state.budget.on_exceed})")
-    for limit in requests:
-        print(f"budget {limit.name}: {limit.limit:g} {limit.unit} a request (warn)")
-    if not kept:
-        say("there are no budgets: `leangen budget set day --joules 5000` makes one")
-    return 0
-
-
-def report(args: argparse.Namespace) -> int:
-    from leangen import budget, clock
-    from leangen import report as reports
-    from leangen.ledger import Ledger
-    from leangen.store import Store
-
-    store = Store()
-    book = Ledger(store.ledger_path)
-    limits = [limit for limit in budget.read(store.home) if limit.per != "request"]
-    view = reports.overview(
-        book,
-        by=[name.strip() for name in args.by.split(",")],
-        since=None if args.since is None else reports.since_day(args.since),
-        budgets=[budget.spent(limit, book, clock.utc_now()).to_json() for limit in limits],
-    )
-    if view is None:
-        since = f" since {args.since}" if args.since else ""
-        raise RequestError(f"the ledger holds no generation{since}: `leangen generate` adds to it")
-    if args.output is not None:
-        from leangen import page
-
-        page.write_overview(args.output, view)
-        say(f"wrote {args.output}")
-    if args.json:
-        print_json(view.to_json())
-    elif args.output is None:
-        reports.print_overview(view)
-    return 0
-
-
-def metrics(args: argparse.Namespace) -> int:
-    from leangen import metrics as exposition
-    from leangen.ledger import Ledger
-    from leangen.store import Store
-
-    book = Ledger(Store().ledger_path)
-    if args.listen is None:
-        print(exposition.text(book), end="")
-    else:
-        exposition.serve(book, args.listen)
     return 0
 
 

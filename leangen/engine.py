@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import uuid
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,7 @@ class Stream(Iterator[Step]):
     def _run(self, engine: Engine, request: Any, repeats: int, aligned: bool) -> Generator[Step]:
         steps: list[tuple[str, float, int]] = []
         marks: dict[int, int] = {}
+        counts: Counter[str] = Counter()
         left = repeats
         started_at = clock.utc_now()
         cpu = engine._cpu_times()
@@ -117,6 +119,7 @@ class Stream(Iterator[Step]):
                     running = engine.family.run(engine.session, request)
                     continue
                 steps.append((step.kind, step.units, clock.monotonic_ns() - step_ns))
+                counts.update(step.counts)
                 if meters.keep_up(window) and (energy_uj := window.energy_uj) is not None:
                     marks[len(steps) - 1] = energy_uj
                 yield step
@@ -125,40 +128,46 @@ class Stream(Iterator[Step]):
             duration_ns = clock.monotonic_ns() - begin_ns
             windows = meters.end(window)
             if steps:
-                measured = _Measured(
+                measured = Measured(
                     started_at=started_at,
                     begin_boottime_ns=window.begin_boottime_ns,
                     duration_ns=duration_ns,
                     windows=windows,
                     steps=steps,
                     marks=marks,
+                    counts=counts,
                     cpu=None if cpu is None else (cpu, attribution.cpu_times()),
                     repeats=repeats,
                 )
-                self.receipt = engine._receipt(request, self._output, measured)
-                if engine.ledger is not None:
-                    self._ticket = engine.ledger.append(self.receipt)
-                if engine.guard is not None:
-                    engine.guard.after(self.receipt)
-                for tell in engine.on_receipt:
-                    tell(self.receipt)
+                self.receipt = engine.receipt(request, self._output, measured)
+                self._ticket = engine.keep(self.receipt)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class _Measured:
+class Measured:
     """What was observed of one window of work."""
 
     started_at: str
-    begin_boottime_ns: int
+    begin_boottime_ns: int | None
+    """None when the figures are a share of windows that other requests had too."""
     duration_ns: int
     windows: Sequence[MeterWindow]
     steps: Sequence[tuple[str, float, int]]
     """(kind, units, duration in ns)"""
-    marks: Mapping[int, int]
+    marks: Mapping[int, int] = dataclasses.field(default_factory=dict)
     """Microjoules up to the end of a step, by its index."""
-    cpu: tuple[attribution.CpuTimes, attribution.CpuTimes] | None
-    repeats: int
+    counts: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """Sums of the steps' counts."""
+    cpu: tuple[attribution.CpuTimes, attribution.CpuTimes] | None = None
+    repeats: int = 1
     """Generations within the window."""
+    own_ns: int | None = None
+    """The part of the time that is this request's, where it shared the machine with others."""
+    busy_ns: Sequence[int] | None = None
+    """The computing time of each step, where it is less than the step took."""
+    note: str | None = None
+    """How the figures were shared."""
+    receipt_id: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)
 
 
 class Engine:
@@ -262,6 +271,12 @@ class Engine:
             self.guard.before(self.tag)
         return Stream(self, request, repeats=repeats, aligned=aligned)
 
+    def share_meters(self, selection: meters.Selection, baseline: energy.Baseline | None) -> None:
+        """Take the meters, and the idle power, that all engines of this process share."""
+        self.selection = selection
+        self._baseline = baseline
+        self._baseline_s = 0.0
+
     def baseline(self) -> energy.Baseline | None:
         """Idle power with this model loaded: measured once, after the first generation.
 
@@ -284,23 +299,42 @@ class Engine:
             return None
         return attribution.cpu_times()
 
-    def _receipt(self, request: Any, output: Output | None, measured: _Measured) -> Receipt:
+    def keep(self, receipt: Receipt) -> Ticket | None:
+        """Put a receipt on the account: the ledger, the budgets, whoever wants to be told."""
+        ticket = None if self.ledger is None else self.ledger.append(receipt)
+        if self.guard is not None:
+            self.guard.after(receipt)
+        for tell in self.on_receipt:
+            tell(receipt)
+        return ticket
+
+    def receipt(self, request: Any, output: Output | None, measured: Measured) -> Receipt:
+        """What the generation of `output` cost; None for one that was ended early."""
         session, bundle = self.session, self.bundle
         count = sum(units for _, units, _ in measured.steps)
         repeated = {"repeats": measured.repeats} if measured.repeats > 1 else {}
+        busy_ns = measured.busy_ns or [step_ns for _, _, step_ns in measured.steps]
         spent = energy.account(
             measured.windows,
             scope=self.selection.scope,
-            reason=self.selection.reason,
-            duration_ns=measured.duration_ns,
+            reason="; ".join(filter(None, (self.selection.reason, measured.note))) or None,
+            duration_ns=measured.duration_ns if measured.own_ns is None else measured.own_ns,
             baseline=self.baseline(),
             units=count,
-            steps=[(kind, step_ns) for kind, _, step_ns in measured.steps],
+            steps=list(zip((kind for kind, _, _ in measured.steps), busy_ns, strict=True)),
             marks=measured.marks,
             cpu=measured.cpu,
         )
+        if measured.own_ns is not None:
+            spent = dataclasses.replace(
+                spent,
+                steps=tuple(
+                    dataclasses.replace(step, method="shared", each_method="shared")
+                    for step in spent.steps
+                ),
+            )
         return Receipt(
-            id=uuid.uuid4().hex,
+            id=measured.receipt_id,
             started_at=measured.started_at,
             duration_ns=measured.duration_ns,
             host=host.host(),
@@ -313,6 +347,7 @@ class Engine:
                 kind=self.family.UNIT,
                 count=count,
                 prompt=output.prompt_units * measured.repeats if output is not None else 0,
+                counts=dict(measured.counts),
             ),
             energy=spent,
             latency=_latency(measured.steps, measured.duration_ns, measured.repeats),

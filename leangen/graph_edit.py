@@ -23,6 +23,7 @@ _ALIGN = 4096
 _DTYPES = {
     np.dtype(np.float32): TensorProto.FLOAT,
     np.dtype(np.float16): TensorProto.FLOAT16,
+    helper.tensor_dtype_to_np_dtype(TensorProto.BFLOAT16): TensorProto.BFLOAT16,
     np.dtype(np.uint8): TensorProto.UINT8,
     np.dtype(np.int8): TensorProto.INT8,
     np.dtype(np.int32): TensorProto.INT32,
@@ -80,6 +81,13 @@ class Graph:
         self._stored = {tensor.name: tensor for tensor in self.model.graph.initializer}
         self._added: dict[str, Array] = {}
         self._shared: dict[bytes, str] = {}
+        self._factors: dict[str, list[Array]] = {}
+
+    @property
+    def opset(self) -> int:
+        """The version of the standard operators that it uses."""
+        standard = ("", "ai.onnx")
+        return max(int(o.version) for o in self.model.opset_import if o.domain in standard)
 
     def has(self, name: str) -> bool:
         """Whether `name` is a constant."""
@@ -97,8 +105,27 @@ class Graph:
             return bool(self._added[name].dtype.kind == "f")
         return bool(self._stored[name].data_type in (TensorProto.FLOAT, TensorProto.FLOAT16))
 
+    def dtype(self, name: str) -> int:
+        """A constant's `TensorProto` data type; for arrays of other types than ONNX has, 0."""
+        if name in self._added:
+            return int(_DTYPES.get(self._added[name].dtype, 0))
+        kind: int = self._stored[name].data_type
+        return kind
+
     def array(self, name: str) -> Array:
-        """A constant's values; memory-mapped when they are external data."""
+        """A constant's values; memory-mapped when they are external data and not rescaled."""
+        array = self._read(name)
+        for factors in self._factors.get(name, ()):
+            array = (array * factors).astype(array.dtype)
+        return array
+
+    def rescale(self, name: str, axis: int, factors: Array) -> None:
+        """Multiply a float constant by factors along an axis, whenever it is read from now on."""
+        shape = [1] * len(self.shape(name))
+        shape[axis] = len(factors)
+        self._factors.setdefault(name, []).append(np.asarray(factors, np.float32).reshape(shape))
+
+    def _read(self, name: str) -> Array:
         if name in self._added:
             return self._added[name]
         tensor = self._stored[name]
@@ -198,7 +225,11 @@ class Graph:
     ) -> TensorProto:
         """Write one constant's bytes unless the same memory is in the file already."""
         stored: TensorProto | None = None if name in self._added else self._stored[name]
-        if stored is not None and stored.data_location != TensorProto.EXTERNAL:
+        if (
+            stored is not None
+            and stored.data_location != TensorProto.EXTERNAL
+            and name not in self._factors
+        ):
             inline = stored.ByteSize() < _INLINE_BYTES
             if inline or stored.data_type not in _DTYPES.values():
                 return stored
@@ -214,7 +245,7 @@ class Graph:
         if offset is None:
             file.write(b"\0" * (-file.tell() % _ALIGN))
             offset = file.tell()
-            file.write(np.ascontiguousarray(array).data)
+            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
             if stored is None:  # added arrays live on; a stored one's memory is used again
                 placed[memory] = offset
         tensor = TensorProto(name=name, data_type=dtype, dims=array.shape)

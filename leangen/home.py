@@ -1,7 +1,8 @@
 """The store's folder: where things lie, who works on them, what is there, and removing it.
 
     $LEANGEN_HOME/
-        models/NAME/SCHEME/     bundles
+        models/NAME/SCHEME/     bundles, each with what leangen.lowering made of it
+        lowered/                what it made of bundles elsewhere that are read-only
         sources/NAME/           what was downloaded; garbage as soon as the bundles are made
         locks/NAME.lock         who works on a model; empty, and never removed: on Unix that would
                                 let two processes hold the "same" lock
@@ -67,6 +68,19 @@ class Home:
             for path in sorted(folder.glob(f".*.{mark}-*"))
         ]
 
+    def lowered(self) -> list[dict[str, Any]]:
+        """A row for each folder of lowered models, which can be made again."""
+        rows = [
+            row(f"{name}:{scheme} (lowered)", folder, name=name)
+            for name in self.names("models")
+            for scheme, path in self.bundles(name).items()
+            for folder in sorted(path.glob(".*lowered*"))  # and what a killed `gc` left of one
+        ]
+        elsewhere = self.path / "lowered"
+        return (
+            [*rows, row("lowered, of bundles elsewhere", elsewhere)] if elsewhere.is_dir() else rows
+        )
+
     def downloads(self, name: str) -> list[Path]:
         """All that lies in the model's sources."""
         folder = self.sources(name)
@@ -85,12 +99,17 @@ class Home:
                 raise StorageError(f"cannot remove {path}: {error.strerror}") from error
 
     def usage(self) -> list[dict[str, Any]]:
-        """Bytes on disk: each bundle, each model's downloads, and the rest."""
+        """Bytes on disk: each bundle and its lowered models, each model's downloads, the rest."""
+        lowered = self.lowered()
         rows = [
             row(f"{name}:{scheme}", path, name=name, scheme=scheme)
             for name in self.names("models")
             for scheme, path in self.bundles(name).items()
         ]
+        for bundle in rows:
+            inside = (r["bytes"] for r in lowered if str(Path(r["path"]).parent) == bundle["path"])
+            bundle["bytes"] -= sum(inside)
+        rows += lowered
         rows += [
             row(f"{name} (source)", self.sources(name), name=name) for name in self.names("sources")
         ]

@@ -66,7 +66,7 @@ def write_overview(path: Path, view: Overview) -> None:
         "rows": [{"name": name_of(row)} | _figures(row) for row in view.groups],
         "budgets": [_budget(budget) for budget in view.budgets],
     }
-    _write("ledger.html.j2", path, content)
+    write_template("ledger.html.j2", path, content)
 
 
 def _folded(groups: Sequence[Sum]) -> list[tuple[Sum, int]]:
@@ -202,10 +202,11 @@ def data_uri(path: Path, mime: str) -> str:
 
 def write_page(path: Path, **content: Any) -> None:
     """Write a comparison (assets/report.html.j2): title, lead, notes, columns, table, models."""
-    _write("report.html.j2", path, content)
+    write_template("report.html.j2", path, content)
 
 
-def _write(template: str, path: Path, content: Mapping[str, Any]) -> None:
+def write_template(template: str, path: Path, content: Mapping[str, Any]) -> None:
+    """Write a page of `assets/`; every name that the template uses is in `content`."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(

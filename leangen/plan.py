@@ -10,17 +10,18 @@ from math import prod, sqrt
 from leangen import calibrate
 from leangen.calibrate import Feeds
 from leangen.graph_edit import Graph, Range
+from leangen.precision import HALVES, Precision
 from leangen.sensitivity import Probe
 from leangen.sites import Site
-from leangen.treatments import BLOCK, Treatments
+from leangen.treatments import Rounding, Treatments, code_bits
 
 INT8_ERROR = 0.06
 """Relative RMSE of a graph's output that 8-bit weights may add; worse nodes get 16 bits."""
-INT4_ERROR = 0.08
-"""Relative RMSE of a graph's output that 4-bit weights may add; worse nodes get 8 bits ..."""
-INT4_BITS = 4.95
-"""... up to this many bits a parameter on average, scales and what stays fp32 included ..."""
-INT4_WORST = 0.16
+LOW_ERROR = 0.08
+"""Relative RMSE of a graph's output that 4-bit weights (or 3, 2) may add; worse nodes get 8 ..."""
+LOW_EXTRA_BITS = 0.95
+"""... up to this many bits a parameter beyond the code's own, scales and fp32 included ..."""
+LOW_WORST = 0.16
 """... unless that takes the error beyond this: then quality goes before size."""
 _WORTH_STATIC = 0.9
 """Share of a graph's multiply-adds whose nodes are considered for int8 arithmetic; the rest is
@@ -38,7 +39,7 @@ class Choice:
 
 
 def uniform(
-    graph: Graph, sites: Sequence[Site], treatments: Treatments, scheme: str
+    graph: Graph, sites: Sequence[Site], treatments: Treatments, precision: Precision
 ) -> dict[str, Choice]:
     """The same treatment for all layers of a kind, but for those next to the output.
 
@@ -48,25 +49,40 @@ def uniform(
     last_mlp = f"/layers.{_last_block(sites)}/mlp/"
     shared = {site.weight for site in sites if site.kind == "embedding"}
     outputs = {output.name for output in graph.model.graph.output}
+    only = "-wo" if precision.weights_only else ""
+    low, eight = f"matmul{precision.code}{only}", f"matmul8{only}"
     choices = {}
     for site in sites:
-        offered = treatments.offered(site)
-        if not offered:
-            choices[site.node.name] = Choice("fp32", "no layout of ONNX Runtime fits its shape")
+        head = site.weight in shared or bool(outputs & set(site.node.output))
+        if precision.scheme in HALVES:
+            wanted = [f"gather{precision.code}", f"w{precision.code}"]
+            reason = f"{site.kind} layer of an {precision.scheme} bundle, computed as fp32"
         elif site.kind == "embedding":
-            choices[site.node.name] = Choice("gather8", "embedding: rows are looked up, 8 bits")
-        elif scheme == "int4" and (site.weight in shared or outputs & set(site.node.output)):
-            choices[site.node.name] = Choice(
-                offered[-1], "output head: its errors go straight into the result"
+            wanted = ["gather4", "gather8"] if precision.small_tables else ["gather8"]
+            reason = "embedding: rows are looked up"
+        elif precision.scheme == "int8" and (
+            precision.weights_only or site.node.name.startswith(last_mlp)
+        ):
+            wanted = ["w8"]
+            reason = (
+                "weights only: activations stay fp32"
+                if precision.weights_only
+                else "last MLP: the rounding of its activations meets the logits raw"
             )
-        elif scheme == "int8" and site.node.name.startswith(last_mlp):
-            choices[site.node.name] = Choice(
-                "w8", "last MLP: the rounding of its activations meets the logits raw"
-            )
+        elif head and not precision.small_tables and precision.scheme != "int8":
+            # ORT has no fast product of 8-bit weights with fp32 activations.
+            wanted = ["w8" if precision.weights_only and site.weight not in shared else "matmul8"]
+            reason = "output head: its errors go straight into the result"
         else:
-            bits = scheme[-1]
-            first = next(t for t in (f"matmul{bits}", "w4", "w8") if t in offered and t[-1] >= bits)
-            choices[site.node.name] = Choice(first, f"{site.kind} layer of an {scheme} bundle")
+            wanted = ["matmul4" + only] * (head and precision.small_tables)
+            wanted += [low, f"w{precision.code}", eight, "w8"]
+            reason = f"{site.kind} layer of an {precision} bundle"
+        fitting = next((name for name in wanted if treatments.fits(site, name)), None)
+        choices[site.node.name] = (
+            Choice("fp32", "no low-precision form fits its shape or its range")
+            if fitting is None
+            else Choice(fitting, reason)
+        )
     return choices
 
 
@@ -79,43 +95,43 @@ def measured(
     graph: Graph,
     sites: Sequence[Site],
     feeds: Sequence[Feeds],
-    scheme: str,
+    precision: Precision,
     *,
+    rounding: Rounding,
     untouched: int,
     activation_error: float,
+    caution: float,
     weights_only: Callable[[str], str | None],
     note: Callable[[str], None],
 ) -> tuple[Treatments, dict[str, Choice]]:
     """Treatments by what each does to the graph's outputs on `feeds`.
 
-    `untouched` is the number of parameters too small to quantize: they weigh on int4's mean bits.
+    `untouched` is the number of parameters too small to quantize: they weigh on the mean bits.
     `activation_error` is the relative RMSE of the graph's output that int8 arithmetic may add;
+    allowances for the rounding of weights are divided by `caution`;
     `weights_only` says why a node is to have none, or None. `note` is told what goes on.
     """
-    around = [
-        name
-        for site in sites
-        if site.kind in ("conv", "linear")
-        for name in (site.node.input[0], site.node.output[0])
-    ]
-    spans = calibrate.ranges(graph, around, feeds)
-    treatments = Treatments(graph, spans)
+    seen = spans(graph, sites, feeds)
+    treatments = Treatments(graph, seen, rounding)
     by_name = {site.node.name: site for site in sites}
-    work = {name: _multiply_adds(site, spans) for name, site in by_name.items()}
+    work = {name: _multiply_adds(site, seen) for name, site in by_name.items()}
     choices = _eight_bits(sites, treatments)
     budget: float | None = None
-    if scheme == "int8":
+    if precision.scheme == "int8":
         note(f"8-bit weights, {len(sites)} layers")
-        _sixteen_bits(graph, sites, treatments, feeds, choices)
+        _sixteen_bits(graph, sites, treatments, feeds, choices, caution)
     else:
+        low = f"w{precision.code}"
         weights = sum(site.weights for site in sites)
-        budget = INT4_BITS * (weights + untouched) - 32.0 * untouched
-        note(f"4-bit weights, trying {len(sites)} layers")
-        _four_bits(graph, sites, treatments, feeds, choices, budget)
-        budget -= _total_bits(by_name, choices)
+        budget = (code_bits(low) + LOW_EXTRA_BITS) * (weights + untouched) - 32.0 * untouched
+        note(f"{precision.scheme} weights, trying {len(sites)} layers")
+        _low_bits(graph, sites, treatments, feeds, low, choices, budget, caution)
+        budget -= _total_bits(by_name, treatments, choices)
     rounded: dict[str, Site] = {}
     for name, site in by_name.items():
         reason = weights_only(name)
+        if precision.weights_only:
+            continue
         if reason is None:
             rounded[name] = site
         else:
@@ -126,11 +142,34 @@ def measured(
     return treatments, choices
 
 
+def recorded(
+    graph: Graph, sites: Sequence[Site], feeds: Sequence[Feeds], plan: Mapping[str, str]
+) -> tuple[Treatments, dict[str, Choice]]:
+    """Treatments as `plan` has them by node; ranges are measured here."""
+    static = [site for site in sites if plan[site.node.name] == "w8a8"]
+    around = [name for site in static for name in (site.node.input[0], site.node.output[0])]
+    choices = {
+        site.node.name: Choice(plan[site.node.name], "by the plan recorded for this very graph")
+        for site in sites
+    }
+    return Treatments(graph, calibrate.ranges(graph, around, feeds)), choices
+
+
+def spans(graph: Graph, sites: Sequence[Site], feeds: Sequence[Feeds]) -> dict[str, Range]:
+    """The range of every tensor around convolutions and linear layers, over the feeds."""
+    around = [
+        name
+        for site in sites
+        if site.kind in ("conv", "linear")
+        for name in (site.node.input[0], site.node.output[0])
+    ]
+    return calibrate.ranges(graph, around, feeds)
+
+
 def _eight_bits(sites: Sequence[Site], treatments: Treatments) -> dict[str, Choice]:
     choices = {}
     for site in sites:
-        offered = treatments.offered(site)
-        eight = next((t for t in ("w8", "gather8") if t in offered), None)
+        eight = next((t for t in ("w8", "gather8") if treatments.fits(site, t)), None)
         if eight is None:
             choices[site.node.name] = Choice("fp32", "no layout of ONNX Runtime fits its shape")
         else:
@@ -144,6 +183,7 @@ def _sixteen_bits(
     treatments: Treatments,
     feeds: Sequence[Feeds],
     choices: dict[str, Choice],
+    caution: float,
 ) -> None:
     """Turn the choices whose 8 bits harm the output most into 16 bits, where all together do."""
     small = {
@@ -152,7 +192,7 @@ def _sixteen_bits(
         if choices[site.node.name].treatment == "w8"
     }
     probe = Probe(graph, small, feeds)
-    allowed = INT8_ERROR**2
+    allowed = (INT8_ERROR / caution) ** 2
     if probe.error(small) <= allowed:
         return
     harm = probe.harm(list(small), allowed * _NEGLIGIBLE)
@@ -164,37 +204,50 @@ def _sixteen_bits(
         )
 
 
-def _four_bits(
+def _low_bits(
     graph: Graph,
     sites: Sequence[Site],
     treatments: Treatments,
     feeds: Sequence[Feeds],
+    low: str,
     choices: dict[str, Choice],
     budget: float,
+    caution: float,
 ) -> None:
-    """Turn choices into 4 bits, but for the nodes that harm the output most per bit saved.
+    """Turn choices into the treatment `low`, but for nodes that harm the output most per bit saved.
 
-    As many as keep to INT4_ERROR, and on to INT4_WORST until all is within `budget` bits.
+    As many as keep to LOW_ERROR, and on to LOW_WORST until all is within `budget` bits.
     """
-    small = {}
-    for site in sites:
-        four = next((t for t in treatments.offered(site) if t == "w4"), None)
-        if four is not None:
-            small[site.node.name] = treatments.apply(site, four)
+    small = {
+        site.node.name: treatments.apply(site, low) for site in sites if treatments.fits(site, low)
+    }
     probe = Probe(graph, small, feeds)
-    allowed = INT4_ERROR**2
+    allowed, worst = (LOW_ERROR / caution) ** 2, (LOW_WORST / caution) ** 2
     harm = probe.harm(list(small), allowed * _NEGLIGIBLE)
     by_name = {site.node.name: site for site in sites}
     order = sorted(small, key=lambda name: harm[name] / by_name[name].weights)
-    good = _most_within(order, allowed, probe.error)
-    bearable = _most_within(order, INT4_WORST**2, probe.error)
+    bits = _total_bits(by_name, treatments, choices)
+    needed = 0
+    while needed < len(order) and bits > budget:
+        site = by_name[order[needed]]
+        bits -= treatments.stored_bits(site, choices[order[needed]].treatment)
+        bits += treatments.stored_bits(site, low)
+        needed += 1
+    found = probe.error(order[:needed])
+    if found <= allowed:
+        count = _most_within(order, allowed, probe.error, fits=needed)
+    elif found <= worst:
+        count = needed
+    else:
+        count = _most_within(order[: needed - 1], worst, probe.error)
     for rank, name in enumerate(order):
         error = f"{sqrt(harm[name]):.1e} (relative RMSE)"
-        if rank < good or (rank < bearable and _total_bits(by_name, choices) > budget):
-            choices[name] = Choice("w4", f"4 bits alone change the output by {error}")
+        if rank < count:
+            choices[name] = Choice(low, f"{code_bits(low)} bits alone change the output by {error}")
         else:
             choices[name] = Choice(
-                choices[name].treatment, f"4 bits alone would change the output by {error}"
+                choices[name].treatment,
+                f"{code_bits(low)} bits alone would change the output by {error}",
             )
 
 
@@ -216,12 +269,13 @@ def _static(
     offered = {
         name: int8_form[site.kind]
         for name, site in sites.items()
-        if int8_form.get(site.kind) in treatments.offered(site)
+        if site.kind in int8_form and treatments.fits(site, int8_form[site.kind])
     }
     heavy: list[str] = []
     total = sum(work[name] for name in offered)
     for name in sorted(offered, key=lambda name: -work[name] / sites[name].weights):
-        extra = 8 * sites[name].weights - _stored_bits(sites[name], choices[name].treatment)
+        now = treatments.stored_bits(sites[name], choices[name].treatment)
+        extra = 8 * sites[name].weights - now
         if sum(work[kept] for kept in heavy) >= _WORTH_STATIC * total:
             break
         if budget is not None:
@@ -252,13 +306,13 @@ def _static(
 
 
 def _most_within(
-    order: Sequence[str], allowed: float, error: Callable[[Sequence[str]], float]
+    order: Sequence[str], allowed: float, error: Callable[[Sequence[str]], float], fits: int = 0
 ) -> int:
     """How many of the first nodes can be treated together with an error of at most `allowed`.
 
-    Errors of single nodes add up only roughly: they gave the order, and no more.
+    At least `fits`. Errors of single nodes add up only roughly: they gave the order, and no more.
     """
-    fits, fails = 0, len(order) + 1
+    fails = len(order) + 1
     while fails - fits > 1:
         count = (fits + fails) // 2
         if error(order[:count]) <= allowed:
@@ -273,23 +327,9 @@ def _multiply_adds(site: Site, spans: Mapping[str, Range]) -> int:
     return prod(span.shape) * site.columns if span is not None else 0
 
 
-def _total_bits(sites: Mapping[str, Site], choices: Mapping[str, Choice]) -> float:
-    return sum(_stored_bits(site, choices[name].treatment) for name, site in sites.items())
-
-
-def _stored_bits(site: Site, treatment: str) -> float:
-    match treatment:
-        case "fp32":
-            return 32.0 * site.weights
-        case "w16":
-            return 16.0 * site.weights
-        case "w4":
-            return site.weights * (4 + 16 / BLOCK)
-        case "matmul4":
-            return site.weights * (4 + 32 / BLOCK)
-        case "matmul8" | "gather8":
-            return site.weights * (8 + 32 / BLOCK)
-        case "w8" if site.columns % BLOCK == 0:
-            return site.weights * (8 + 16 / BLOCK)
-        case _:
-            return site.weights * 8.0 + site.rows * 32
+def _total_bits(
+    sites: Mapping[str, Site], treatments: Treatments, choices: Mapping[str, Choice]
+) -> float:
+    return sum(
+        treatments.stored_bits(site, choices[name].treatment) for name, site in sites.items()
+    )

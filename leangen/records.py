@@ -209,10 +209,12 @@ class Units:
     count: float
     prompt: float = 0
     """Units of input: prompt tokens, phonemes."""
+    counts: Mapping[str, int] = field(default_factory=dict)
+    """Sums of the steps' counts, by name: see `Step.counts`."""
 
     def to_json(self) -> dict[str, Any]:
         """The receipt's `units`."""
-        return {"kind": self.kind, "count": self.count, "prompt": self.prompt}
+        return {"kind": self.kind, "count": self.count, "prompt": self.prompt, **self.counts}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -362,8 +364,13 @@ class Step:
     """Units of work that this step finished (tokens, pixels, seconds of audio); may be 0."""
     text: str = ""
     """Text that became printable with this step (language)."""
-    token: int | None = None
-    """The token that this step produced (language)."""
+    tokens: Sequence[int] = ()
+    """The tokens that this step produced (language); several where guesses came true."""
+    sample: int = 0
+    """Which of the samples that were asked for it continues."""
+    counts: Mapping[str, int] = field(default_factory=dict)
+    """What only one family counts, by name; the receipt sums them. Language: prompt tokens
+    `reused` from the sequence before, next tokens `guessed`, and guesses `accepted`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

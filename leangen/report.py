@@ -74,6 +74,7 @@ def summary(receipt: Receipt) -> str:
     energy, latency, units = receipt.energy, receipt.latency, receipt.units
     parts = [
         f"{units.count:.4g} {units.kind}s in {latency.total_s:.2f} s",
+        *(f"{count} {name}" for name, count in units.counts.items() if count),
         f"first after {latency.ttft_s:.2f} s" if latency.ttft_s is not None else "",
         f"{with_u(energy.gross_j, energy.u_j, 'J')} ({energy.source})",
         f"{with_u(energy.per_unit_j, energy.per_unit_u_j, 'J')}/{units.kind}"

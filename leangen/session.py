@@ -1,4 +1,4 @@
-"""Makes ONNX Runtime sessions for a bundle's graphs: provider, threads, spinning; says why."""
+"""Makes ONNX Runtime sessions for a bundle's graphs: provider, threads, kernels; says why."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from typing import Any, Literal, TypeVar, cast
 import numpy as np
 import onnxruntime as ort
 
+from leangen import lowering
 from leangen import threads as thread_choice
 from leangen.bundle import Bundle
 from leangen.errors import BundleError, RequestError
 
 Activations = Literal["int8", "fp32"]
+Kernels = Literal["auto", "ort"]
 T = TypeVar("T")
 
 # ORT's default lets idle threads spin for about a millisecond after every node; between requests
@@ -25,7 +27,8 @@ class Session:
     """The open graphs of one bundle, and what a family keeps beside them.
 
     `activations="fp32"` computes low-bit linear layers with fp32 activations: slower, for checks
-    that must not see activation rounding. Graphs open on first use.
+    that must not see activation rounding. `kernels="ort"` keeps to ONNX Runtime's own. Graphs open
+    on first use; `kernels` and its reason then say what runs them.
     """
 
     def __init__(
@@ -34,11 +37,14 @@ class Session:
         *,
         threads: int | None = None,
         activations: Activations = "int8",
+        kernels: Kernels = "auto",
     ) -> None:
         if threads is not None and threads < 1:
             raise RequestError(f"threads is {threads}, expected 1 or more")
         if activations not in ("int8", "fp32"):
             raise RequestError(f"activations is {activations!r}, expected 'int8' or 'fp32'")
+        if kernels not in ("auto", "ort"):
+            raise RequestError(f"kernels is {kernels!r}, expected 'auto' or 'ort'")
         self.bundle = bundle
         self.threads, why = thread_choice.choose(threads)
         self.provider = "CPUExecutionProvider"
@@ -47,30 +53,61 @@ class Session:
         self.reasons: dict[str, str] = {
             "threads": why,
             "provider": "the only provider this leangen runs on",
-            "kernels": "ONNX Runtime's own kernels; leangen has none of its own yet",
+            "kernels": "ONNX Runtime's own were asked for",
         }
         if activations == "fp32":
             self.reasons["activations"] = "fp32 asked for: low-bit layers do not round activations"
+        self._lower = kernels == "auto"
+        self._kernel_reasons: dict[str, str] = {}
         self._graphs: dict[str, ort.InferenceSession] = {}
         self._kept: dict[str, Any] = {}
 
     def graph(self, role: str) -> ort.InferenceSession:
         """The ORT session of a graph role such as `model`, opened on first use.
 
-        Raises BundleError when ORT cannot load it.
+        The first use of a bundle on this machine lowers it, once. Raises BundleError when ORT
+        cannot load it.
         """
         if role not in self._graphs:
-            path = self.bundle.graph(role)
-            options = self._options()
-            try:
-                model: str | bytes = str(path)
-                if self.activations == "fp32":
-                    model = _with_fp32_activations(path, options)
-                self._graphs[role] = ort.InferenceSession(model, options, providers=[self.provider])
-            except Exception as error:  # ORT raises many unrelated types from its C++ side
-                detail = str(error).splitlines()[0]
-                raise BundleError(f"ONNX Runtime cannot load {path}: {detail}") from error
+            self._graphs[role] = self._open_lowered(role) or self._open_own(role)
         return self._graphs[role]
+
+    def _open_lowered(self, role: str) -> ort.InferenceSession | None:
+        """The graph on leangen's kernels; None where ORT is to run it, and the reason says why."""
+        if not self._lower:
+            return None
+        lowered, why = lowering.find(self.bundle, role, fp32_activations=self.activations == "fp32")
+        graph = None
+        if lowered is not None:
+            options = self._options()
+            options.register_custom_ops_library(str(lowered.library))
+            try:
+                graph = self._load(str(lowered.path), options, lowered.path)
+                self.kernels = lowered.variant
+            except BundleError as error:
+                lowered.discard()
+                why = f"ONNX Runtime's own: the lowered graph is damaged ({error})"
+        self._kernel_reasons[role] = why
+        told = dict.fromkeys(self._kernel_reasons.values())
+        by_role = [f"{role}: {reason}" for role, reason in self._kernel_reasons.items()]
+        self.reasons["kernels"] = "; ".join(by_role if len(told) > 1 else told)
+        return graph
+
+    def _open_own(self, role: str) -> ort.InferenceSession:
+        path, options = self.bundle.graph(role), self._options()
+        model: str | bytes = str(path)
+        if self.activations == "fp32":
+            model = _with_fp32_activations(path, options)
+        return self._load(model, options, path)
+
+    def _load(
+        self, model: str | bytes, options: ort.SessionOptions, path: Path
+    ) -> ort.InferenceSession:
+        try:
+            return ort.InferenceSession(model, options, providers=[self.provider])
+        except Exception as error:  # ORT raises many unrelated types from its C++ side
+            detail = str(error).splitlines()[0]
+            raise BundleError(f"ONNX Runtime cannot load {path}: {detail}") from error
 
     def _options(self) -> ort.SessionOptions:
         options = ort.SessionOptions()
@@ -94,17 +131,13 @@ class Session:
 
 
 def _with_fp32_activations(path: Path, options: ort.SessionOptions) -> bytes:
-    """The graph with every MatMulNBits at accuracy level 1: activations stay fp32.
-
-    ORT's own switch, `mlas.qnbit.force_fp32`, reaches 4-bit weights in blocks of 32 only.
-    """
+    """The bundle's own graph, its low-bit linear layers with fp32 activations."""
     import onnx
 
+    from leangen.lowering import activations
+
     model = onnx.load(path, load_external_data=False)
-    for node in model.graph.node:
-        for attribute in node.attribute:
-            if node.op_type == "MatMulNBits" and attribute.name == "accuracy_level":
-                attribute.i = 1
+    activations.use_fp32(model)
     options.add_session_config_entry(
         "session.model_external_initializers_file_folder_path", str(path.parent)
     )

@@ -190,7 +190,7 @@ class Store:
         return self._home.usage()
 
     def collect_garbage(self, *, dry_run: bool = False) -> list[dict[str, Any]]:
-        """Remove downloads and what killed processes left: what, bytes, path of each.
+        """Remove downloads, lowered models and what killed processes left: what, bytes, path.
 
         What another process works on stays, and so does what leangen did not make.
         """
@@ -202,10 +202,14 @@ class Store:
                     rows += [row(f"{name} (source)", path, name=name) for path in paths]
                     if not dry_run:
                         home.delete(paths)
-        return rows
+        lowered = home.lowered()
+        if not dry_run:
+            home.delete([Path(entry["path"]) for entry in lowered])
+        return [*rows, *lowered]
 
     def _make(self, name: str, scheme: str, job: _Job) -> Bundle:
         """Export or quantize a bundle that is missing; the model's lock is held."""
+        from leangen.precision import parse
         from leangen.schemes import SCHEMES
 
         entry = self.catalog.get(name) or self._ask_hub(name, job)
@@ -214,11 +218,15 @@ class Store:
             scheme = entry.aliases[scheme]
         if scheme in entry.forms:
             return self._installed(name, scheme) or self._export(entry, scheme, job)
-        if scheme not in SCHEMES:
+        try:
+            scheme = str(parse(scheme))
+        except UnknownSchemeError as error:
+            if scheme.split("-")[0] in SCHEMES:
+                raise
             expected = dict.fromkeys([*entry.forms, *entry.aliases, *SCHEMES])
             raise UnknownSchemeError(
                 f"{name} has no scheme {scheme!r}: expected one of {', '.join(expected)}"
-            )
+            ) from error
         base = self._installed(name, "fp32") or self._export(entry, "fp32", job)
         job.say(f"{name}:{scheme}: quantizing, this once")
         quantize = self._quantize or import_module("leangen.quantize").quantize

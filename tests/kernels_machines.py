@@ -30,6 +30,9 @@ class Here:
         if self.find("add") is None:
             pytest.skip(f"this CPU does not run {variant}")
 
+    def has(self, name):
+        return self.find(name) is not None
+
     def find(self, name):
         return self.native.leangen_kernels_find(self.variant.encode(), name.encode())
 
@@ -67,6 +70,12 @@ class Emulated:
                 compiler, "-O1", ROOT / "tests" / "kernels_runner.c",
                 folder / "libleangen_kernels.so", f"-Wl,-rpath,{folder}", "-o", self.runner,
             )  # fmt: skip
+
+    def has(self, name):
+        """Whether the library holds it: kernels are named in the table that it was built from."""
+        tables = (ROOT / "build" / "kernels").glob("table-aarch64-*.inc")
+        newest = max(tables, key=lambda path: path.stat().st_mtime)
+        return f'"{self.variant}", "{name}"' in newest.read_text()
 
     def call(self, name, *arguments):
         sent = b""

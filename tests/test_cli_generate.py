@@ -39,6 +39,48 @@ def test_text_goes_to_stdout_and_the_cost_to_stderr(bundles, capsys):
     assert " J" in captured.err and " J" not in captured.out
 
 
+def test_samples_and_log_probabilities_in_json(bundles, capsys):
+    argv = ["generate", bundles["language"], "--prompt", "ab", "--max-new-tokens", "3", "--json"]
+    options = ["--ignore-eos", "--n", "2", "--logprobs", "2", "--temperature", "1"]
+    assert main([*argv, *options, "--logit-bias", "5=-inf", "--min-p", "0.01"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    first, second = document["samples"]
+    assert first["text"] == document["text"] and first["tokens"] != second["tokens"]
+    for sample in (first, second):
+        assert [row["token"] for row in sample["logprobs"]] == sample["tokens"]
+        assert all(len(row["likeliest"]) == 2 and row["logprob"] <= 0 for row in sample["logprobs"])
+    request = document["receipt"]["request"]
+    assert (request["n"], request["logprobs"], request["min_p"]) == (2, 2, 0.01)
+    assert request["logit_bias"] == {"5": "-inf"}
+    assert document["receipt"]["units"]["count"] == 6
+
+
+def test_samples_are_told_apart_on_a_terminal(bundles, capsys):
+    argv = ["generate", bundles["language"], "--prompt", "ab", "--max-new-tokens", "3", "--n", "3"]
+    assert main([*argv, "--temperature", "1", "--ignore-eos"]) == 0
+    assert capsys.readouterr().out.count("\n---\n") == 2
+
+
+def test_the_receipt_counts_guesses(bundles, capsys):
+    argv = ["generate", bundles["language"], "--prompt", "ab", "--max-new-tokens", "40"]
+    assert main([*argv, "--ignore-eos", "--json", "--speculate"]) == 0
+    receipt = json.loads(capsys.readouterr().out)["receipt"]
+    assert receipt["request"]["speculate"] > 0
+    assert 0 < receipt["units"]["accepted"] <= receipt["units"]["guessed"]
+    assert receipt["units"]["count"] == 40
+    assert main([*argv, "--ignore-eos", "--speculate", "4"]) == 0
+    assert " accepted" in capsys.readouterr().err
+
+
+def test_a_schema_from_a_file(bundles, tmp_path, capsys):
+    pytest.importorskip("llguidance", reason="the grammar extra is not installed")
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"enum": [12, "ab"]}')
+    argv = ["generate", bundles["language"], "--prompt", "ab", "--json-schema", str(schema)]
+    assert main(argv) == 0
+    assert json.loads(capsys.readouterr().out) in (12, "ab")
+
+
 def test_speech_is_written_where_asked(bundles, tmp_path, capsys):
     out = tmp_path / "out.wav"
     assert main(["generate", bundles["speech"], "--phonemes", "abc.", "-o", str(out)]) == 0
@@ -64,6 +106,13 @@ def test_an_unnamed_output_never_overwrites(bundles, tmp_path, monkeypatch, caps
         ("language", ["--prompt", "ab " * 2000], "prompt has .* tokens.*context"),
         ("language", ["--prompt", "ab", "--temperature", "-1"], "temperature.*-1"),
         ("language", ["--prompt", "ab", "--top-p", "1.5"], "top_p.*1.5"),
+        ("language", ["--prompt", "ab", "--min-p", "2"], "min_p is 2.0"),
+        ("language", ["--prompt", "ab", "--n", "0"], "n is 0"),
+        ("language", ["--prompt", "ab", "--speculate", "-2"], "speculate is -2"),
+        ("language", ["--prompt", "ab", "--beams", "2", "--top-k", "3"], "takes no top_k"),
+        ("language", ["--prompt", "ab", "--logit-bias", "9999=1"], "token 9999 is not in"),
+        ("language", ["--prompt", "ab", "--grammar", "nowhere"], "cannot read --grammar nowhere"),
+        ("language", ["--prompt", "ab", "--json-schema", "/"], "cannot read --json-schema /"),
         ("language", ["--prompt", ""], "empty"),
         ("language", [], "prompt"),
         ("language", ["--chat"], "--chat needs a --prompt"),
@@ -108,12 +157,13 @@ def test_a_conversation(bundles):
     done = subprocess.run(
         [sys.executable, "-m", "leangen.cli", "chat", bundles["language"]]
         + ["--max-new-tokens", "5", "--system", "ab"],
-        input="ab\n/reset\n\nb\n/quit\n",
+        input="ab\n/reset\n\nab\n/quit\n",
         capture_output=True,
         text=True,
         check=True,
     )
-    assert done.stderr.count(" token") >= 2
+    assert done.stderr.count(" tokens in ") == 2
+    assert " reused" in done.stderr
     assert "this conversation: " in done.stderr
 
 

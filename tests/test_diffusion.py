@@ -63,7 +63,6 @@ def labelled(tmp_path, batch="b", **options):
     options = {
         "prediction": "sample",
         "conditions": {"label": label},
-        "shape": [1, 8, 8],
         **options,
     }
     return onnx_file.export(path, tmp_path / "labelled", shape=[1, 8, 8], **options)

@@ -1,5 +1,6 @@
 """Every compiled kernel, in every variant that can run here, against its NumPy twin."""
 
+import itertools
 import math
 
 import numpy as np
@@ -20,11 +21,12 @@ def rng():
     return np.random.default_rng()
 
 
-def activations(machine, kernel, x, tile, center):
+def activations(machine, kernel, x, tile, center, block=32):
     """Rows packed by the kernel `quantize` or `keep`, in tiles."""
     m, k = x.shape
-    blocks = -(-k // layout.BLOCK)
-    each = layout.INT8_BLOCK_BYTES if kernel == "quantize" else layout.FP32_BLOCK_BYTES
+    blocks = -(-k // block)
+    each = block + 8 if kernel == "quantize" else 4 * block + 4
+    kernel = kernel if block == 32 else f"{kernel}_{block}"
     packed = np.zeros((-(-m // tile), blocks, tile, each), np.uint8)
     for i, row in enumerate(x):
         out = np.zeros((blocks, each), np.uint8)
@@ -35,7 +37,7 @@ def activations(machine, kernel, x, tile, center):
 
 def weights(rng, form, n, k):
     kind = np.float32 if form.wide else np.float16
-    blocks = -(-k // layout.BLOCK)
+    blocks = -(-k // form.block)
     codes = rng.integers(0, 1 << form.bits, (n, k), dtype=np.uint8)
     scales = (rng.random((n, blocks)) / 16).astype(kind).astype(np.float32)
     minima = rng.standard_normal((n, blocks)).astype(kind).astype(np.float32)
@@ -45,9 +47,9 @@ def weights(rng, form, n, k):
 def product(machine, form, packed, n, x, kind, tile):
     m, k = x.shape
     kernel = "quantize" if kind == "int8" else "keep"
-    rows = activations(machine, kernel, x, tile, form.center)
+    rows = activations(machine, kernel, x, tile, form.center, form.block)
     y = np.full((m, n), np.nan, np.float32)
-    blocks, groups = -(-k // layout.BLOCK), -(-n // layout.ROWS)
+    blocks, groups = -(-k // form.block), -(-n // layout.ROWS)
     machine.call(
         f"{kind}_{form.kernel}_{tile}",
         rows, packed, blocks, y, 4 * n, m, n, 0, groups, int(form.wide),
@@ -55,17 +57,21 @@ def product(machine, form, packed, n, x, kind, tile):
     return y
 
 
-def tiles(kind):
-    return (1, 2, 4, 8) if kind == "int8" else (1, 4)
+def tiles(machine, form, kind):
+    sizes = [m for m in (1, 2, 4, 8) if machine.has(f"{kind}_{form.kernel}_{m}")]
+    assert sizes or (form.table and kind == "int8")
+    return sizes
 
 
 def bound(form, packed, n, x):
     """Rounding of an fp32 sum: a few ulps of the sum of magnitudes, per output."""
-    codes, scales, minima = layout.unpack(form, packed, n, x.shape[1])
-    largest = np.repeat(scales, layout.BLOCK, 1)[:, : x.shape[1]] * np.maximum(codes, form.center)
+    k = x.shape[1]
+    codes, scales, minima = layout.unpack(form, packed, n, k)
+    sizes = np.abs(form.table)[codes] if form.table else np.maximum(codes, form.center)
+    largest = np.repeat(scales, form.block, 1)[:, :k] * sizes
     if minima is not None:
-        largest = largest + np.abs(np.repeat(minima, layout.BLOCK, 1)[:, : x.shape[1]])
-    return (np.abs(x) @ largest.T + 1e-30) * 2e-7 * math.sqrt(x.shape[1])
+        largest = largest + np.abs(np.repeat(minima, form.block, 1)[:, :k])
+    return (np.abs(x) @ largest.T + 1e-30) * 2e-7 * math.sqrt(k)
 
 
 def check_linear(machine, form, rng, shapes):
@@ -74,7 +80,7 @@ def check_linear(machine, form, rng, shapes):
         x = rng.standard_normal((m, k)).astype(np.float32)
         for kind in ("int8", "fp32"):
             expected = reference.linear(form, packed, n, x, activations=kind)
-            for tile in tiles(kind):
+            for tile in tiles(machine, form, kind):
                 y = product(machine, form, packed, n, x, kind, tile)
                 error = np.abs(y - expected) / bound(form, packed, n, x)
                 assert error.max() <= 1, (form.name, kind, tile, m, n, k)
@@ -82,14 +88,22 @@ def check_linear(machine, form, rng, shapes):
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
 def test_linear(machine, form, rng):
-    shapes = [(1, 16, 32), (1, 1, 1), (3, 17, 33), (8, 50, 100), (11, 32, 576), (2, 5, 31)]
+    shapes = [
+        (1, 16, 32),
+        (1, 1, 1),
+        (3, 17, 33),
+        (8, 50, 100),
+        (11, 32, 576),
+        (2, 5, 31),
+        (5, 150, 16),
+    ]
     check_linear(machine, form, rng, shapes)
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
 def test_linear_at_the_extremes_of_codes_and_activations(machine, form):
     n, k = 16, 64
-    blocks = k // layout.BLOCK
+    blocks = k // form.block
     for code in (0, form.center, (1 << form.bits) - 1):
         for sign in (-1, 1):
             codes = np.full((n, k), code, np.uint8)
@@ -98,10 +112,9 @@ def test_linear_at_the_extremes_of_codes_and_activations(machine, form):
             x = np.full((1, k), 127 * sign, np.float32)
             for kind in ("int8", "fp32"):
                 expected = reference.linear(form, packed, n, x, activations=kind)
-                for tile in tiles(kind):
-                    assert np.array_equal(
-                        product(machine, form, packed, n, x, kind, tile), expected
-                    )
+                for tile in tiles(machine, form, kind):
+                    y = product(machine, form, packed, n, x, kind, tile)
+                    assert np.array_equal(y, expected.astype(np.float32))
 
 
 def test_activations_that_are_zero_tiny_or_huge(machine, rng):
@@ -111,7 +124,7 @@ def test_activations_that_are_zero_tiny_or_huge(machine, rng):
     x[1] = 1e-42 * rng.standard_normal(96)  # denormal: the block counts as zero
     x[2] = 1e30 * rng.standard_normal(96)
     x[3, 40] = 1e-20
-    for tile in tiles("int8"):
+    for tile in tiles(machine, form, "int8"):
         y = product(machine, form, packed, 32, x, "int8", tile)
         expected = reference.linear(form, packed, 32, x)
         assert not y[:2].any()
@@ -132,23 +145,23 @@ def test_tiles_and_parts_give_the_same_bits(machine, rng):
     packed = weights(rng, form, 80, 160)
     x = rng.standard_normal((9, 160)).astype(np.float32)
     first = product(machine, form, packed, 80, x, "int8", 1)
-    for tile in tiles("int8"):
+    for tile in tiles(machine, form, "int8"):
         assert np.array_equal(product(machine, form, packed, 80, x, "int8", tile), first)
 
 
 def check_quantize(machine, rng):
-    for k in (1, 31, 32, 33, 64, 100, 577):
+    for k, block in itertools.product((1, 31, 32, 33, 64, 100, 577), layout.BLOCKS):
         x = (rng.standard_normal((3, k)) * 10.0 ** rng.integers(-8, 8, (3, 1))).astype(np.float32)
-        codes, scales = reference.quantize(x)
-        padded = np.zeros((3, scales.shape[1] * layout.BLOCK), np.int8)
+        codes, scales = reference.quantize(x, block)
+        padded = np.zeros((3, scales.shape[1] * block), np.int8)
         padded[:, :k] = codes
-        sums = padded.reshape(3, -1, layout.BLOCK).sum(-1, dtype=np.int32)
+        sums = padded.reshape(3, -1, block).sum(-1, dtype=np.int32)
         for center in (0, 8, 128):
-            rows = activations(machine, "quantize", x, 1, center)[:, :, 0]
-            assert np.array_equal(rows[:, :, :32].copy().view(np.int8).reshape(3, -1), padded)
-            found = rows[:, :, 32:36].copy().view(np.float32)[..., 0]
+            rows = activations(machine, "quantize", x, 1, center, block)[:, :, 0]
+            assert np.array_equal(rows[:, :, :block].copy().view(np.int8).reshape(3, -1), padded)
+            found = rows[:, :, block : block + 4].copy().view(np.float32)[..., 0]
             assert np.array_equal(found, scales)
-            last = rows[:, :, 36:].copy()
+            last = rows[:, :, block + 4 :].copy()
             if center:
                 assert np.array_equal(last.view(np.int32)[..., 0], -center * sums)
             else:
@@ -165,12 +178,21 @@ def check_rows(machine, rng):
         y = np.zeros(n, np.float32)
         machine.call("rms_norm", x, gain, y, n, 1e-5)
         assert np.allclose(y, reference.rms_norm(x[None], gain, 1e-5)[0], rtol=1e-5, atol=1e-9)
+        shift = rng.standard_normal(n).astype(np.float32)
+        machine.call("layer_norm", x + 3, gain, shift, y, n, 1e-5)
+        expected = reference.layer_norm((x + 3)[None], gain, shift, 1e-5)[0]
+        assert np.allclose(y, expected, rtol=1e-4, atol=1e-5)
         machine.call("add", x, y := gain.copy(), n)
         assert np.array_equal(y, gain + x)
         pairs, angles = rng.standard_normal(2 * n).astype(np.float32), rng.random(n)
         cosines, sines = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
         machine.call("rotate", pairs, y := np.zeros(2 * n, np.float32), cosines, sines, n, 0.5)
         assert np.allclose(y, reference.rotate(pairs, cosines, sines) / 2, atol=1e-6)
+    numbers = np.concatenate([np.linspace(-20, 20, 999), [0.0, -0.0, 1e-38, 1e4, -1e4]])
+    for name, twin in (("gelu", reference.gelu), ("gelu_tanh", reference.gelu_tanh)):
+        machine.call(name, y := numbers.astype(np.float32), len(numbers))
+        expected = twin(numbers.astype(np.float32))
+        assert (np.abs(y - expected) <= 3e-7 * np.abs(numbers) + 1e-37).all()
     gate = np.concatenate([np.linspace(-120, 120, 1000), [0.0, -0.0, 1e-38, -1e30, 1e30, 88.8]])
     gate = np.resize(gate, 1008).astype(np.float32)
     up = rng.standard_normal(1008).astype(np.float32)
@@ -187,27 +209,95 @@ def test_rows(machine, rng):
     check_rows(machine, rng)
 
 
+def attention_tiles(machine):
+    return [(q, c) for q, c in ((4, 1), (4, 4), (8, 2)) if machine.has(f"attend_fp32_{q}_{c}")]
+
+
+def held(machine, cache, rows, *, keys):
+    """A cache of one head from its rows, made by the kernels that narrow them."""
+    room, width = rows.shape
+    narrow = np.zeros((room, cache.columns(width)), cache.dtype)
+    for row, out in zip(rows, narrow, strict=True):
+        if cache.name == "fp32":
+            out[:] = row
+        else:
+            machine.call(f"narrow_{cache.name}", row.copy(), target := out.copy(), width)
+            out[:] = target
+    blocks = narrow[:, :width].reshape(-1, 16, width)
+    blocks = (blocks.swapaxes(1, 2) if keys else blocks).reshape(len(blocks), -1)
+    scales = narrow[:, width:].reshape(len(blocks), -1)
+    return np.ascontiguousarray(np.concatenate([blocks, scales], 1)).reshape(1, 1, room, -1)
+
+
 def check_attend(machine, rng):
-    for width, group, past, new, window in ((16, 1, 0, 1, 0), (64, 3, 30, 2, 0), (32, 2, 3, 40, 7)):
-        total = past + new
-        room = -(-total // 16) * 16
-        q = rng.standard_normal((new * group, width)).astype(np.float32) / math.sqrt(width)
-        keys, values = (rng.standard_normal((room, width)).astype(np.float32) for _ in range(2))
-        blocks = np.ascontiguousarray(keys.reshape(-1, 16, width).swapaxes(1, 2))
-        for row in range(0, new * group, 4):
-            rows = np.zeros((4, width), np.float32)
-            rows[: len(q) - row] = q[row : row + 4]
-            y = np.zeros((4, width), np.float32)
-            scores = np.zeros((4, room), np.float32)
-            machine.call(
-                "attend", np.ascontiguousarray(rows.T), blocks, values, scores, y,
-                width, row, group, past, new, window,
-            )  # fmt: skip
-            for t in range(min(4, len(q) - row)):
-                end = past + (row + t) // group + 1
-                seen = slice(max(0, end - window) if window else 0, end)
-                shares = np.exp(keys[seen].astype(np.float64) @ rows[t])
-                assert np.allclose(y[t], shares / shares.sum() @ values[seen], atol=1e-5)
+    shapes = ((16, 1, 0, 1, 0), (64, 3, 130, 3, 0), (32, 2, 3, 80, 7), (64, 7, 60, 5, 50))
+    for cache in layout.CACHES.values():
+        for width, group, past, new, window in shapes:
+            total = past + new
+            room = -(-total // 16) * 16
+            q = rng.standard_normal((new * group, width)).astype(np.float32) / math.sqrt(width)
+            keys, values = (rng.standard_normal((room, width)).astype(np.float32) for _ in range(2))
+            keys, values = (
+                held(machine, cache, keys, keys=True),
+                held(machine, cache, values, keys=False),
+            )
+            plain = [
+                layout.read_cache(cache, given, keys=order)[0, 0]
+                for given, order in ((keys, True), (values, False))
+            ]
+            results = []
+            for queries, columns in attention_tiles(machine):
+                if width % (16 * columns):
+                    continue
+                kernel = f"attend_{cache.name}_{queries}_{columns}"
+                y = np.zeros_like(q)
+                for row in range(0, len(q), queries):
+                    state = None
+                    rows = np.zeros((queries, width), np.float32)
+                    rows[: len(q) - row] = q[row : row + queries]
+                    token = min((row + queries - 1) // group, new - 1)
+                    begin = max(0, past + row // group + 1 - window) if window else 0
+                    for chunk in range(begin // 64 * 64, past + token + 1, 64):
+                        more = np.full(queries * (width + 2), np.nan, np.float32)
+                        machine.call(
+                            kernel, np.ascontiguousarray(rows.T), keys, values,
+                            np.zeros((64, queries), np.float32), more,
+                            width, row, group, past, new, window, chunk,
+                        )  # fmt: skip
+                        if state is None:
+                            state = more
+                        else:
+                            machine.call("merge", state, more, width, queries)
+                    for t in range(min(queries, len(q) - row)):
+                        out = np.zeros(width, np.float32)
+                        machine.call("finish", state, out, width, queries, t)
+                        y[row + t] = out
+                for i in range(len(q)):
+                    end = past + i // group + 1
+                    seen = slice(max(0, end - window) if window else 0, end)
+                    shares = np.exp(plain[0][seen] @ q[i])
+                    assert np.allclose(y[i], shares / shares.sum() @ plain[1][seen], atol=1e-5)
+                results.append(y)
+            assert all(np.array_equal(y, results[0]) for y in results)
+
+
+def check_narrow(machine, rng):
+    numbers = [0.0, -0.0, 1.0, 65504.0, 65519.0, 65520.0, -1e6, 6e-8, 2.9e-8, 6.1e-5, 1 / 3, 1e-30]
+    x = np.concatenate([numbers, rng.standard_normal(500) * 10.0 ** rng.integers(-9, 5, 500)])
+    x = x.astype(np.float32)
+    machine.call("narrow_fp16", x, y := np.zeros(512, np.float16), 512)
+    with np.errstate(over="ignore"):
+        assert np.array_equal(y.view(np.uint16), x.astype(np.float16).view(np.uint16))
+    for scale in (1.0, 1e-38, 0.0, 1e30):
+        x = (rng.standard_normal(64) * scale).astype(np.float32)
+        machine.call("narrow_int8", x, y := np.zeros(68, np.int8), 64)
+        codes, scales = reference.quantize_rows(x[None])
+        assert np.array_equal(y[:64], codes[0])
+        assert y[64:].copy().view(np.float32) == scales[0]
+
+
+def test_narrow(machine, rng):
+    check_narrow(machine, rng)
 
 
 def test_attend(machine, rng):
@@ -221,6 +311,7 @@ def test_aarch64_under_an_emulator(variant, tmp_path_factory, rng):
     check_quantize(machine, rng)
     check_rows(machine, rng)
     check_attend(machine, rng)
+    check_narrow(machine, rng)
     for form in FORMS:
         check_linear(machine, form, rng, [(1, 16, 32), (3, 17, 33), (9, 40, 100)])
 
@@ -230,7 +321,7 @@ def test_forms_pack_and_unpack_without_loss(rng):
         for n, k in ((1, 1), (16, 32), (17, 33), (40, 96)):
             kind = np.float32 if form.wide else np.float16
             codes = rng.integers(0, 1 << form.bits, (n, k), dtype=np.uint8)
-            shape = (n, -(-k // layout.BLOCK))
+            shape = (n, -(-k // form.block))
             scales = rng.standard_normal(shape).astype(kind).astype(np.float32)
             minima = rng.standard_normal(shape).astype(kind).astype(np.float32)
             packed = layout.pack(form, codes, scales, minima if form.minimum else None)
@@ -255,6 +346,7 @@ def test_the_smallest_form_without_loss_is_chosen():
     assert layout.form_for(4, not_half).name == "q4_wide"
     assert layout.form_for(4, half, not_half).name == "q4_min_wide"
     assert layout.form_for(8, half).name == "q8"
+    assert layout.form_for(8, half, block=16).name == "q8_g16"
     with pytest.raises(ValueError, match="no layout holds 8 bits with minima"):
         layout.form_for(8, half, half)
     with pytest.raises(ValueError, match="do not fit 16 rows"):

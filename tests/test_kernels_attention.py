@@ -4,18 +4,20 @@ import leangen_kernels
 import numpy as np
 import onnxruntime as ort
 import pytest
-from leangen_kernels import reference
+from leangen_kernels import layout, reference
 from onnx import TensorProto, helper
 
 pytestmark = pytest.mark.skipif(
     leangen_kernels.library() is None, reason="no kernels: " + leangen_kernels.status()[1]
 )
-CAPACITY = 64
+CAPACITY = 192
+TYPES = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "int8": TensorProto.INT8}
 
 
 def session(own, heads, kv_heads, threads=2, **attributes):
     info, floats = helper.make_tensor_value_info, TensorProto.FLOAT
-    cache = ["batch", kv_heads, "capacity", "width"]
+    cache = ["batch", kv_heads, "capacity", "columns"]
+    kind = TYPES.get(attributes.get("cache", "fp32"), TensorProto.FLOAT)
     shared = ["past_key", "past_value", "seqlens_k"]
     if own:
         node = helper.make_node(
@@ -31,15 +33,15 @@ def session(own, heads, kv_heads, threads=2, **attributes):
         )  # fmt: skip
     inputs = [
         info("qkv", floats, ["batch", "new", None]),
-        info("past_key", floats, cache),
-        info("past_value", floats, cache),
+        info("past_key", kind, cache),
+        info("past_value", kind, cache),
         info("seqlens_k", TensorProto.INT32, ["batch"]),
         info("cos", floats, [None, None]),
         info("sin", floats, [None, None]),
     ]
     if not own:
         inputs.append(info("total", TensorProto.INT32, []))
-    outputs = [info(name, floats, None) for name in ("y", "key", "value")]
+    outputs = [info("y", floats, None), info("key", kind, None), info("value", kind, None)]
     graph = helper.make_graph([node], "one", inputs, outputs)
     domains = [("", 21), ("com.microsoft", 1), ("leangen", 1)]
     proto = helper.make_model(
@@ -52,24 +54,23 @@ def session(own, heads, kv_heads, threads=2, **attributes):
     return ort.InferenceSession(proto.SerializeToString(), options)
 
 
-def inputs(rng, batch, new, heads, kv_heads, width, lengths):
+def inputs(rng, batch, new, heads, kv_heads, width, lengths, cache="fp32"):
     angles = np.outer(np.arange(CAPACITY), 1e4 ** (-np.arange(width // 2) / (width // 2)))
-    cache = (batch, kv_heads, CAPACITY, width)
+    held = layout.CACHES[cache]
+    shape = (batch, kv_heads, CAPACITY, held.columns(width))
     return {
         "qkv": rng.standard_normal((batch, new, (heads + 2 * kv_heads) * width)).astype("f4"),
-        "past_key": np.zeros(cache, "f4"),
-        "past_value": np.zeros(cache, "f4"),
+        "past_key": np.zeros(shape, held.dtype),
+        "past_value": np.zeros(shape, held.dtype),
         "seqlens_k": np.array(lengths, np.int32) - 1,
         "cos": np.cos(angles).astype("f4"),
         "sin": np.sin(angles).astype("f4"),
     }
 
 
-def plain_order(keys):
+def plain_order(keys, cache="fp32"):
     """Keys by position from keys by blocks of 16 positions."""
-    batch, heads, capacity, width = keys.shape
-    blocks = keys.reshape(batch, heads, capacity // 16, width, 16)
-    return blocks.swapaxes(-1, -2).reshape(keys.shape)
+    return layout.read_cache(layout.CACHES[cache], keys, keys=True)
 
 
 @pytest.fixture
@@ -77,14 +78,19 @@ def rng():
     return np.random.default_rng()
 
 
-@pytest.mark.parametrize("window", [0, 5, 20])
-@pytest.mark.parametrize("shape", [(1, 1, 16), (9, 3, 64), (4, 4, 32), (8, 2, 80)])
-def test_prompt_then_tokens(shape, window, rng):
+@pytest.mark.parametrize("cache", layout.CACHES)
+@pytest.mark.parametrize("window", [0, 5, 70])
+@pytest.mark.parametrize("shape", [(1, 1, 16), (9, 3, 64), (4, 4, 32), (8, 1, 80)])
+def test_prompt_then_tokens(shape, window, cache, rng):
     heads, kv_heads, width = shape
-    run = session(True, heads, kv_heads, window=window)
-    for batch, prompt in ((1, 1), (1, 23), (2, 17)):
-        feeds = inputs(rng, batch, prompt, heads, kv_heads, width, [prompt] * batch)
-        keys, values = feeds["past_key"], feeds["past_value"]
+    run = session(True, heads, kv_heads, window=window, cache=cache)
+    held = layout.CACHES[cache]
+    # A number that is rounded from another side of a tie moves the result by a step of the cache.
+    places = {"fp32": 2e-5, "fp16": 2e-3, "int8": 3e-2}[cache]
+    for batch, prompt in ((1, 1), (1, 23), (2, 17), (1, 130)):
+        feeds = inputs(rng, batch, prompt, heads, kv_heads, width, [prompt] * batch, cache)
+        plain = (batch, kv_heads, CAPACITY, width)
+        keys, values = np.zeros(plain), np.zeros(plain)
         for step in range(3):
             new = prompt if step == 0 else 1
             lengths = np.full(batch, prompt + step)
@@ -94,13 +100,35 @@ def test_prompt_then_tokens(shape, window, rng):
             y, feeds["past_key"], feeds["past_value"] = run.run(None, feeds)
             expected, keys, values = reference.attention(
                 feeds["qkv"], keys, values, lengths, feeds["cos"], feeds["sin"],
-                heads=heads, window=window,
+                heads=heads, window=window, cache=held,
             )  # fmt: skip
-            assert np.abs(y - expected).max() < 2e-5
+            assert np.abs(y - expected).max() < places
             used = slice(0, prompt + step)
-            found = plain_order(feeds["past_key"])[:, :, used]
-            assert np.allclose(found, keys[:, :, used], atol=1e-5)
-            assert np.array_equal(feeds["past_value"][:, :, used], values[:, :, used])
+            found = plain_order(feeds["past_key"], cache)[:, :, used]
+            assert np.allclose(found, keys[:, :, used], atol=places)
+            found = layout.read_cache(held, feeds["past_value"], keys=False)[:, :, used]
+            assert np.array_equal(found, values[:, :, used])
+
+
+@pytest.mark.parametrize("cache", layout.CACHES)
+def test_a_row_has_the_same_bits_alone_and_among_others(cache, rng):
+    """What speculative decoding asks of attention: one token at a time, or all at once."""
+    for window in (0, 40):
+        run = session(True, 9, 3, window=window, cache=cache)
+        feeds = inputs(rng, 1, 150, 9, 3, 64, [150], cache)
+        at_once = run.run(None, feeds)[0]
+        _, key, value = run.run(
+            None, {**feeds, "qkv": feeds["qkv"][:, :140], "seqlens_k": np.array([139], np.int32)}
+        )
+        for token in range(140, 150):
+            y, key, value = run.run(
+                None,
+                {
+                    **feeds, "qkv": feeds["qkv"][:, token : token + 1], "past_key": key,
+                    "past_value": value, "seqlens_k": np.array([token], np.int32),
+                },
+            )  # fmt: skip
+            assert np.array_equal(y[:, 0], at_once[:, token])
 
 
 def test_agrees_with_group_query_attention(rng):
@@ -139,11 +167,16 @@ def test_what_was_never_written_is_never_used(rng):
     for name in ("past_key", "past_value"):
         feeds[name] = np.full_like(feeds[name], np.nan)
     assert np.array_equal(session(True, 2, 1).run(None, feeds)[0], clean)
+    feeds = inputs(rng, 1, 3, 2, 1, 16, [3], "int8")
+    clean = session(True, 2, 1, cache="int8").run(None, feeds)[0]
+    for name in ("past_key", "past_value"):
+        feeds[name] = np.full_like(feeds[name], -1)  # scales become NaN
+    assert np.array_equal(session(True, 2, 1, cache="int8").run(None, feeds)[0], clean)
 
 
 def test_any_number_of_threads_gives_the_same_bits(rng):
-    for new in (1, 50):
-        feeds = inputs(rng, 2, new, 9, 3, 64, [50, 50])
+    for new in (1, 150):
+        feeds = inputs(rng, 2, new, 9, 3, 64, [150, 150])
         feeds["past_key"] = rng.standard_normal(feeds["past_key"].shape).astype("f4")
         results = [session(True, 9, 3, threads).run(None, feeds)[0] for threads in (1, 2, 4)]
         assert np.array_equal(results[0], results[1])
@@ -153,11 +186,11 @@ def test_any_number_of_threads_gives_the_same_bits(rng):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"seqlens_k": [64]}, "65 positions, expected at most 64"),
+        ({"seqlens_k": [192]}, "193 positions, expected at most 192"),
         ({"seqlens_k": [-1]}, "positions, expected at most"),
         ({"seqlens_k": [2, 2]}, "seqlens_k has 2 elements, expected 1"),
         ({"qkv": (1, 3, 63)}, "qkv has 63 columns, expected 64"),
-        ({"cos": (64, 7)}, "cosines has 7 columns, expected 8"),
+        ({"cos": (192, 7)}, "cosines has 7 columns, expected 8"),
         ({"past_key": (1, 1, 63, 16)}, "capacity 63 and width 16, expected multiples of 16"),
         ({"past_value": (1, 1, 48, 16)}, "past_key and past_value must be"),
     ],
@@ -175,3 +208,12 @@ def test_a_bad_shape_is_an_error(changes, message, rng):
 def test_bad_attributes_are_an_error():
     with pytest.raises(Exception, match="heads 3, kv_heads 2"):
         session(True, 3, 2)
+    with pytest.raises(Exception, match="cache 'int4', expected fp32, fp16 or int8"):
+        session(True, 4, 2, cache="int4")
+
+
+def test_a_cache_of_another_type_is_an_error(monkeypatch, rng):
+    monkeypatch.setitem(TYPES, "fp32", TensorProto.FLOAT16)
+    feeds = inputs(rng, 1, 3, 2, 1, 16, [3], "fp16")
+    with pytest.raises(Exception, match="past_key and past_value are not of the type"):
+        session(True, 2, 1, cache="fp32").run(None, feeds)

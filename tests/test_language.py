@@ -16,6 +16,13 @@ from leangen.families.language import Request
 from leangen.families.text_stream import TextStream
 from leangen.session import Session
 
+# GPT-2's bytes: printable ones stand for themselves, the others for what follows U+00FF.
+PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+OTHERS = [byte for byte in range(256) if byte not in PRINTABLE]
+BYTE_CHARS = {byte: chr(byte) for byte in PRINTABLE} | {
+    byte: chr(256 + place) for place, byte in enumerate(OTHERS)
+}
+
 
 def make(tmp_path, tiny=None):
     path = write(tmp_path / "tiny.gguf", tiny or Tiny(tied=False))
@@ -49,7 +56,7 @@ def test_steps_add_up_to_the_output(session, options, seed):
         session, "hello world", max_new_tokens=30, seed=seed, ignore_eos=True, **options
     )
     assert "".join(step.text for step in steps) == output.text
-    assert [step.token for step in steps] == output.tokens
+    assert [token for step in steps for token in step.tokens] == output.tokens
     assert [step.kind for step in steps] == ["prefill"] + ["decode"] * 29
     assert all(step.units == 1 for step in steps)
     assert output.stop_reason == "length"
@@ -190,6 +197,9 @@ def test_without_a_template_messages_are_refused(tmp_path):
         ({"messages": [{"role": "wizard", "content": "a"}]}, "role is 'wizard'.*system, user"),
         ({"messages": [{"role": "user"}]}, "lacks role or content"),
         ({"messages": [{"role": "user", "content": 3}]}, "not text"),
+        ({"messages": [{"role": "assistant", "content": None}]}, "not text"),
+        ({"prompt": "a", "tools": [{}]}, "tools is .* to go with messages"),
+        ({"messages": [{"role": "user", "content": "a"}], "tools": ["x"]}, "tools is"),
     ],
 )
 def test_requests_that_make_no_sense_are_refused(options, message):
@@ -204,6 +214,8 @@ def test_prompts_that_cannot_run_are_refused(session):
         generate(session, tokens=[1, 9999])
     with pytest.raises(RequestError, match="token 'a' is not in the vocabulary"):
         generate(session, tokens=["a"])
+    with pytest.raises(RequestError, match="token 9999 is not in the vocabulary"):
+        generate(session, "a", logit_bias={9999: 1.0})
     with pytest.raises(RequestError, match="got 0 tokens"):
         language.logits(session, [])
 
@@ -247,6 +259,31 @@ def test_streamed_text_is_the_text_up_to_the_first_stop(session, text, stop):
     # Of two stop strings the one that is whole first ends the text, so it may begin later.
     assert text.startswith(shown)
     assert shown in ([text[:place] for place in places] if places else [text])
+
+
+WORDS = [word.encode() for word in ("é", "🦆", "ab", "hello", "\ufffd", "漢")]
+
+
+@given(
+    pieces=st.lists(st.binary(min_size=1, max_size=3) | st.sampled_from(WORDS), max_size=12),
+    stop=st.lists(st.text(alphabet="abé🦆\ufffd", min_size=1, max_size=3), max_size=2),
+)
+@settings(deadline=None, max_examples=300)
+def test_any_bytes_stream_as_they_decode(session, pieces, stop):
+    """Tokens of single bytes, of which many are no UTF-8: half characters wait, none is lost."""
+    tokenizer = language.tokenizer(session)
+    tokens = [tokenizer.token_to_id(BYTE_CHARS[byte]) for byte in b"".join(pieces)]
+    stream = TextStream(tokenizer, ids(session, "hello"), stop)
+    shown = ""
+    for token in tokens:
+        shown += stream.push(token)
+        assert not any(s in shown for s in stop)
+        if not stream.stopped:
+            assert tokenizer.decode(tokens).startswith(shown)
+    shown += stream.flush()
+    if not stream.stopped:
+        assert shown == tokenizer.decode(tokens)
+    assert tokenizer.decode(tokens).startswith(shown)
 
 
 def test_half_a_character_at_the_end_is_shown_as_such(session):

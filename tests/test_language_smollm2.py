@@ -48,8 +48,7 @@ def test_fp32_logits_agree_with_transformers(path, fp32, tokens):
     np.testing.assert_allclose(language.logits(fp32, tokens[:64]), expected, rtol=0, atol=1e-3)
 
 
-def test_the_lossless_form_is_the_same_weights(bundles, fp32, tokens):
-    exact = Session(bundles["gguf"], activations="fp32")
+def test_the_lossless_form_is_the_same_weights(exact, fp32, tokens):
     expected = language.logits(fp32, tokens[:64])
     np.testing.assert_allclose(language.logits(exact, tokens[:64]), expected, rtol=0, atol=1e-3)
 
@@ -79,6 +78,78 @@ def test_it_knows_the_capital_of_france(bundles, form):
         Session(bundles[form]), Request("The capital of France is", max_new_tokens=8)
     )
     assert "Paris" in "".join(step.text for step in run)
+
+
+FERRY = (
+    "The ferry leaves Hull at 9 in the morning and at 4 in the afternoon. A ticket costs 12 pounds "
+    "for adults and 7 pounds for children. Bicycles go for free."
+)
+ASKED = [
+    {"prompt": "The capital of France is"},
+    {"prompt": '{"name": "Ann", "age": 3}\n{"name": "Bob", "age": 4}\n'},
+    {"messages": [{"role": "user", "content": f"Repeat this text three times: {FERRY}"}]},
+    {"messages": [{"role": "user", "content": "Why is the sky blue?"}]},
+]
+
+
+def drain(session, **options):
+    run = language.run(session, Request(**options))
+    steps = []
+    while True:
+        try:
+            steps.append(next(run))
+        except StopIteration as end:
+            return steps, end.value
+
+
+@pytest.fixture(scope="module")
+def exact(bundles):
+    """The lossless form without rounded activations, in which one row computes as several do."""
+    return Session(bundles["gguf"], activations="fp32")
+
+
+@pytest.mark.parametrize("asked", ASKED)
+def test_speculation_is_lossless(exact, asked):
+    options = {**asked, "max_new_tokens": 100, "ignore_eos": True}
+    _, plain = drain(exact, **options)
+    steps, output = drain(exact, speculate=10, **options)
+    prompt = language.encode(exact, Request(**options))
+    for place, (a, b) in enumerate(zip(plain.tokens, output.tokens, strict=True)):
+        if a != b:
+            logits = language.logits(exact, [*prompt, *plain.tokens[:place]])[-1]
+            assert abs(logits[a] - logits[b]) < 1e-3
+            break
+    assert len(steps) < 100
+
+
+def test_a_conversation_reuses_its_turns(exact):
+    talk, told = [], []
+    for question in ("Name a town in England.", "And one in France?", "Which is larger?"):
+        talk.append({"role": "user", "content": question})
+        options = {"messages": list(talk), "max_new_tokens": 30}
+        steps, output = drain(exact, prefix_cache=True, **options)
+        told.append((options, output, steps[0].counts["reused"]))
+        talk.append({"role": "assistant", "content": output.text})
+    for options, output, _ in told:
+        assert drain(exact, **options)[1].tokens == output.tokens
+    (_, first, _), (_, second, reused), (_, third, more) = told
+    assert reused >= first.prompt_units
+    assert more >= second.prompt_units
+    assert third.prompt_units - more < 60
+
+
+def test_a_schema_is_obeyed(exact):
+    pytest.importorskip("llguidance", reason="the grammar extra is not installed")
+    schema = {
+        "type": "object",
+        "properties": {"city": {"type": "string", "maxLength": 20}, "capital": {"type": "boolean"}},
+        "required": ["city", "capital"],
+        "additionalProperties": False,
+    }
+    asked = [{"role": "user", "content": "The capital of France, as JSON."}]
+    _, output = drain(exact, messages=asked, json_schema=schema, max_new_tokens=100)
+    said = json.loads(output.text)
+    assert isinstance(said["city"], str) and isinstance(said["capital"], bool)
 
 
 START = r"""

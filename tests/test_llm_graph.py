@@ -53,7 +53,7 @@ def some_tokens(tiny, n=40):
     return np.random.default_rng().integers(0, len(tiny.tokens), n).tolist()
 
 
-def transformers_logits(path, tokens):
+def transformers_model(path):
     """Llama from transformers in float64, with the weights and the rope of the file."""
     torch = pytest.importorskip("torch", reason="the export extra is not installed")
     transformers = pytest.importorskip("transformers", reason="the export extra is not installed")
@@ -102,6 +102,13 @@ def transformers_logits(path, tokens):
     model.load_state_dict({k: torch.from_numpy(np.array(v)) for k, v in state.items()})
     model = model.double().eval()
     model.model.rotary_emb.inv_freq = torch.from_numpy(weights.inverse_frequencies("rope"))
+    return model
+
+
+def transformers_logits(path, tokens):
+    """Logits [n, vocab] of that model after each of the n tokens."""
+    model = transformers_model(path)
+    torch = pytest.importorskip("torch", reason="the export extra is not installed")
     with torch.no_grad():
         return model(torch.tensor([tokens])).logits[0].numpy()
 

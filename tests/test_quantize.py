@@ -11,18 +11,18 @@ from hypothesis import strategies as st
 from image_models import denoiser, model, value, weights
 from onnx import TensorProto, helper, numpy_helper
 
-from leangen import calibrate
+from leangen import calibrate, schemes
 from leangen.bundle import create, open_bundle, verify
 from leangen.errors import UnknownSchemeError
 from leangen.exporters import onnx_file
 from leangen.families import diffusion
+from leangen.family_recipes import RECIPES
 from leangen.graph_edit import Graph
-from leangen.quantize import RECIPES, quantize
-from leangen.schemes import int4, int8
+from leangen.quantize import quantize
 from leangen.sensitivity import Probe, isolate
 from leangen.session import Session
 from leangen.sites import find_sites
-from leangen.treatments import CODE_BITS, Treatments
+from leangen.treatments import Treatments, code_bits, read
 
 SCHEMES = ("int8", "int4")
 
@@ -92,22 +92,18 @@ def dequantized(graph, site, treatment):
     """The layer's weight as the packed form stands for it, in its own layout."""
     w = graph.array(site.weight)
     matrix = (np.swapaxes(w, 0, 1) if site.swapped else w).reshape(site.rows, site.columns)
-    match treatment:
-        case "w8":
-            block = 32 if site.columns % 32 == 0 else site.columns
-            packed = int8.quantize(matrix, block_size=block, scale_dtype=np.float16)
-            back = int8.dequantize(packed)
-        case "w8a8":
-            back = int8.dequantize(int8.quantize(matrix, q_max=63))
-        case "w4":
-            back = int4.dequantize(int4.quantize(matrix, scale_dtype=np.float16))
-        case "w16":
-            back = matrix.astype(np.float16).astype(np.float32)
-        case "matmul8":
-            block = 32 if site.columns % 32 == 0 else 16
-            back = int8.dequantize(int8.quantize(matrix, block_size=block))
-        case "matmul4":
-            back = int4.dequantize(int4.quantize(matrix))
+    form = read(treatment)
+    scheme, options = schemes.get(form.scheme), {}
+    if form.kind == "w8a8":
+        options = {"q_max": 63}
+    elif form.scheme == "int8":
+        fits = site.columns % 32 == 0
+        options["block_size"] = 32 if fits else site.columns if form.kind == "w" else 16
+    if form.kind == "w" and form.scheme not in ("fp16", "bf16"):
+        options["scale_dtype"] = np.float16
+    if form.scheme in ("nf4", "fp4"):
+        options["block_size"] = 64 if site.columns % 64 == 0 else 32
+    back = scheme.dequantize(scheme.quantize(np.ascontiguousarray(matrix), **options))
     if site.swapped:
         return np.swapaxes(back.reshape(w.shape[1], w.shape[0], *w.shape[2:]), 0, 1)
     return back.reshape(w.shape)
@@ -133,10 +129,10 @@ def test_every_treatment_offered_computes_with_its_packed_weight(tmp_path, name)
         wanted = session(tmp_path / "exact.onnx").run(None, {"x": x})[0]
         y = session(tmp_path / "treated.onnx").run(None, {"x": x})[0]
         # Where activations are rounded too, half a step of 1/255 or 1/127 of their range shows.
-        rounded = treatment in ("w8a8", "matmul8", "matmul4")
+        rounded = treatment in ("w8a8", "matmul8", "matmul4", "matmul3", "matmul2")
         tolerance = 0.02 * np.abs(wanted).max() if rounded else 1e-4
         assert np.abs(y - wanted).max() < tolerance, treatment
-        assert treated.code_bits == CODE_BITS[treatment]
+        assert treated.code_bits == code_bits(treatment)
         assert treated.stored_bits >= treated.code_bits * site.weights
 
 
@@ -221,8 +217,8 @@ def test_progress_runs_from_nothing_to_all(bundle, tmp_path):
 
 
 def test_unknown_and_repeated_schemes_are_refused(bundle, quantized, tmp_path):
-    with pytest.raises(UnknownSchemeError, match="'int3' is unknown"):
-        quantize(bundle, "int3", tmp_path / "q")
+    with pytest.raises(UnknownSchemeError, match="'int5' is unknown"):
+        quantize(bundle, "int5", tmp_path / "q")
     with pytest.raises(UnknownSchemeError, match=f"is {quantized.scheme} already.*fp32"):
         quantize(quantized, "int8", tmp_path / "q")
     assert list(tmp_path.iterdir()) == []

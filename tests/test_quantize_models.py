@@ -9,7 +9,7 @@ from real_models import source, store
 
 from leangen import audio
 from leangen.families import density, diffusion, language, speech
-from leangen.quality import kl_and_top1
+from leangen.quality.language import kl_and_top1
 from leangen.quantize import quantize
 from leangen.session import Session
 

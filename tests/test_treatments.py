@@ -1,5 +1,7 @@
 """Each treatment of each kind of node: ONNX Runtime computes what the packed weight stands for."""
 
+import re
+
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -8,7 +10,7 @@ from onnx import helper, numpy_helper
 
 from leangen.graph_edit import Graph, Range
 from leangen.sites import find_sites
-from leangen.treatments import CODE_BITS, Treatments
+from leangen.treatments import STANDARD, Treatments, code_bits, read
 
 LAYERS = {
     # op, attributes, shape of the weight, of the input, of the bias
@@ -25,8 +27,10 @@ LAYERS = {
 }
 # Half a step of the weight's (and, with static int8, the activations') rounding, as a share of an
 # output's RMS, with room for chance.
-LARGEST = {"w16": 1e-3, "w8": 0.015, "gather8": 0.015, "matmul8": 0.02, "w8a8": 0.04}
-LARGEST |= {"w4": 0.15, "matmul4": 0.15}
+LARGEST = {"16": 1e-3, "bf16": 5e-3, "8": 0.02, "8a8": 0.04, "4": 0.15, "3": 0.3, "2": 0.6}
+LARGEST |= {"nf4": 0.15, "fp4": 0.2}
+OPTIONS = ("w4-asym", "w3-asym-g64", "matmul4-asym-g16", "matmul4-wo", "matmul2-asym")
+OPTIONS += ("matmul3-asym-g64", "matmul4-g128", "matmulnf4-g32")
 
 
 def layer(name, path):
@@ -76,20 +80,31 @@ def offered(name, tmp_path):
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_each_treatment_is_close_and_counts_its_bits(name, tmp_path):
-    seen = offered(name, tmp_path)[2].offered(offered(name, tmp_path)[1])
-    assert seen
+    _, site, treatments, _, _ = offered(name, tmp_path)
+    seen = [t for t in (*STANDARD, *OPTIONS) if treatments.fits(site, t)]
+    assert len(seen) > 3
     for treatment in seen:
         graph, site, treatments, x, exact = offered(name, tmp_path)
         treated = treatments.apply(site, treatment)
-        assert treated.code_bits == CODE_BITS[treatment]
+        assert treated.code_bits == code_bits(treatment)
         assert site.weights == np.prod(LAYERS[name][2])
         assert treated.stored_bits >= treated.code_bits * site.weights
+        assert treated.stored_bits <= treatments.stored_bits(site, treatment) + 16 * site.rows
         graph.replace({"layer": treated.nodes})
         graph.save(tmp_path / "low.onnx")
         ours = run(tmp_path / "low.onnx", x)
         assert ours.shape == exact.shape
         error = np.linalg.norm(ours - exact) / np.linalg.norm(exact)
-        assert 0 < error < LARGEST[treatment], treatment
+        code = re.match("(?:w|matmul|gather)([^-]+)", treatment)[1]
+        assert 0 < error < LARGEST[code], treatment
+        stored = sum(t.dims and len(t.raw_data) or 0 for t in low_constants(tmp_path, site.weight))
+        assert stored * 8 == treated.stored_bits, treatment
+
+
+def low_constants(tmp_path, weight):
+    """The constants that hold the low-bit weight."""
+    graph = onnx.load(tmp_path / "low.onnx").graph
+    return [tensor for tensor in graph.initializer if tensor.name.startswith(f"{weight}/")]
 
 
 def test_the_kinds_together_use_every_treatment(tmp_path):
@@ -97,7 +112,7 @@ def test_the_kinds_together_use_every_treatment(tmp_path):
     for name in LAYERS:
         _, site, treatments, _, _ = offered(name, tmp_path)
         seen.update(treatments.offered(site))
-    assert seen == set(CODE_BITS)
+    assert seen == set(STANDARD)
 
 
 def test_small_and_computed_weights_are_no_sites(tmp_path):
@@ -111,3 +126,8 @@ def test_small_and_computed_weights_are_no_sites(tmp_path):
     model.graph.node[0].input[1] = "x"
     onnx.save(model, tmp_path / "computed.onnx")
     assert find_sites(Graph(tmp_path / "computed.onnx")) == []
+
+
+def test_a_name_that_is_no_treatment_is_refused():
+    with pytest.raises(ValueError, match="'w5' is no treatment"):
+        read("w5")

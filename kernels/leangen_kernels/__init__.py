@@ -4,8 +4,8 @@
     options.register_custom_ops_library(str(leangen_kernels.library()))
 
 Operators are in the domain `leangen`; `layout` packs weights for them. The library is compiled when
-the package is installed with LEANGEN_BUILD_KERNELS=1 (see `build`); it needs neither Numba nor
-Python to run.
+the package is installed, unless with LEANGEN_BUILD_KERNELS=0 (see `build`); it needs neither Numba
+nor Python to run.
 LEANGEN_KERNELS forces a variant (avx512, avxvnni, avx2, neon, portable) or says `off`.
 """
 
@@ -33,13 +33,10 @@ def status() -> tuple[str | None, str]:
     if os.environ.get("LEANGEN_KERNELS") == "off":
         return None, "switched off by LEANGEN_KERNELS=off"
     if not _LIBRARY.exists():
-        why = "it was never built"
+        why = "it was not built; `pip install` builds it unless LEANGEN_BUILD_KERNELS is 0"
         if _WHY_NOT.exists():
             why = _WHY_NOT.read_text(encoding="utf-8").strip()
-        return (
-            None,
-            f"no kernel library: {why}; install with LEANGEN_BUILD_KERNELS=1 and a C compiler",
-        )
+        return None, f"no kernel library: {why}"
     return _chosen()
 
 

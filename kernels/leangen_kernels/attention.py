@@ -1,8 +1,8 @@
-"""Grouped-query attention of a few query rows to the cached keys and values of one head.
+"""Grouped-query attention of a few query rows to a stretch of one head's cached keys and values.
 
-Keys stand in blocks of 16 positions, [capacity / 16, width, 16], so that the scores of 16 keys
-need no horizontal sum; values stand as they are, [capacity, width]. Scores are kept for the few
-rows at hand only, and never leave the cache.
+The cache is laid out as `layout.Cache` says. Work is cut at every CHUNK positions: `attend` leaves
+a part of the softmax, `merge` joins two of them and `finish` divides, always in this order, so that
+a row's bits depend neither on the threads nor on the other rows (Milakov and Gimelshein 2018).
 """
 
 from __future__ import annotations
@@ -11,39 +11,57 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from leangen_kernels.layout import ROWS
+from leangen_kernels.layout import CACHES, ROWS
 from leangen_kernels.simd import (
     exponential,
     larger,
     largest,
+    load_codes,
+    load_float,
     load_floats,
     load_for_all,
+    load_halves,
     multiply_add,
     only_between,
     splat,
+    store_float,
     store_floats,
     sum_floats,
 )
 from leangen_kernels.unroll import registers, static, unrolled
+from leangen_kernels.vectors import VARIANT
 
-QUERIES = 4
-"""Query rows worked on at once."""
+CHUNK = 64
+"""Positions whose share of the softmax is found at once."""
+
+# Query rows, vectors of a value row, and blocks of keys that are held in registers. One kernel must
+# be (4, 1, 1), which does any width; of the others, the C side takes those that fit.
+_MANY_REGISTERS = ((4, 1, 1), (4, 4, 2), (8, 2, 2))
+TILES = _MANY_REGISTERS if VARIANT.dot == "vnni512" else ((4, 1, 1),)
+
+# What a cache and a tile fix, see `kernels`.
+QUERIES = COLUMNS = BLOCKS = SIZE = 0
+SCALED = False
+load = load_floats
 
 
 def attend(
-    q: int, keys: int, values: int, scores: int, y: int, width: int, row: int, group: int,
-    past: int, new: int, window: int,
+    q: int, keys: int, values: int, scores: int, state: int, width: int, row: int, group: int,
+    past: int, new: int, window: int, begin: int,
 ) -> None:  # fmt: skip
-    """softmax(q K^T) V for QUERIES rows, of which row r sees the keys up to `past + r // group`.
+    """The part of softmax(q K^T) V that CHUNK positions from `begin` have in QUERIES rows.
 
-    Rows of tokens beyond `new` see what the last one sees; nobody looks at them.
-    `q` is [width, QUERIES], scaled; `y` is [QUERIES, width]; width is a multiple of 16. With a
-    `window` above 0, only the last `window` of those keys are seen. `scores` has room for a
-    multiple of 16 of keys for each row.
+    Row r sees the keys up to `past + r // group`, rows of tokens beyond `new` what the last one
+    sees; with a `window` above 0, only the last `window` of those. `q` is [width, QUERIES], scaled;
+    `keys` and `values` are the addresses of position 0; `scores` is room for [CHUNK, QUERIES].
+    `state` becomes sums of values [QUERIES, width], the largest scores and the sums of shares.
     """
-    limit, low, score, peak, total, inverse, out = (
+    at, limit, low, score, peak, top, total, out = (
         registers(), registers(), registers(), registers(), registers(), registers(), registers(),
+        registers(),
     )  # fmt: skip
+    block_bytes = ROWS * (SIZE * width + 4 * SCALED)
+    first_block = begin // ROWS * block_bytes
     for t in static(QUERIES):
         limit[t] = past + min((row + t) // group + 1, new)
         low[t] = 0
@@ -51,52 +69,106 @@ def attend(
             low[t] = max(0, limit[t] - window)
         peak[t] = splat(-1e30)
         total[t] = splat(0.0)
-    begin = low[0] // ROWS * ROWS
-    end = limit[QUERIES - 1]
-    scores_at = scores
-    for key in range(begin, end, ROWS):
-        key_at, q_at = keys + 4 * width * key, q
-        for t in static(QUERIES):
-            score[t] = splat(0.0)
-        for _ in range(width):
-            one = load_floats(key_at, 0)
+    end = min(begin + CHUNK, limit[QUERIES - 1])
+    key_at, scores_at = keys + first_block, scores
+    for key in range(begin, end, ROWS * BLOCKS):
+        for i in static(BLOCKS):
+            at[i] = key_at
+            if key + ROWS * i < end:
+                at[i] = key_at + i * block_bytes  # else again the first, masked below
             for t in static(QUERIES):
-                score[t] = multiply_add(one, load_for_all(q_at, 4 * t), score[t])
-            key_at += 4 * ROWS
+                score[i, t] = splat(0.0)
+        q_at = q
+        for _ in range(width):
+            for i in static(BLOCKS):
+                one = load(at[i], 0)
+                for t in static(QUERIES):
+                    score[i, t] = multiply_add(one, load_for_all(q_at, 4 * t), score[i, t])
+                at[i] += ROWS * SIZE
             q_at += 4 * QUERIES
-        for t in static(QUERIES):
-            score[t] = only_between(score[t], low[t] - key, limit[t] - key)
-            peak[t] = larger(peak[t], score[t])
-            store_floats(scores_at + 4 * ROWS * t, score[t])
-        scores_at += 4 * ROWS * QUERIES
+        for i in static(BLOCKS):
+            for t in static(QUERIES):
+                if SCALED:
+                    score[i, t] = score[i, t] * load_floats(at[i], 0)
+                start = key + ROWS * i
+                score[i, t] = only_between(score[i, t], low[t] - start, limit[t] - start)
+                peak[t] = larger(peak[t], score[i, t])
+                store_floats(scores_at + 4 * ROWS * t, score[i, t])
+            scores_at += 4 * ROWS * QUERIES
+        key_at += BLOCKS * block_bytes
     for t in static(QUERIES):
-        peak[t] = splat(largest(peak[t]))
-    scores_at = scores
+        top[t] = largest(peak[t])
+        peak[t] = splat(top[t])
+    value_at, scores_at = values + first_block, scores
     for _ in range(begin, end, ROWS):
         for t in static(QUERIES):
             score[t] = exponential(load_floats(scores_at, 4 * ROWS * t) - peak[t])
             total[t] = total[t] + score[t]
+            if SCALED:
+                score[t] = score[t] * load_floats(value_at, ROWS * width)
             store_floats(scores_at + 4 * ROWS * t, score[t])
+        value_at += block_bytes
         scores_at += 4 * ROWS * QUERIES
     for t in static(QUERIES):
-        inverse[t] = splat(1.0 / sum_floats(total[t]))
-    for column in range(0, width, ROWS):
+        store_float(state + 4 * (QUERIES * width + t), top[t])
+        store_float(state + 4 * (QUERIES * (width + 1) + t), sum_floats(total[t]))
+    for column in range(0, width, ROWS * COLUMNS):
         for t in static(QUERIES):
-            out[t] = splat(0.0)
-        value_at, scores_at = values + 4 * (width * begin + column), scores
+            for c in static(COLUMNS):
+                out[t, c] = splat(0.0)
+        block_at, scores_at = values + first_block + SIZE * column, scores
         for key in range(begin, end, ROWS):
+            value_at = block_at
             for i in range(min(ROWS, end - key)):
-                one = load_floats(value_at, 0)
-                for t in static(QUERIES):
-                    out[t] = multiply_add(
-                        one, load_for_all(scores_at + 4 * i, 4 * ROWS * t), out[t]
-                    )
-                value_at += 4 * width
+                for c in static(COLUMNS):
+                    one = load(value_at, SIZE * ROWS * c)
+                    for t in static(QUERIES):
+                        share = load_for_all(scores_at + 4 * i, 4 * ROWS * t)
+                        out[t, c] = multiply_add(one, share, out[t, c])
+                value_at += SIZE * width
+            block_at += block_bytes
             scores_at += 4 * ROWS * QUERIES
         for t in static(QUERIES):
-            store_floats(y + 4 * (width * t + column), out[t] * inverse[t])
+            for c in static(COLUMNS):
+                store_floats(state + 4 * (width * t + column + ROWS * c), out[t, c])
+
+
+def merge(state: int, more: int, width: int, queries: int) -> None:
+    """Add another part of the softmax to `state`."""
+    for t in range(queries):
+        top_at, total_at = 4 * (queries * width + t), 4 * (queries * (width + 1) + t)
+        top, other = load_float(state, top_at), load_float(more, top_at)
+        both = max(top, other)
+        kept, added = exponential(splat(top - both)), exponential(splat(other - both))
+        store_float(state + top_at, both)
+        total = load_for_all(state, total_at) * kept
+        total = multiply_add(load_for_all(more, total_at), added, total)
+        store_float(state + total_at, largest(total))
+        for column in range(4 * width * t, 4 * width * (t + 1), 4 * ROWS):
+            value = load_floats(state, column) * kept
+            value = multiply_add(load_floats(more, column), added, value)
+            store_floats(state + column, value)
+
+
+def finish(state: int, y: int, width: int, queries: int, t: int) -> None:
+    """Row `t` of the softmax whose parts are all in `state`."""
+    inverse = splat(1.0 / load_float(state, 4 * (queries * (width + 1) + t)))
+    for column in range(0, 4 * width, 4 * ROWS):
+        store_floats(y + column, load_floats(state, 4 * width * t + column) * inverse)
 
 
 def kernels() -> dict[str, tuple[Callable[..., Any], str]]:
     """Name of each kernel -> what makes its function, and the C types of its arguments."""
-    return {"attend": (partial(unrolled, attend, QUERIES=QUERIES, ROWS=ROWS), "i" * 11)}
+    loads = {"fp32": load_floats, "fp16": load_halves, "int8": load_codes}
+    found: dict[str, tuple[Callable[..., Any], str]] = {
+        "merge": (partial(unrolled, merge), "i" * 4),
+        "finish": (partial(unrolled, finish), "i" * 5),
+    }
+    for cache in CACHES.values():
+        for queries, columns, blocks in TILES:
+            make = partial(
+                unrolled, attend, QUERIES=queries, COLUMNS=columns, BLOCKS=blocks, CHUNK=CHUNK,
+                ROWS=ROWS, SIZE=cache.size, SCALED=cache.scaled, load=loads[cache.name],
+            )  # fmt: skip
+            found[f"attend_{cache.name}_{queries}_{columns}"] = (make, "i" * 12)
+    return found

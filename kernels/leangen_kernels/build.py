@@ -13,21 +13,22 @@ import argparse
 import functools
 import gc
 import hashlib
-import importlib.util
 import os
 import platform
-import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from leangen_kernels import variants
+from leangen_kernels import toolchain, variants
 
 LIBRARY = "libleangen_kernels.so"
 SOURCES = (
     "variants", "vectors", "simd", "dots", "unroll", "layout", "linear", "rows", "attention",
-    "build",
+    "build", "conv_simd", "conv", "conv_attention",
 )  # fmt: skip
 _TYPES = {"i": "int64_t", "d": "double"}
 _TRIPLES = {"x86_64": "x86_64-unknown-linux-gnu", "aarch64": "aarch64-unknown-linux-gnu"}
@@ -44,70 +45,93 @@ def build(
     *,
     machine: str | None = None,
     compiler: str | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Path:
     """Write the shared library of an architecture into `folder`, or raise BuildError.
 
-    `native` holds the C sources, `cache` keeps objects between builds. Another `machine` than this
-    one needs its cross compiler.
+    `native` holds the C sources, `cache` keeps objects between builds; `say` is told of each step.
+    Another `machine` than this one needs its cross compiler.
     """
     machine = machine or platform.machine()
+    refusal = toolchain.why_not(machine, compiler)
+    if refusal is not None:
+        raise BuildError(refusal)
+    try:
+        digest = _digest()
+    except ImportError as error:
+        raise BuildError(
+            f"Numba cannot be imported where leangen is built ({error}): "
+            "install it there, then leangen again"
+        ) from error
     wanted = variants.of(machine)
-    if not wanted or sys.platform != "linux":
-        raise BuildError(f"there are no kernels for {sys.platform} on {machine}")
-    compiler = compiler or os.environ.get("CC", "cc")
-    if shutil.which(compiler.split()[0]) is None:
-        raise BuildError(f"no C compiler: {compiler.split()[0]} is not on the PATH")
-    if importlib.util.find_spec("numba") is None:
-        raise BuildError("Numba is not installed where leangen was built")
     cache.mkdir(parents=True, exist_ok=True)
-    objects = _objects(wanted, cache)
-    table = cache / f"table-{machine}-{_digest()}.inc"
-    table.write_text(_table(wanted))
+    objects = _objects(wanted, cache, digest, say)
+    table = cache / f"table-{machine}-{digest}.inc"
+    table.write_text(_table(wanted, objects))
     folder.mkdir(parents=True, exist_ok=True)
     library = folder / LIBRARY
     unfinished = library.with_suffix(".new")
     command = [
-        *compiler.split(), "-std=c11", "-O2", "-Wall", "-Wextra", "-fvisibility=hidden",
+        *toolchain.compiler_command(compiler),
+        "-std=c11", "-O2", "-Wall", "-Wextra", "-fvisibility=hidden",
         "-shared", "-fPIC", "-pthread", f'-DTABLE="{table}"', "-I", str(native),
         *map(str, sorted(native.glob("*.c"))), *map(str, objects),
         "-Wl,-z,noexecstack,-z,nodelete", "-Wl,--no-undefined", "-s", "-lm", "-o", str(unfinished),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise BuildError(f"{command[0]} failed:\n{done.stderr.strip()}")
+        raise BuildError(f"{command[0]} failed: {_complaint(done.stderr)}")
     unfinished.replace(library)
+    say(f"linked {library.name}, {library.stat().st_size / 1e3:.0f} kB")
     return library
 
 
-def _objects(wanted: list[variants.Variant], cache: Path) -> list[Path]:
-    paths = [cache / f"{v.machine}-{v.name}-{_digest()}.o" for v in wanted]
-    missing = [(v, path) for v, path in zip(wanted, paths, strict=True) if not path.exists()]
-    running = []
-    for variant, path in missing:
-        native_machine = variant.machine == platform.machine()
-        environment = {
-            **os.environ,
-            variants.BUILD_VARIABLE: f"{variant.machine}/{variant.name}",
-            # For another machine Numba compiles to x86-64-v3, which has every operation that the
-            # kernels ask of plain LLVM, and `compile_object` makes the code over.
-            "NUMBA_OPT": "0",  # optimized once, by `compile_object`
-            "NUMBA_CPU_NAME": variant.cpu if native_machine else "x86-64-v3",
-            "NUMBA_CPU_FEATURES": variant.features if native_machine else "",
-            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path]),
-        }
-        command = [sys.executable, "-m", "leangen_kernels.build", "--object", str(path)]
-        running.append((variant, subprocess.Popen(
-            command, env=environment, stderr=subprocess.PIPE, text=True
-        )))  # fmt: skip
+def _objects(
+    wanted: list[variants.Variant], cache: Path, digest: str, say: Callable[[str], None]
+) -> list[Path]:
+    """The object file of each variant, those not in the cache compiled, one process a core."""
+    paths = {v: cache / f"{v.machine}-{v.name}-{digest}.o" for v in wanted}
+    missing = [v for v, path in paths.items() if not path.exists()]
     failures = []
-    for variant, process in running:
-        _, stderr = process.communicate()
-        if process.returncode:
-            last = stderr.strip().splitlines()[-1:] or [f"exit status {process.returncode}"]
-            failures.append(f"Numba did not compile the {variant.name} kernels: {last[0]}")
+    with ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:
+        running = {pool.submit(_compile, v, paths[v]): v for v in missing}
+        for count, future in enumerate(as_completed(running), 1):
+            name, (seconds, failure) = running[future].name, future.result()
+            say(f"{name}: {failure or f'{seconds:.1f} s'} ({count} of {len(missing)})")
+            if failure is not None:
+                failures.append(f"Numba did not compile the {name} kernels: {failure}")
     if failures:
         raise BuildError("; ".join(failures))
-    return paths
+    return list(paths.values())
+
+
+def _compile(variant: variants.Variant, path: Path) -> tuple[float, str | None]:
+    """Compile one variant in a process of its own: seconds, and why it failed or None."""
+    native_machine = variant.machine == platform.machine()
+    environment = {
+        **os.environ,
+        variants.BUILD_VARIABLE: f"{variant.machine}/{variant.name}",
+        # For another machine Numba compiles to x86-64-v3, which has every operation that the
+        # kernels ask of plain LLVM, and `compile_object` makes the code over.
+        "NUMBA_OPT": "0",  # optimized once, by `compile_object`
+        "NUMBA_CPU_NAME": variant.cpu if native_machine else "x86-64-v3",
+        "NUMBA_CPU_FEATURES": variant.features if native_machine else "",
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path]),
+    }
+    command = [sys.executable, "-m", "leangen_kernels.build", "--object", str(path)]
+    begin = time.perf_counter()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    failure = None
+    if done.returncode:
+        failure = _complaint(done.stderr) or f"exit status {done.returncode}"
+    return time.perf_counter() - begin, failure
+
+
+def _complaint(stderr: str) -> str:
+    """The line of a compiler's output that says what is wrong: the first `error`, else the last."""
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    line = next((line for line in lines if "error" in line.lower()), lines[-1] if lines else "")
+    return line.removeprefix("error: ")
 
 
 @functools.cache
@@ -122,22 +146,29 @@ def _digest() -> str:
 
 
 def kernels() -> dict[str, tuple[Any, str]]:
-    """Name of every kernel -> what makes its function, and the C types of its arguments."""
-    from leangen_kernels import attention, linear, rows
+    """Name of every kernel of this process's variant -> its maker, C types of its arguments."""
+    from leangen_kernels import attention, conv, conv_attention, linear, rows
 
-    return {**rows.kernels(), **linear.kernels(), **attention.kernels()}
+    modules = (rows, linear, attention, conv, conv_attention)
+    return {name: made for module in modules for name, made in module.kernels().items()}
 
 
-def _table(wanted: list[variants.Variant]) -> str:
+def _table(wanted: list[variants.Variant], objects: list[Path]) -> str:
     """C: declares the kernels of every variant, and a table of them by name."""
     lines, rows = [], []
-    for variant in wanted:
-        for name, (_, types) in kernels().items():
+    for variant, path in zip(wanted, objects, strict=True):
+        for line in _names(path).read_text().splitlines():
+            name, types = line.split()
             arguments = ", ".join(_TYPES[letter] for letter in types)
             symbol = f"leangen_{variant.name}_{name}"
             lines.append(f"int {symbol}(void *, void **, {arguments});")
             rows.append(f'  {{"{variant.name}", "{name}", (void (*)(void)){symbol}}},')
     return "\n".join([*lines, "static const struct entry entries[] = {", *rows, "};", ""])
+
+
+def _names(path: Path) -> Path:
+    """Beside an object: the names and types of its kernels, which differ between variants."""
+    return path.with_suffix(".txt")
 
 
 def compile_object(path: Path) -> None:
@@ -169,6 +200,8 @@ def compile_object(path: Path) -> None:
     ]
     if undefined:
         raise BuildError(f"the kernels need {', '.join(sorted(undefined))}")
+    names = "".join(f"{name} {types}\n" for name, (_, types) in kernels().items())
+    _names(path).write_text(names)
     unfinished = path.with_suffix(f".{os.getpid()}")
     unfinished.write_bytes(machine.emit_object(whole))
     unfinished.replace(path)
@@ -182,7 +215,10 @@ def _module(function: Any, types: str, symbol: str, like: Any) -> Any:
     from leangen_kernels import dots
 
     numba_types = tuple({"i": numba.int64, "d": numba.float64}[letter] for letter in types)
-    dispatcher = numba.njit(error_model="numpy", no_cpython_wrapper=True)(function)
+    # Neither wrappers nor rewrites of array expressions, which kernels have none of.
+    dispatcher = numba.njit(
+        error_model="numpy", no_rewrites=True, no_cpython_wrapper=True, no_cfunc_wrapper=True
+    )(function)
     dispatcher.compile(numba_types)
     compiled = dispatcher.overloads[numba_types]
     text = dispatcher.inspect_llvm(numba_types)
@@ -228,6 +264,7 @@ def main() -> int:
             print(build(
                 options.folder, options.native, options.cache.resolve(),
                 machine=options.machine, compiler=options.cc,
+                say=lambda line: print(line, file=sys.stderr),
             ))  # fmt: skip
     except BuildError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -61,6 +61,32 @@ def _code(shift: int) -> Any:
 code_0, code_1, code_2, code_3 = (_code(shift) for shift in (0, 8, 16, 24))
 
 
+def table_values(table: tuple[float, ...]) -> list[Any]:
+    """Like code_0 to code_3 for codes of four bits, each standing for `table[code]`."""
+
+    def value(shift: int) -> Any:
+        @operation(FLOATS, BYTES)
+        def look_up(b: Any, codes: Any) -> Any:
+            ints = b.lshr(b.bitcast(codes, INTS.llvm), filled(INTS.llvm, shift))
+            if VARIANT.dot == "vnni512":  # which reads the low four bits of an index
+                constants = ir.Constant(FLOATS.llvm, list(table))
+                name = "llvm.x86.avx512.permvar.sf.512"
+                return call(b, name, FLOATS.llvm, constants, ints)
+            found = [filled(FLOATS.llvm, entry) for entry in table]
+            for bit in range(4):
+                flag = b.and_(ints, filled(INTS.llvm, 1 << bit))
+                is_set = b.icmp_unsigned("!=", flag, filled(INTS.llvm, 0))
+                found = [
+                    b.select(is_set, high, low)
+                    for low, high in zip(found[::2], found[1::2], strict=True)
+                ]
+            return found[0]
+
+        return look_up
+
+    return [value(shift) for shift in (0, 8, 16, 24)]
+
+
 # Dot products of four bytes, unsigned by signed, per row. A sum is SHORTS while it still fits
 # 16 bits (eight products of a nibble and a byte do: 8 * 2 * 15 * 127 < 2**15), else INTS.
 

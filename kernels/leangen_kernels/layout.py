@@ -1,22 +1,28 @@
 """The one owner of the packed layouts: weights in memory, and activation rows made for them.
 
-**Weights** [n, k] stand in groups of 16 rows, each group in blocks of 32 weights along k, one block
-after the other, so that a group is one sequential stream. A block holds
+**Weights** [n, k] stand in groups of 16 rows, each group in blocks of 32 (or 16) weights along k,
+one block after the other, so that a group is one sequential stream. A block holds
 
 - the codes, four consecutive weights of each of the 16 rows (64 bytes), then the next four:
-  at 8 bits, 8 such chunks; at 4 bits, 4 chunks whose low nibbles are weights 8j..8j+3 and whose
-  high nibbles are 8j+4..8j+7;
+  at 8 bits, 8 (or 4) such chunks; at 4 bits, 4 (or 2) chunks whose low nibbles are weights
+  8j..8j+3 and whose high nibbles are 8j+4..8j+7;
 - the scales of the 16 rows, fp16 or fp32;
 - with a minimum, the minima of the 16 rows in the same type.
 
-A weight is `scale * code + minimum`, or `scale * (code - center)` with center 8 or 128. Rows and
-columns are padded to whole groups and blocks with weights that are zero.
+A weight is `scale * code + minimum`, or `scale * (code - center)` with center 8 or 128, or `scale *
+table[code]` with the 16 values of nf4 or fp4. Rows and columns are padded to whole groups and
+blocks with weights that are zero.
 
-**Activation rows** are padded to whole blocks with zeros. With int8 activations a block is 32
-signed bytes, their scale (fp32) and what their sum amounts to: with a minimum the sum times the
-scale (fp32), else `-center` times the integer sum (int32). With fp32 activations it is 32 floats
-and their sum times 1 or `-center`. Rows stand in tiles of as many tokens as the kernel takes at
-once: the first block of each row of the tile, then the second of each, and so on.
+**Activation rows** are padded to whole blocks with zeros. With int8 activations a block is 32 (or
+16) signed bytes, their scale (fp32) and what their sum amounts to: with a minimum the sum times the
+scale (fp32), else `-center` times the integer sum (int32). With fp32 activations it is as many
+floats and their sum times 1 or `-center`. Rows stand in tiles of as many tokens as the kernel takes
+at once: the first block of each row of the tile, then the second of each, and so on.
+
+**Caches** of keys and values [batch, heads, capacity, columns] stand in blocks of 16 positions of a
+head. A block of keys is [width, 16], so that 16 scores need no horizontal sum; one of values is
+[16, width]. Their numbers are fp32, fp16 or int8; columns are the width, with int8 four more: after
+the codes of a block come its 16 scales (fp32), one for each position. A number is `scale * code`.
 """
 
 from __future__ import annotations
@@ -28,8 +34,7 @@ import numpy as np
 
 ROWS = 16
 BLOCK = 32
-INT8_BLOCK_BYTES = BLOCK + 8
-FP32_BLOCK_BYTES = 4 * BLOCK + 4
+BLOCKS = (16, BLOCK)
 Array = np.ndarray[Any, Any]
 
 
@@ -42,21 +47,35 @@ class Form:
     minimum: bool
     wide: bool
     """Scales and minima in fp32, else fp16."""
+    block: int = BLOCK
+    """Weights along k that share a scale: the smallest group that the form can hold."""
+    table: tuple[float, ...] = ()
+    """What each code stands for, where that is not a line. Only for fp32 activations."""
 
     @property
     def kernel(self) -> str:
         """What the kernels for it are called; they tell wide scales apart as they run."""
-        return f"q{self.bits}_min" if self.minimum else f"q{self.bits}"
+        return self.name.removesuffix("_wide")
 
     @property
     def center(self) -> int:
-        """The code that stands for zero; 0 with a minimum."""
-        return 0 if self.minimum else 1 << (self.bits - 1)
+        """The code that stands for zero; 0 with a minimum or a table."""
+        return 0 if self.minimum or self.table else 1 << (self.bits - 1)
+
+    @property
+    def int8_block_bytes(self) -> int:
+        """Bytes of a block of int8 activations."""
+        return self.block + 8
+
+    @property
+    def fp32_block_bytes(self) -> int:
+        """Bytes of a block of fp32 activations."""
+        return 4 * self.block + 4
 
     @property
     def code_bytes(self) -> int:
         """Bytes of codes in a block of 16 rows."""
-        return ROWS * BLOCK * self.bits // 8
+        return ROWS * self.block * self.bits // 8
 
     @property
     def scale_bytes(self) -> int:
@@ -70,8 +89,19 @@ class Form:
 
     def packed_bytes(self, n: int, k: int) -> int:
         """Bytes of a packed matrix [n, k]."""
-        return -(-n // ROWS) * -(-k // BLOCK) * self.block_bytes
+        return -(-n // ROWS) * -(-k // self.block) * self.block_bytes
 
+
+# Quantiles of a normal distribution (Dettmers et al. 2023), and a 4-bit float with two bits of
+# exponent and one of mantissa, as bitsandbytes and ONNX Runtime's MatMulBnb4 write them.
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+    0.7229568362236023, 1.0,
+)  # fmt: skip
+_FP4 = (0.0, 5.208333333e-03, 0.66666667, 1.0, 0.33333333, 0.5, 0.16666667, 0.25)
+FP4 = (*_FP4, *(-value for value in _FP4))
 
 FORMS = {
     form.name: form
@@ -82,19 +112,28 @@ FORMS = {
         Form("q4_min_wide", 4, True, True),
         Form("q8", 8, False, False),
         Form("q8_wide", 8, False, True),
+        Form("q4_g16", 4, False, False, 16),
+        Form("q4_g16_wide", 4, False, True, 16),
+        Form("q4_min_g16", 4, True, False, 16),
+        Form("q4_min_g16_wide", 4, True, True, 16),
+        Form("q8_g16", 8, False, False, 16),
+        Form("q8_g16_wide", 8, False, True, 16),
+        Form("nf4_wide", 4, False, True, table=NF4),
+        Form("fp4_wide", 4, False, True, table=FP4),
     )
 }
 
 
-def form_for(bits: int, scales: Array, minima: Array | None = None) -> Form:
-    """The smallest form that holds these scales and minima without loss.
+def form_for(bits: int, scales: Array, minima: Array | None = None, block: int = BLOCK) -> Form:
+    """The smallest form that holds these scales and minima, one for `block` weights, losslessly.
 
     Raises ValueError when there is none: 8 bits with minima, or neither 4 nor 8 bits.
     """
     held = [scales] if minima is None else [scales, minima]
     wide = not all(_fits_half(values) for values in held)
+    wanted = (bits, minima is not None, wide, block, ())
     for form in FORMS.values():
-        if (form.bits, form.minimum, form.wide) == (bits, minima is not None, wide):
+        if (form.bits, form.minimum, form.wide, form.block, form.table) == wanted:
             return form
     given = f"{bits} bits {'with' if minima is not None else 'without'} minima"
     raise ValueError(f"no layout holds {given}: expected 4 bits, or 8 bits without minima")
@@ -108,15 +147,14 @@ def _fits_half(values: Array) -> bool:
 def pack(form: Form, codes: Array, scales: Array, minima: Array | None = None) -> Array:
     """Codes uint8 [n, k], scales (and minima) fp32 [n, groups] as packed bytes, uint8 1-D.
 
-    A group of columns has 16, 32 or any multiple of 32 weights: `ceil(k / groups)` rounded up to
-    one of these; the scale of a larger group is repeated in each of its blocks. Raises ValueError
-    on shapes that do not fit together.
+    A group of columns is any number of the form's blocks; its scale is repeated in each of them.
+    Raises ValueError on shapes that do not fit together.
     """
     n, k = codes.shape
     if (minima is not None) != form.minimum:
         raise ValueError(f"form {form.name} {'needs' if form.minimum else 'takes no'} minima")
-    blocks = -(-k // BLOCK)
-    padded = np.full((-(-n // ROWS) * ROWS, blocks * BLOCK), form.center, np.uint8)
+    blocks = -(-k // form.block)
+    padded = np.full((-(-n // ROWS) * ROWS, blocks * form.block), _zero_code(form), np.uint8)
     padded[:n, :k] = codes
     parts = [_interleave(form, padded)]
     for values in [scales] if minima is None else [scales, minima]:
@@ -124,10 +162,14 @@ def pack(form: Form, codes: Array, scales: Array, minima: Array | None = None) -
     return np.ascontiguousarray(np.concatenate(parts, axis=-1)).reshape(-1)
 
 
+def _zero_code(form: Form) -> int:
+    return form.table.index(0.0) if form.table else form.center
+
+
 def _interleave(form: Form, codes: Array) -> Array:
     """[groups, blocks, code_bytes]"""
-    groups, blocks = codes.shape[0] // ROWS, codes.shape[1] // BLOCK
-    chunks = codes.reshape(groups, ROWS, blocks, BLOCK // 4, 4).transpose(0, 2, 3, 1, 4)
+    groups, blocks = codes.shape[0] // ROWS, codes.shape[1] // form.block
+    chunks = codes.reshape(groups, ROWS, blocks, form.block // 4, 4).transpose(0, 2, 3, 1, 4)
     if form.bits == 4:
         chunks = chunks[:, :, 0::2] | (chunks[:, :, 1::2] << 4)
     return chunks.reshape(groups, blocks, form.code_bytes)
@@ -135,12 +177,12 @@ def _interleave(form: Form, codes: Array) -> Array:
 
 def _per_block(form: Form, values: Array, n: int, k: int) -> Array:
     """[groups, blocks, scale_bytes]"""
-    blocks, given = -(-k // BLOCK), values.shape[1]
+    blocks, given = -(-k // form.block), values.shape[1]
     repeat = -(-blocks // given)
     if values.shape[0] != n or -(-blocks // repeat) != given:
         raise ValueError(
             f"scales of shape {values.shape} do not fit {n} rows of {k} weights in blocks of"
-            f" {BLOCK}: expected [{n}, groups of a multiple of {BLOCK} columns]"
+            f" {form.block}: expected [{n}, groups of a multiple of {form.block} columns]"
         )
     padded = np.zeros((-(-n // ROWS) * ROWS, blocks), np.float32 if form.wide else np.float16)
     padded[:n] = np.repeat(values, repeat, axis=1)[:, :blocks]
@@ -149,19 +191,60 @@ def _per_block(form: Form, values: Array, n: int, k: int) -> Array:
 
 
 def unpack(form: Form, packed: Array, n: int, k: int) -> tuple[Array, Array, Array | None]:
-    """What `pack` was given: codes uint8 [n, k], scales and minima fp32 [n, ceil(k / 32)]."""
-    blocks = -(-k // BLOCK)
+    """What `pack` was given: codes uint8 [n, k], scales and minima fp32 [n, ceil(k / block)]."""
+    blocks = -(-k // form.block)
     body = packed.reshape(-1, blocks, form.block_bytes)
     chunks = body[:, :, : form.code_bytes]
     if form.bits == 4:
-        pairs = chunks.reshape(-1, blocks, BLOCK // 8, 1, ROWS * 4)
+        pairs = chunks.reshape(-1, blocks, form.block // 8, 1, ROWS * 4)
         chunks = np.concatenate([pairs & 15, pairs >> 4], axis=3)
-    codes = chunks.reshape(-1, blocks, BLOCK // 4, ROWS, 4).transpose(0, 3, 1, 2, 4)
-    codes = codes.reshape(-1, blocks * BLOCK)[:n, :k]
+    codes = chunks.reshape(-1, blocks, form.block // 4, ROWS, 4).transpose(0, 3, 1, 2, 4)
+    codes = codes.reshape(-1, blocks * form.block)[:n, :k]
     numbers = body[:, :, form.code_bytes :].copy().view(np.float32 if form.wide else np.float16)
     numbers = numbers.reshape(-1, blocks, 2 if form.minimum else 1, ROWS).transpose(2, 0, 3, 1)
     rows = numbers.reshape(numbers.shape[0], -1, blocks)[:, :n].astype(np.float32)
     return codes, rows[0], rows[1] if form.minimum else None
+
+
+@dataclass(frozen=True, slots=True)
+class Cache:
+    """How keys and values are held."""
+
+    name: str
+    size: int
+    """Bytes of a number."""
+    scaled: bool
+    """Whether every position of every head has a scale."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """What ONNX Runtime sees."""
+        return np.dtype({"fp32": np.float32, "fp16": np.float16, "int8": np.int8}[self.name])
+
+    def columns(self, width: int) -> int:
+        """The last dimension of a cache for heads of this width."""
+        return width + (4 if self.scaled else 0)
+
+
+CACHES = {
+    cache.name: cache
+    for cache in (Cache("fp32", 4, False), Cache("fp16", 2, False), Cache("int8", 1, True))
+}
+
+
+def read_cache(cache: Cache, held: Array, *, keys: bool) -> Array:
+    """The float64 keys or values [batch, heads, capacity, width] that a cache stands for."""
+    batch, heads, capacity, columns = held.shape
+    width = columns - cache.columns(0)
+    blocks = held.reshape(batch, heads, capacity // ROWS, ROWS * columns)
+    numbers = blocks[..., : ROWS * width].astype(np.float64)
+    if keys:
+        numbers = numbers.reshape(*blocks.shape[:3], width, ROWS).swapaxes(-1, -2)
+    numbers = numbers.reshape(batch, heads, capacity, width)
+    if cache.scaled:
+        scales = np.ascontiguousarray(blocks[..., ROWS * width :]).view(np.float32)
+        numbers = numbers * scales.reshape(batch, heads, capacity, 1)
+    return np.ascontiguousarray(numbers)
 
 
 def interleave_gate_up(gate: Array, up: Array) -> Array:
@@ -175,3 +258,101 @@ def interleave_gate_up(gate: Array, up: Array) -> Array:
         )
     both = np.stack([gate.reshape(-1, ROWS, *gate.shape[1:]), up.reshape(-1, ROWS, *up.shape[1:])])
     return np.ascontiguousarray(both.swapaxes(0, 1)).reshape(-1, *gate.shape[1:])
+
+
+# Convolutions. Their weights [n, k], k running over channels, then the kernel's rows and columns,
+# stand in groups of 4 outputs as signed bytes, four consecutive weights of each output (16 bytes),
+# then the next four. After the codes of all groups come each group's numbers, fp32: the scales of
+# its 4 outputs for the first block of k, for the next, ..., at last what the weights of each output
+# sum to. At 4 bits codes are nibbles 8 above the weight's: of each 128 bytes the first 64 in the
+# low halves, the last 64 in the high ones. Outputs, k and codes are padded with weights that are 0.
+
+CONV_OUTPUTS = 4
+_UNIT = 128
+"""Codes are padded to a multiple of this, in bytes at 8 bits."""
+
+
+def conv_bytes(bits: int, n: int, k: int, block: int) -> tuple[int, int]:
+    """Bytes of the codes and of the numbers of packed convolution weights."""
+    fours, groups = -(-k // 4), -(-n // CONV_OUTPUTS)
+    codes = -(-groups * fours * 4 * CONV_OUTPUTS // _UNIT) * _UNIT
+    return codes * bits // 8, groups * (-(-4 * fours // block) + 1) * 4 * CONV_OUTPUTS
+
+
+def pack_conv(bits: int, codes: Array, scales: Array, block: int) -> Array:
+    """Codes int8 [n, k] and scales [n, ceil(k / block)] as packed bytes, uint8 1-D.
+
+    The weight is `scale * code`; `block` is a multiple of 4. Raises ValueError on shapes that do
+    not fit together and on codes beyond -127..127, at 4 bits -8..7.
+    """
+    n, k = codes.shape
+    fours, groups = -(-k // 4), -(-n // CONV_OUTPUTS)
+    blocks = -(-4 * fours // block)
+    if block < 4 or block % 4 or scales.shape != (n, blocks):
+        raise ValueError(
+            f"scales {scales.shape} with blocks of {block} do not fit codes {codes.shape}:"
+            f" expected blocks of a multiple of 4 and scales [{n}, {blocks}]"
+        )
+    low, high = (-127, 127) if bits == 8 else (-8, 7)
+    if codes.size and not low <= int(codes.min()) <= int(codes.max()) <= high:
+        raise ValueError(f"codes from {codes.min()} to {codes.max()}: expected {low} to {high}")
+    padded = np.zeros((groups * CONV_OUTPUTS, fours * 4), np.int8)
+    padded[:n, :k] = codes
+    in_order = padded.reshape(groups, CONV_OUTPUTS, fours, 4).transpose(0, 2, 1, 3).reshape(-1)
+    stream = np.zeros(-(-in_order.size // _UNIT) * _UNIT, np.int8)
+    stream[: in_order.size] = in_order
+    if bits == 4:
+        nibbles = (stream + 8).astype(np.uint8).reshape(-1, 2, _UNIT // 2)
+        packed = (nibbles[:, 0] | nibbles[:, 1] << 4).reshape(-1)
+    else:
+        packed = stream.view(np.uint8)
+    numbers = np.zeros((groups * CONV_OUTPUTS, blocks + 1), np.float32)
+    numbers[:n, :-1] = scales
+    spread = np.repeat(scales.astype(np.float64), block, 1)[:, :k]
+    numbers[:n, -1] = (codes * spread).sum(1)
+    by_group = numbers.reshape(groups, CONV_OUTPUTS, blocks + 1).transpose(0, 2, 1)
+    return np.concatenate([packed, np.ascontiguousarray(by_group).view(np.uint8).reshape(-1)])
+
+
+def unpack_conv(bits: int, packed: Array, n: int, k: int, block: int) -> tuple[Array, Array]:
+    """What `pack_conv` was given: codes int8 [n, k] and scales fp32 [n, ceil(k / block)]."""
+    fours, groups = -(-k // 4), -(-n // CONV_OUTPUTS)
+    size, _ = conv_bytes(bits, n, k, block)
+    stream = packed[:size].view(np.int8)
+    if bits == 4:
+        pairs = packed[:size].reshape(-1, _UNIT // 2)
+        stream = np.stack([pairs & 15, pairs >> 4], 1).reshape(-1).view(np.int8) - np.int8(8)
+    in_order = stream[: groups * fours * 4 * CONV_OUTPUTS].reshape(groups, fours, CONV_OUTPUTS, 4)
+    codes = in_order.transpose(0, 2, 1, 3).reshape(groups * CONV_OUTPUTS, fours * 4)[:n, :k]
+    numbers = packed[size:].view(np.float32).reshape(groups, -1, CONV_OUTPUTS)
+    return codes, numbers[:, :-1].transpose(0, 2, 1).reshape(groups * CONV_OUTPUTS, -1)[:n]
+
+
+def conv_blocks(scales: Array) -> tuple[int, Array]:
+    """The largest block within which no row's scales [n, k] differ, and the scales per block.
+
+    At least a row's whole length, or 32, 16, 8 or 4; raises ValueError if scales differ in fours.
+    """
+    k = -(-scales.shape[1] // 4) * 4
+    padded = np.pad(scales, [(0, 0), (0, k - scales.shape[1])], "edge")
+    for block in (k, 32, 16, 8, 4):
+        whole = -(-k // block) * block
+        blocks = np.pad(padded, [(0, 0), (0, whole - k)], "edge").reshape(len(scales), -1, block)
+        if (blocks == blocks[..., :1]).all():
+            return block, np.ascontiguousarray(blocks[..., 0], np.float32)
+    raise ValueError("the scales of four weights side by side differ")
+
+
+def transposed_weights(values: Array, stride: int, *, edge: bool = False) -> Array:
+    """Weights [n, channels, kernel] of a transposed convolution as those of a plain one.
+
+    Output `q * stride + r` of the former is output q of row `n * stride + r` of the latter, which
+    are [n * stride, channels, ceil(kernel / stride)]; its taps read x[q - taps + 1] to x[q]. A last
+    tap that is not whole is filled with 0, or with what is at its `edge`.
+    """
+    n, channels, kernel = values.shape
+    taps = -(-kernel // stride)
+    width = [(0, 0), (0, 0), (0, taps * stride - kernel)]
+    padded = np.pad(values, width, "edge") if edge else np.pad(values, width)
+    phases = padded.reshape(n, channels, taps, stride)[:, :, ::-1].transpose(0, 3, 1, 2)
+    return np.ascontiguousarray(phases).reshape(n * stride, channels, taps)

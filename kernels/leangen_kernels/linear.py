@@ -1,7 +1,8 @@
 """Linear layers on packed weights: y[m, n] = x[m, k] @ w[n, k]^T.
 
-One kernel for each form of weights, kind of activations and tile. A tile is 16 rows of weights by
-TOKENS rows of activations, all in registers: each weight is loaded and unpacked once a tile.
+One kernel for each form of weights, kind of activations and tile. A tile is GROUPS times 16 rows of
+weights by TOKENS rows of activations, all in registers: each weight is loaded and unpacked once a
+tile, each activation is read once for all its groups.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from leangen_kernels.dots import (
     nibble_dot,
     nibble_finish,
     nibble_start,
+    table_values,
 )
-from leangen_kernels.layout import BLOCK, FORMS, FP32_BLOCK_BYTES, INT8_BLOCK_BYTES, ROWS
+from leangen_kernels.layout import FORMS, ROWS
 from leangen_kernels.simd import (
     load_bytes,
     load_floats,
@@ -38,18 +40,21 @@ from leangen_kernels.simd import (
     to_floats,
 )
 from leangen_kernels.unroll import registers, static, unrolled
+from leangen_kernels.vectors import VARIANT
 
-TILES = (1, 2, 4, 8)
-FP32_TILES = (1, 4)
-"""Tokens per tile. The caller chooses the tile, and need not fill the last one."""
+_MANY_REGISTERS = VARIANT.dot == "vnni512"
+INT8_TILES = ((1, 4), (2, 4), (4, 4)) if _MANY_REGISTERS else ((1, 1), (2, 1), (4, 1), (8, 1))
+FP32_TILES = ((1, 1), (4, 1))
+"""Tokens and groups of a tile. The caller chooses the tile, and need not fill the last one."""
 
 # How far ahead of the codes being used to ask for more. One row of activations is over so fast
-# that the hardware's own prefetcher does not keep memory busy.
+# that the prefetcher of older hardware does not keep memory busy; that of newer one does better.
 _AHEAD = 1536
+_PREFETCH = not _MANY_REGISTERS
 
 # What a form and a tile fix, see `_specialized`.
-BITS = CODE_BYTES = TOKENS = 0
-MINIMUM = False
+BITS = CODE_BYTES = BLOCK = BLOCK_BYTES = TOKENS = GROUPS = 0
+MINIMUM = TABLE = False
 
 
 def int8(
@@ -61,74 +66,87 @@ def int8(
     `x` is the address of packed tiles of TOKENS rows, `w` that of the whole packed matrix, `y` that
     of output [0, 0]; `y_stride` is in bytes. `wide` is 1 where scales are fp32, else 0.
     """
-    total, partial, start = registers(), registers(), registers()
+    at, total, partial, start, scale, minimum = (
+        registers(), registers(), registers(), registers(), registers(), registers(),
+    )  # fmt: skip
     block_bytes = CODE_BYTES + (1 + MINIMUM) * 2 * ROWS * (1 + wide)
-    for group in range(first, last):
-        rows = n - ROWS * group
+    for group in range(first, last, GROUPS):
         for token in range(0, tokens, TOKENS):
-            codes_at = w + group * blocks * block_bytes
-            for t in static(TOKENS):
-                total[t] = splat(0.0)
-            x_at = x + token * blocks * INT8_BLOCK_BYTES
+            for g in static(GROUPS):
+                at[g] = w + min(group + g, last - 1) * blocks * block_bytes
+                for t in static(TOKENS):
+                    total[g, t] = splat(0.0)
+            x_at = x + token * blocks * BLOCK_BYTES
             for _ in range(blocks):
-                if TOKENS == 1:
-                    for line in static((CODE_BYTES + 127) // 64):
-                        prefetch(codes_at, _AHEAD + 64 * line)
+                if _PREFETCH and TOKENS == 1:
+                    for g in static(GROUPS):
+                        for line in static((CODE_BYTES + 127) // 64):
+                            prefetch(at[g], _AHEAD + 64 * line)
                 for t in static(TOKENS):
                     if MINIMUM:
                         start[t] = 0
                     else:
-                        start[t] = load_int(x_at, INT8_BLOCK_BYTES * t + BLOCK + 4)
-                    if BITS == 4:
-                        partial[t] = nibble_start(start[t])
-                    else:
-                        partial[t] = byte_start(start[t])
+                        start[t] = load_int(x_at, BLOCK_BYTES * t + BLOCK + 4)
+                    for g in static(GROUPS):
+                        if BITS == 4:
+                            partial[g, t] = nibble_start(start[t])
+                        else:
+                            partial[g, t] = byte_start(start[t])
                 if BITS == 4:
-                    for j in static(4):
-                        codes = load_bytes(codes_at, 64 * j)
-                        low, high = low_nibbles(codes), high_nibbles(codes)
-                        for t in static(TOKENS):
-                            partial[t] = nibble_dot(
-                                partial[t], low, x_at, INT8_BLOCK_BYTES * t + 8 * j
-                            )
-                            partial[t] = nibble_dot(
-                                partial[t], high, x_at, INT8_BLOCK_BYTES * t + 8 * j + 4
-                            )
+                    for j in static(BLOCK // 8):
+                        for g in static(GROUPS):
+                            codes = load_bytes(at[g], 64 * j)
+                            low, high = low_nibbles(codes), high_nibbles(codes)
+                            for t in static(TOKENS):
+                                partial[g, t] = nibble_dot(
+                                    partial[g, t], low, x_at, BLOCK_BYTES * t + 8 * j
+                                )
+                                partial[g, t] = nibble_dot(
+                                    partial[g, t], high, x_at, BLOCK_BYTES * t + 8 * j + 4
+                                )
                 else:
-                    for j in static(8):
-                        codes = load_bytes(codes_at, 64 * j)
-                        for t in static(TOKENS):
-                            partial[t] = byte_dot(
-                                partial[t], codes, x_at, INT8_BLOCK_BYTES * t + 4 * j
-                            )
-                if wide:
-                    scale = load_floats(codes_at, CODE_BYTES)
-                else:
-                    scale = load_halves(codes_at, CODE_BYTES)
-                for t in static(TOKENS):
-                    both = scale * load_for_all(x_at, INT8_BLOCK_BYTES * t + BLOCK)
-                    if BITS == 4:
-                        product = to_floats(nibble_finish(partial[t], start[t]))
-                    else:
-                        product = to_floats(partial[t])
-                    total[t] = multiply_add(both, product, total[t])
-                if MINIMUM:
+                    for j in static(BLOCK // 4):
+                        for g in static(GROUPS):
+                            codes = load_bytes(at[g], 64 * j)
+                            for t in static(TOKENS):
+                                partial[g, t] = byte_dot(
+                                    partial[g, t], codes, x_at, BLOCK_BYTES * t + 4 * j
+                                )
+                for g in static(GROUPS):
                     if wide:
-                        minimum = load_floats(codes_at, CODE_BYTES + 4 * ROWS)
+                        scale[g] = load_floats(at[g], CODE_BYTES)
                     else:
-                        minimum = load_halves(codes_at, CODE_BYTES + 2 * ROWS)
+                        scale[g] = load_halves(at[g], CODE_BYTES)
+                for t in static(TOKENS):
+                    scale_t = load_for_all(x_at, BLOCK_BYTES * t + BLOCK)
+                    for g in static(GROUPS):
+                        if BITS == 4:
+                            product = to_floats(nibble_finish(partial[g, t], start[t]))
+                        else:
+                            product = to_floats(partial[g, t])
+                        total[g, t] = multiply_add(scale[g] * scale_t, product, total[g, t])
+                if MINIMUM:
+                    for g in static(GROUPS):
+                        if wide:
+                            minimum[g] = load_floats(at[g], CODE_BYTES + 4 * ROWS)
+                        else:
+                            minimum[g] = load_halves(at[g], CODE_BYTES + 2 * ROWS)
                     for t in static(TOKENS):
-                        sums = load_for_all(x_at, INT8_BLOCK_BYTES * t + BLOCK + 4)
-                        total[t] = multiply_add(minimum, sums, total[t])
-                codes_at += block_bytes
-                x_at += INT8_BLOCK_BYTES * TOKENS
-            for t in static(TOKENS):
-                if token + t < tokens:
-                    at = y + (token + t) * y_stride + 4 * ROWS * group
-                    if rows >= ROWS:
-                        store_floats(at, total[t])
-                    else:
-                        store_first_floats(at, total[t], rows)
+                        sums = load_for_all(x_at, BLOCK_BYTES * t + BLOCK + 4)
+                        for g in static(GROUPS):
+                            total[g, t] = multiply_add(minimum[g], sums, total[g, t])
+                for g in static(GROUPS):
+                    at[g] += block_bytes
+                x_at += BLOCK_BYTES * TOKENS
+            for g in static(GROUPS):
+                rows = n - ROWS * (group + g)
+                for t in static(TOKENS):
+                    if token + t < tokens and group + g < last:
+                        y_at = y + (token + t) * y_stride + 4 * ROWS * (group + g)
+                        if rows >= ROWS:
+                            store_floats(y_at, total[g, t])
+                        else:
+                            store_first_floats(y_at, total[g, t], rows)
 
 
 def fp32(
@@ -144,14 +162,14 @@ def fp32(
             codes_at = w + group * blocks * block_bytes
             for t in static(TOKENS):
                 total[t] = splat(0.0)
-            x_at = x + token * blocks * FP32_BLOCK_BYTES
+            x_at = x + token * blocks * BLOCK_BYTES
             for _ in range(blocks):
                 for t in static(TOKENS):
-                    if MINIMUM:
+                    if MINIMUM or TABLE:
                         product[t] = splat(0.0)
                     else:
-                        product[t] = load_for_all(x_at, FP32_BLOCK_BYTES * t + 4 * BLOCK)
-                for j in static(8):
+                        product[t] = load_for_all(x_at, BLOCK_BYTES * t + 4 * BLOCK)
+                for j in static(BLOCK // 4):
                     if BITS == 8:
                         four = load_bytes(codes_at, 64 * j)
                     elif j % 2 == 0:
@@ -160,7 +178,7 @@ def fp32(
                         four = high_nibbles(load_bytes(codes_at, 32 * j - 32))
                     w_0, w_1, w_2, w_3 = code_0(four), code_1(four), code_2(four), code_3(four)
                     for t in static(TOKENS):
-                        at = x_at + FP32_BLOCK_BYTES * t
+                        at = x_at + BLOCK_BYTES * t
                         product[t] = multiply_add(w_0, load_for_all(at, 16 * j), product[t])
                         product[t] = multiply_add(w_1, load_for_all(at, 16 * j + 4), product[t])
                         product[t] = multiply_add(w_2, load_for_all(at, 16 * j + 8), product[t])
@@ -177,10 +195,10 @@ def fp32(
                     else:
                         minimum = load_halves(codes_at, CODE_BYTES + 2 * ROWS)
                     for t in static(TOKENS):
-                        sums = load_for_all(x_at, FP32_BLOCK_BYTES * t + 4 * BLOCK)
+                        sums = load_for_all(x_at, BLOCK_BYTES * t + 4 * BLOCK)
                         total[t] = multiply_add(minimum, sums, total[t])
                 codes_at += block_bytes
-                x_at += FP32_BLOCK_BYTES * TOKENS
+                x_at += BLOCK_BYTES * TOKENS
             for t in static(TOKENS):
                 if token + t < tokens:
                     at = y + (token + t) * y_stride + 4 * ROWS * group
@@ -193,22 +211,27 @@ def fp32(
 def kernels() -> dict[str, tuple[Callable[..., Any], str]]:
     """Name of each kernel -> what makes its function, and the C types of its arguments."""
     found: dict[str, tuple[Callable[..., Any], str]] = {}
+    fixed: dict[str, Any]
     for form in FORMS.values():
-        if form.wide:
-            continue
-        for kernel, tiles in ((int8, TILES), (fp32, FP32_TILES)):
-            for tile in tiles:
-                make = partial(
-                    unrolled,
-                    kernel,
-                    BITS=form.bits,
-                    MINIMUM=form.minimum,
-                    CODE_BYTES=form.code_bytes,
-                    TOKENS=tile,
-                    BLOCK=BLOCK,
-                    ROWS=ROWS,
-                    INT8_BLOCK_BYTES=INT8_BLOCK_BYTES,
-                    FP32_BLOCK_BYTES=FP32_BLOCK_BYTES,
-                )
-                found[f"{kernel.__name__}_{form.kernel}_{tile}"] = (make, "i" * 10)
+        if form.wide and not form.table:
+            continue  # the same kernels as without
+        fixed = {
+            "BITS": form.bits, "MINIMUM": form.minimum, "TABLE": bool(form.table), "ROWS": ROWS,
+            "BLOCK": form.block, "CODE_BYTES": form.code_bytes, "_PREFETCH": _PREFETCH,
+        }  # fmt: skip
+        if form.table:
+            fixed |= {f"code_{i}": code for i, code in enumerate(table_values(form.table))}
+        else:
+            for tokens, groups in INT8_TILES:
+                found[f"int8_{form.kernel}_{tokens}"] = (
+                    partial(
+                        unrolled, int8, TOKENS=tokens, GROUPS=groups,
+                        BLOCK_BYTES=form.int8_block_bytes, **fixed,
+                    ), "i" * 10,
+                )  # fmt: skip
+        for tokens, _ in FP32_TILES:
+            make = partial(
+                unrolled, fp32, TOKENS=tokens, BLOCK_BYTES=form.fp32_block_bytes, **fixed
+            )
+            found[f"fp32_{form.kernel}_{tokens}"] = (make, "i" * 10)
     return found

@@ -245,9 +245,33 @@ def only_between(b: Any, x: Any, low: Any, high: Any) -> Any:
     return b.select(kept, x, filled(x.type, -1e30))
 
 
+@operation(FLOATS, FLOATS, types.int64)
+def only_first(b: Any, x: Any, count: Any) -> Any:
+    """The first `count` lanes; zero in the others."""
+    return b.select(_lanes_below(b, count), x, filled(x.type, 0.0))
+
+
+@operation(FLOATS, FLOATS)
+def magnitude(b: Any, x: Any) -> Any:
+    return _clear_sign(b, x)
+
+
+@operation(FLOATS, FLOATS, FLOATS, FLOATS)
+def where_negative(b: Any, x: Any, y: Any, z: Any) -> Any:
+    """y in lanes where x < 0, else z."""
+    return b.select(b.fcmp_ordered("<", x, filled(x.type, 0.0)), y, z)
+
+
 @operation(types.float32, types.float32)
 def square_root(b: Any, x: Any) -> Any:
     return call(b, "llvm.sqrt.f32", F32, x)
+
+
+@operation(FLOATS, types.int64, types.int64)
+def load_codes(b: Any, address: Any, offset: Any) -> Any:
+    """16 signed bytes as floats."""
+    codes = load(b, b.add(address, offset), ir.VectorType(I8, ROWS))
+    return b.sitofp(b.sext(codes, INTS.llvm), FLOATS.llvm)
 
 
 @operation(FLOATS, types.int64, types.int64)
@@ -263,3 +287,26 @@ def load_halves(b: Any, address: Any, offset: Any) -> Any:
     rest = b.shl(b.and_(bits, filled(INTS.llvm, 0x7FFF)), filled(INTS.llvm, 13))
     number = b.fmul(b.bitcast(rest, FLOATS.llvm), filled(FLOATS.llvm, 2.0**112))
     return b.bitcast(b.or_(b.bitcast(number, INTS.llvm), sign), FLOATS.llvm)
+
+
+@operation(types.void, types.int64, FLOATS)
+def store_halves(b: Any, address: Any, value: Any) -> None:
+    """16 floats as fp16, ties to even."""
+    if VARIANT.dot != "portable":
+        store(b, b.fptrunc(value, HALVES), address)
+        return
+    bits = b.bitcast(value, INTS.llvm)
+    sign = b.and_(bits, filled(INTS.llvm, -(2**31)))
+    bits = b.xor(bits, sign)
+    # Subnormal: adding 1/2 leaves the multiple of 2**-24 in the low bits.
+    small = b.fadd(b.bitcast(bits, FLOATS.llvm), filled(FLOATS.llvm, 0.5))
+    small = b.sub(b.bitcast(small, INTS.llvm), filled(INTS.llvm, 0x3F000000))
+    odd = b.and_(b.lshr(bits, filled(INTS.llvm, 13)), filled(INTS.llvm, 1))
+    normal = b.add(bits, filled(INTS.llvm, (15 - 127) * 2**23 + 0xFFF))
+    normal = b.lshr(b.add(normal, odd), filled(INTS.llvm, 13))
+    half = b.select(b.icmp_signed("<", bits, filled(INTS.llvm, 113 * 2**23)), small, normal)
+    above = b.icmp_signed(">=", bits, filled(INTS.llvm, 0x477FF000))  # 65520, halfway to 2**16
+    unbounded = b.icmp_signed(">", bits, filled(INTS.llvm, 0x7F800000))
+    most = b.select(unbounded, filled(INTS.llvm, 0x7E00), filled(INTS.llvm, 0x7C00))
+    half = b.or_(b.select(above, most, half), b.lshr(sign, filled(INTS.llvm, 16)))
+    store(b, b.trunc(half, ir.VectorType(I16, ROWS)), address)

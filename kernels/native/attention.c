@@ -1,41 +1,58 @@
 /* Attention: rotary grouped-query attention that appends to a preallocated cache.
  *
  *   qkv          float [batch, new, (heads + 2 kv_heads) * width]
- *   past_key     float [batch, kv_heads, capacity, width], opaque: see attention.py for its order
- *   past_value   float [batch, kv_heads, capacity, width]
+ *   past_key     [batch, kv_heads, capacity, columns], opaque: layout.py says what it holds
+ *   past_value   as past_key
  *   seqlens_k    int32 [batch]: positions in the cache after this run, less one
  *   cosines      float [positions, width / 2]
  *   sines        float [positions, width / 2]
  *   -> y         float [batch, new, heads * width]
  *   present_key, present_value: as the past; bind them to the same buffers, else they are copied
  *
- * Attributes: heads, kv_heads, scale (default 1 / sqrt(width)), window (keys seen, default all).
- * capacity and width are multiples of 16. */
+ * Attributes: heads, kv_heads, scale (default 1 / sqrt(width)), window (keys seen, default all),
+ * cache ("fp32", "fp16" or "int8", the type of the caches; columns are width, or width + 4 for
+ * int8). capacity and width are multiples of 16. */
 #include <math.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "kernels.h"
 #include "op.h"
 
-enum { ROWS = 16, QUERIES = 4, MAX_PARTS = 16 };
+enum { ROWS = 16, CHUNK = 64, MAX_PARTS = 64 };
 
 /* A part with fewer multiplications than this costs more to hand to a thread than to run. */
-enum { PART_WORK = 64 << 10 };
+enum { PART_WORK = 32 << 10 };
+
+/* Fewer heads times tiles of queries than this are cut along the keys as well. */
+enum { FEW_TILES = 16 };
+
+typedef struct {
+  int64_t queries, columns; /* rows at once; vectors of 16 that the width is a multiple of */
+  attend_fn attend;
+} Tile;
 
 typedef struct {
   int64_t heads, kv_heads, window;
   float scale;
+  int type, size, scaled; /* of the cache */
   rotate_fn rotate;
-  attend_fn attend;
+  elementwise_fn narrow; /* NULL: as it is */
+  merge_fn merge;
+  finish_fn finish;
+  Tile tiles[3]; /* the one for many rows, for few rows, for any width */
 } Attention;
 
 typedef struct {
   const Attention *op;
+  const Tile *tile;
   const float *qkv, *cosines, *sines;
   const int32_t *last;
-  float *keys, *values, *y, *q, *work;
-  int64_t batch, new, capacity, width, parts, tiles, work_floats;
+  char *keys, *values;
+  float *y, *q, *states, *work;
+  int64_t batch, new, capacity, width, parts, tiles, chunks, work_floats, state_floats;
+  int64_t block_bytes, head_bytes; /* of 16 positions, of all positions of a head */
 } Job;
 
 static int64_t past_of(const Job *job, int64_t sequence) {
@@ -43,16 +60,40 @@ static int64_t past_of(const Job *job, int64_t sequence) {
   return past < 0 ? 0 : past; /* a prompt shorter than the longest of its batch */
 }
 
+/* Put keys and values of one position in their places. */
+static void store(const Job *job, char *block, int64_t lane, const float *row, char *narrowed,
+                  int keys) {
+  const Attention *op = job->op;
+  int64_t width = job->width, size = op->size;
+  const char *from = (const char *)row;
+  if (op->narrow) {
+    CALL_KERNEL(op->narrow, (int64_t)row, (int64_t)narrowed, width);
+    from = narrowed;
+  }
+  char *to = block + lane * size * (keys ? 1 : width);
+  if (!keys)
+    memcpy(to, from, (size_t)(width * size));
+  else if (size == 4)
+    for (int64_t d = 0; d < width; d++) memcpy(to + d * 4 * ROWS, from + d * 4, 4);
+  else if (size == 2)
+    for (int64_t d = 0; d < width; d++) memcpy(to + d * 2 * ROWS, from + d * 2, 2);
+  else
+    for (int64_t d = 0; d < width; d++) to[d * ROWS] = from[d];
+  if (op->scaled) memcpy(block + ROWS * width + 4 * lane, from + width, 4);
+}
+
 /* Rotate the queries and keys of some tokens; append keys and values to the cache. */
 static void append(void *given, size_t part) {
   const Job *job = given;
   const Attention *op = job->op;
   int64_t width = job->width, group = op->heads / op->kv_heads, all = job->batch * job->new;
+  int64_t queries = job->tile->queries;
   float *turned = job->work + job->work_floats * (int64_t)part;
+  char *narrowed = (char *)(turned + width);
   for (int64_t i = all * (int64_t)part / job->parts; i < all * ((int64_t)part + 1) / job->parts;
        i++) {
     int64_t sequence = i / job->new, token = i % job->new;
-    int64_t position = past_of(job, sequence) + token;
+    int64_t position = past_of(job, sequence) + token, lane = position % ROWS;
     const float *from = job->qkv + i * (op->heads + 2 * op->kv_heads) * width;
     int64_t cosines = (int64_t)(job->cosines + position * (width / 2));
     int64_t sines = (int64_t)(job->sines + position * (width / 2));
@@ -60,42 +101,99 @@ static void append(void *given, size_t part) {
       CALL_KERNEL(op->rotate, (int64_t)from, (int64_t)turned, cosines, sines, width / 2,
                   (double)op->scale);
       int64_t row = token * group + head % group;
-      int64_t tile = (sequence * op->kv_heads + head / group) * job->tiles + row / QUERIES;
-      float *to = job->q + tile * QUERIES * width + row % QUERIES;
-      for (int64_t d = 0; d < width; d++) to[d * QUERIES] = turned[d];
+      int64_t tile = (sequence * op->kv_heads + head / group) * job->tiles + row / queries;
+      float *to = job->q + tile * queries * width + row % queries;
+      for (int64_t d = 0; d < width; d++) to[d * queries] = turned[d];
     }
+    int64_t block = sequence * op->kv_heads * job->head_bytes + position / ROWS * job->block_bytes;
     for (int64_t head = 0; head < op->kv_heads; head++, from += width) {
       CALL_KERNEL(op->rotate, (int64_t)from, (int64_t)turned, cosines, sines, width / 2, 1.0);
-      float *block = job->keys + ((sequence * op->kv_heads + head) * job->capacity +
-                                  position / ROWS * ROWS) * width;
-      for (int64_t d = 0; d < width; d++) block[d * ROWS + position % ROWS] = turned[d];
+      store(job, job->keys + block + head * job->head_bytes, lane, turned, narrowed, 1);
     }
     for (int64_t head = 0; head < op->kv_heads; head++, from += width)
-      memcpy(job->values + ((sequence * op->kv_heads + head) * job->capacity + position) * width,
-             from, (size_t)width * sizeof *from);
+      store(job, job->values + block + head * job->head_bytes, lane, from, narrowed, 0);
   }
 }
 
-/* Some tiles of query rows, later tokens first as they take longest. */
-static void attend(void *given, size_t part) {
-  const Job *job = given;
+/* One chunk of the keys for tile `tile` of a head: heads are those of all sequences. */
+static void attend_chunk(const Job *job, int64_t head, int64_t tile, int64_t chunk, float *scores,
+                         float *state) {
   const Attention *op = job->op;
-  int64_t width = job->width, group = op->heads / op->kv_heads, rows = job->new * group;
-  int64_t heads = job->batch * op->kv_heads, all = heads * job->tiles;
-  float *out = job->work + job->work_floats * (int64_t)part, *scores = out + QUERIES * width;
+  int64_t group = op->heads / op->kv_heads, row = tile * job->tile->queries;
+  int64_t q = (int64_t)(job->q + (head * job->tiles + tile) * job->tile->queries * job->width);
+  CALL_KERNEL(job->tile->attend, q, (int64_t)(job->keys + head * job->head_bytes),
+              (int64_t)(job->values + head * job->head_bytes), (int64_t)scores, (int64_t)state,
+              job->width, row, group, past_of(job, head / op->kv_heads), job->new, op->window,
+              chunk * CHUNK);
+}
+
+/* The chunks that a tile of a head sees: from `first` up to the returned one. */
+static int64_t chunks_of(const Job *job, int64_t head, int64_t tile, int64_t *first) {
+  const Attention *op = job->op;
+  int64_t group = op->heads / op->kv_heads, past = past_of(job, head / op->kv_heads);
+  int64_t token = tile * job->tile->queries / group;
+  int64_t last = (tile * job->tile->queries + job->tile->queries - 1) / group;
+  if (last >= job->new) last = job->new - 1;
+  int64_t low = op->window ? past + token + 1 - op->window : 0;
+  *first = low > 0 ? low / CHUNK : 0;
+  return (past + last) / CHUNK + 1;
+}
+
+/* The rows of y that a tile of a head is, from the state in which all its chunks are. */
+static void finish_tile(const Job *job, int64_t head, int64_t tile, const float *state) {
+  const Attention *op = job->op;
+  int64_t group = op->heads / op->kv_heads, queries = job->tile->queries, row = tile * queries;
+  for (int64_t t = 0; t < queries && row + t < job->new * group; t++) {
+    int64_t token = head / op->kv_heads * job->new + (row + t) / group;
+    int64_t query_head = head % op->kv_heads * group + (row + t) % group;
+    CALL_KERNEL(op->finish, (int64_t)state,
+                (int64_t)(job->y + (token * op->heads + query_head) * job->width), job->width,
+                queries, t);
+  }
+}
+
+/* Some tiles, each with all its keys; later tokens first as they take longest. */
+static void attend_tiles(void *given, size_t part) {
+  const Job *job = given;
+  int64_t heads = job->batch * job->op->kv_heads, all = heads * job->tiles, first;
+  float *state = job->work + job->work_floats * (int64_t)part, *more = state + job->state_floats;
+  float *scores = more + job->state_floats;
   for (int64_t i = (int64_t)part; i < all; i += job->parts) {
-    int64_t head = i % heads, tile = job->tiles - 1 - i / heads, sequence = head / op->kv_heads;
-    int64_t cache = head * job->capacity * width, row = tile * QUERIES;
-    CALL_KERNEL(op->attend, (int64_t)(job->q + (head * job->tiles + tile) * QUERIES * width),
-                (int64_t)(job->keys + cache), (int64_t)(job->values + cache), (int64_t)scores,
-                (int64_t)out, width, row, group, past_of(job, sequence), job->new,
-                op->window);
-    for (int64_t t = 0; t < QUERIES && row + t < rows; t++) {
-      int64_t token = sequence * job->new + (row + t) / group;
-      int64_t query_head = head % op->kv_heads * group + (row + t) % group;
-      memcpy(job->y + (token * op->heads + query_head) * width, out + t * width,
-             (size_t)width * sizeof *out);
+    int64_t head = i % heads, tile = job->tiles - 1 - i / heads;
+    int64_t chunks = chunks_of(job, head, tile, &first);
+    attend_chunk(job, head, tile, first, scores, state);
+    while (++first < chunks) {
+      attend_chunk(job, head, tile, first, scores, more);
+      CALL_KERNEL(job->op->merge, (int64_t)state, (int64_t)more, job->width, job->tile->queries);
     }
+    finish_tile(job, head, tile, state);
+  }
+}
+
+/* Some chunks of all tiles, to be merged after. */
+static void attend_chunks(void *given, size_t part) {
+  const Job *job = given;
+  int64_t all = job->batch * job->op->kv_heads * job->tiles * job->chunks, first;
+  float *scores = job->work + job->work_floats * (int64_t)part;
+  for (int64_t i = (int64_t)part; i < all; i += job->parts) {
+    int64_t chunk = i % job->chunks, tile = i / job->chunks % job->tiles;
+    int64_t head = i / job->chunks / job->tiles;
+    if (chunk < chunks_of(job, head, tile, &first) && chunk >= first)
+      attend_chunk(job, head, tile, chunk, scores, job->states + i * job->state_floats);
+  }
+}
+
+static void merge_chunks(const Job *job) {
+  int64_t all = job->batch * job->op->kv_heads * job->tiles, first;
+  for (int64_t i = 0; i < all; i++) {
+    int64_t head = i / job->tiles, tile = i % job->tiles;
+    int64_t chunks = chunks_of(job, head, tile, &first);
+    float *states = job->states + i * job->chunks * job->state_floats;
+    float *state = states + first * job->state_floats;
+    while (++first < chunks)
+      CALL_KERNEL(job->op->merge, (int64_t)state, (int64_t)(states + first * job->state_floats),
+                  job->width, job->tile->queries);
+    finish_tile(job, head, tile, state);
   }
 }
 
@@ -107,7 +205,9 @@ static Status check(const Attention *op, const Tensor *in) {
     if (in[i].rank != ranks[i])
       return fail("Attention: %s has rank %zu, expected %zu", names[i], in[i].rank, ranks[i]);
   const int64_t *qkv = in[0].dims, *key = in[1].dims, *value = in[2].dims;
-  int64_t batch = qkv[0], capacity = key[2], width = key[3];
+  int64_t batch = qkv[0], capacity = key[2], width = key[3] - (op->scaled ? 4 : 0);
+  if (in[1].type != op->type || in[2].type != op->type)
+    return fail("Attention: past_key and past_value are not of the type that cache says");
   if (width < 16 || width % 16 || capacity % ROWS)
     return fail("Attention: capacity %lld and width %lld, expected multiples of 16",
                 (long long)capacity, (long long)width);
@@ -115,7 +215,7 @@ static Status check(const Attention *op, const Tensor *in) {
     return fail("Attention: qkv has %lld columns, expected %lld", (long long)qkv[2],
                 (long long)((op->heads + 2 * op->kv_heads) * width));
   if (key[0] != batch || key[1] != op->kv_heads || memcmp(key, value, 4 * sizeof *key))
-    return fail("Attention: past_key and past_value must be [%lld, %lld, capacity, width]",
+    return fail("Attention: past_key and past_value must be [%lld, %lld, capacity, columns]",
                 (long long)batch, (long long)op->kv_heads);
   if (in[3].dims[0] != batch)
     return fail("Attention: seqlens_k has %lld elements, expected %lld", (long long)in[3].dims[0],
@@ -146,23 +246,37 @@ static Status run(void *context, Job *job, void (*part)(void *, size_t), int64_t
   return ORT(KernelContext_ParallelFor)(context, part, (size_t)parts, (size_t)0, job);
 }
 
+static int64_t up_to(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
+static const Tile *tile_for(const Attention *op, int64_t rows, int64_t width) {
+  const Tile *tile = op->tiles + (rows < op->tiles[0].queries);
+  while (!tile->attend || width % (ROWS * tile->columns)) tile++;
+  return tile;
+}
+
 static Status compute(void *self, void *context) {
   Attention op = *(Attention *)self;
   Tensor in[6];
   for (size_t i = 0; i < 6; i++) TRY(get_input(context, i, &in[i]));
   TRY(check(&op, in));
-  int64_t batch = in[0].dims[0], new = in[0].dims[1], width = in[1].dims[3];
-  int64_t group = op.heads / op.kv_heads;
+  int64_t batch = in[0].dims[0], new = in[0].dims[1], columns = in[1].dims[3];
+  int64_t width = columns - (op.scaled ? 4 : 0), rows = new * (op.heads / op.kv_heads);
   if (op.scale == 0) op.scale = 1 / sqrtf((float)width);
   Job job = {.op = &op, .qkv = in[0].data, .last = in[3].data, .cosines = in[4].data,
              .sines = in[5].data, .batch = batch, .new = new, .capacity = in[1].dims[2],
-             .width = width, .tiles = (new * group + QUERIES - 1) / QUERIES};
-  int64_t dims[] = {batch, new, op.heads * width};
+             .width = width, .tile = tile_for(&op, rows, width),
+             .block_bytes = ROWS * columns * op.size};
+  int64_t dims[] = {batch, new, op.heads * width}, queries = job.tile->queries;
+  job.tiles = (rows + queries - 1) / queries;
+  job.head_bytes = job.capacity / ROWS * job.block_bytes;
   TRY(get_output(context, 0, dims, 3, (void **)&job.y));
   TRY(get_output(context, 1, in[1].dims, 4, (void **)&job.keys));
   TRY(get_output(context, 2, in[2].dims, 4, (void **)&job.values));
-  if (job.keys != in[1].data) memcpy(job.keys, in[1].data, (size_t)in[1].count * 4);
-  if (job.values != in[2].data) memcpy(job.values, in[2].data, (size_t)in[2].count * 4);
+  size_t cache_bytes = (size_t)(in[1].count * op.size);
+  if (job.keys != in[1].data) memcpy(job.keys, in[1].data, cache_bytes);
+  if (job.values != in[2].data) memcpy(job.values, in[2].data, cache_bytes);
   if (!batch || !new) return NULL;
 
   int64_t seen = 0; /* keys of the longest sequence */
@@ -170,36 +284,71 @@ static Status compute(void *self, void *context) {
     int64_t end = past_of(&job, i) + new;
     if (end > seen) seen = end;
   }
-  int64_t q_floats = batch * op.kv_heads * job.tiles * QUERIES * width;
-  job.work_floats = QUERIES * (width + (seen + 2 * ROWS) / ROWS * ROWS);
-  int64_t units = batch * op.kv_heads * job.tiles;
-  int64_t work = 2 * units * QUERIES * width * (seen - new / 2);
+  job.chunks = (seen + CHUNK - 1) / CHUNK;
+  int64_t tiles = batch * op.kv_heads * job.tiles;
+  int split = tiles < FEW_TILES && job.chunks > 1;
+  int64_t units = split ? tiles * job.chunks : tiles;
+  job.state_floats = up_to(queries * (width + 2), ROWS);
+  job.work_floats = 2 * job.state_floats + CHUNK * queries; /* more than append needs */
+  int64_t q_floats = up_to(tiles * queries * width, ROWS);
+  int64_t states_floats = split ? units * job.state_floats : 0;
+  int64_t work = 2 * tiles * queries * width * (seen - new / 2);
   int64_t append_parts = new == 1 ? 1 : parts_for(in[0].count * 8, batch * new);
   int64_t parts = parts_for(work, units), most = parts > append_parts ? parts : append_parts;
-  job.q = (float *)scratch((size_t)(q_floats + job.work_floats * most) * sizeof(float));
+  job.q = (float *)scratch((size_t)(q_floats + states_floats + job.work_floats * most) *
+                           sizeof(float));
   if (!job.q) return fail("Attention: out of memory for %lld tokens", (long long)new);
-  job.work = job.q + q_floats;
-  memset(job.q, 0, (size_t)q_floats * sizeof(float)); /* rows beyond the last are computed too */
+  job.states = job.q + q_floats, job.work = job.states + states_floats;
+  for (int64_t i = 0; i < batch * op.kv_heads; i++) { /* rows beyond the last are computed too */
+    float *end = job.q + (i + 1) * job.tiles * queries * width;
+    memset(end - queries * width, 0, (size_t)(queries * width) * sizeof(float));
+  }
   TRY(run(context, &job, append, append_parts));
-  return run(context, &job, attend, parts);
+  TRY(run(context, &job, split ? attend_chunks : attend_tiles, parts));
+  if (split) merge_chunks(&job);
+  return NULL;
 }
 
 static Status create(const CustomOp *self, const void *api, const void *info, void **kernel) {
   (void)self, (void)api;
+  static const struct {
+    const char *name;
+    int type, size, scaled;
+  } caches[] = {{"fp32", TENSOR_FLOAT, 4, 0}, {"fp16", TENSOR_FLOAT16, 2, 0},
+                {"int8", TENSOR_INT8, 1, 1}};
+  char cache[16], kernel_name[64];
+  attribute_string(info, "cache", cache, sizeof cache);
+  if (!*cache) strcpy(cache, "fp32");
+  int kind = 0;
+  while (kind < 3 && strcmp(cache, caches[kind].name)) kind++;
+  if (kind == 3) return fail("Attention: cache '%s', expected fp32, fp16 or int8", cache);
+  int64_t heads = attribute_int(info, "heads", 0), kv_heads = attribute_int(info, "kv_heads", 0);
+  int64_t window = attribute_int(info, "window", 0);
+  if (heads < 1 || kv_heads < 1 || heads % kv_heads || window < 0)
+    return fail("Attention: heads %lld, kv_heads %lld, window %lld, expected a multiple of"
+                " kv_heads and a window of 0 or more",
+                (long long)heads, (long long)kv_heads, (long long)window);
   Attention *op = calloc(1, sizeof *op);
   if (!op) return fail("Attention: out of memory");
-  op->heads = attribute_int(info, "heads", 0), op->kv_heads = attribute_int(info, "kv_heads", 0);
-  op->window = attribute_int(info, "window", 0), op->scale = attribute_float(info, "scale", 0);
-  if (op->heads < 1 || op->kv_heads < 1 || op->heads % op->kv_heads || op->window < 0) {
-    Status status = fail("Attention: heads %lld, kv_heads %lld, window %lld, expected a multiple"
-                         " of kv_heads and a window of 0 or more",
-                         (long long)op->heads, (long long)op->kv_heads, (long long)op->window);
-    free(op);
-    return status;
-  }
+  op->heads = heads, op->kv_heads = kv_heads, op->window = window;
+  op->scale = attribute_float(info, "scale", 0);
+  op->type = caches[kind].type, op->size = caches[kind].size, op->scaled = caches[kind].scaled;
   const char *variant = leangen_kernels_variant(NULL);
-  op->rotate = (rotate_fn)leangen_kernels_find(variant, "rotate");
-  op->attend = (attend_fn)leangen_kernels_find(variant, "attend");
+  op->rotate = leangen_kernels_find(variant, "rotate");
+  op->merge = leangen_kernels_find(variant, "merge");
+  op->finish = leangen_kernels_find(variant, "finish");
+  snprintf(kernel_name, sizeof kernel_name, "narrow_%s", cache);
+  op->narrow = leangen_kernels_find(variant, kernel_name); /* none for fp32 */
+  static const int shapes[][2] = {{8, 2}, {4, 4}, {4, 1}};
+  for (int i = 0; i < 3; i++) {
+    snprintf(kernel_name, sizeof kernel_name, "attend_%s_%d_%d", cache, shapes[i][0],
+             shapes[i][1]);
+    op->tiles[i] = (Tile){shapes[i][0], shapes[i][1], leangen_kernels_find(variant, kernel_name)};
+  }
+  if (!op->tiles[2].attend) {
+    free(op);
+    return fail("Attention: the library has no kernel %s", kernel_name);
+  }
   *kernel = op;
   return NULL;
 }
@@ -212,10 +361,10 @@ static Status infer(const CustomOp *self, void *context) {
 
 static const char *name(const CustomOp *op) { return (void)op, "Attention"; }
 static int input_type(const CustomOp *op, size_t index) {
-  return (void)op, index == 3 ? TENSOR_INT32 : TENSOR_FLOAT;
+  return (void)op, index == 3 ? TENSOR_INT32 : index == 1 || index == 2 ? ANY_TYPE : TENSOR_FLOAT;
 }
 static int output_type(const CustomOp *op, size_t index) {
-  return (void)op, (void)index, TENSOR_FLOAT;
+  return (void)op, index ? ANY_TYPE : TENSOR_FLOAT;
 }
 static size_t inputs(const CustomOp *op) { return (void)op, 6; }
 static size_t outputs(const CustomOp *op) { return (void)op, 3; }

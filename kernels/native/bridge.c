@@ -32,6 +32,7 @@ Status get_input(void *context, size_t index, Tensor *tensor) {
   if (!status && tensor->rank > MAX_RANK)
     status = fail("input %zu has rank %zu, expected at most %d", index, tensor->rank, MAX_RANK);
   if (!status) status = ORT(GetDimensions)(info, tensor->dims, tensor->rank);
+  if (!status) status = ORT(GetTensorElementType)(info, &tensor->type);
   ORT(ReleaseTensorTypeAndShapeInfo)(info);
   TRY(status);
   tensor->count = 1;
@@ -64,6 +65,11 @@ void attribute_string(const void *info, const char *name, char *out, size_t size
   if (absent(ORT(KernelInfoGetAttribute_string)(info, name, out, &size))) out[0] = 0;
 }
 
+size_t attribute_ints(const void *info, const char *name, int64_t *out, size_t most) {
+  size_t count = most;
+  return absent(ORT(KernelInfoGetAttributeArray_int64)(info, name, out, &count)) ? 0 : count;
+}
+
 Status infer_attribute_int(void *context, const char *name, int64_t otherwise, int64_t *value) {
   const void *attribute = NULL;
   size_t read;
@@ -73,20 +79,34 @@ Status infer_attribute_int(void *context, const char *name, int64_t otherwise, i
   return ORT(ReadOpAttr)(attribute, OP_ATTR_INT, value, sizeof *value, &read);
 }
 
-Status infer_like_first(void *context, size_t output, int64_t last) {
-  void *given, *made;
-  size_t rank;
-  int64_t dims[MAX_RANK];
-  const char *names[MAX_RANK] = {0};
-  TRY(ORT(ShapeInferContext_GetInputTypeShape)(context, (size_t)0, &given));
-  TRY(ORT(GetDimensionsCount)(given, &rank));
-  if (rank == 0 || rank > MAX_RANK) return NULL; /* unknown here, checked when it runs */
-  TRY(ORT(GetDimensions)(given, dims, rank));
-  TRY(ORT(GetSymbolicDimensions)(given, names, rank));
-  dims[rank - 1] = last;
-  names[rank - 1] = "";
-  for (size_t i = 0; i < rank; i++)
+Status infer_attribute_ints(void *context, const char *name, int64_t *out, size_t most,
+                            size_t *count) {
+  const void *attribute = NULL;
+  *count = 0;
+  if (absent(ORT(ShapeInferContext_GetAttribute)(context, name, &attribute)) || !attribute)
+    return NULL;
+  size_t bytes = 0;
+  TRY(ORT(ReadOpAttr)(attribute, OP_ATTR_INTS, out, most * sizeof *out, &bytes));
+  *count = bytes / sizeof *out;
+  return NULL;
+}
+
+Status infer_input(void *context, size_t input, int64_t *dims, const char **names, size_t *rank) {
+  void *given;
+  TRY(ORT(ShapeInferContext_GetInputTypeShape)(context, input, &given));
+  TRY(ORT(GetDimensionsCount)(given, rank));
+  if (*rank > MAX_RANK) *rank = 0; /* as if unknown: checked when it runs */
+  TRY(ORT(GetDimensions)(given, dims, *rank));
+  return ORT(GetSymbolicDimensions)(given, names, *rank);
+}
+
+Status infer_output(void *context, size_t output, const int64_t *dims, const char **names,
+                    size_t rank) {
+  void *made;
+  for (size_t i = 0; i < rank; i++) {
     if (!names[i]) names[i] = "";
+    if (dims[i] < 0 && !*names[i]) return NULL; /* ORT would take -1 for a size */
+  }
   TRY(ORT(CreateTensorTypeAndShapeInfo)(&made));
   Status status = ORT(SetTensorElementType)(made, TENSOR_FLOAT);
   if (!status) status = ORT(SetDimensions)(made, dims, rank);
@@ -94,6 +114,17 @@ Status infer_like_first(void *context, size_t output, int64_t last) {
   if (!status) status = ORT(ShapeInferContext_SetOutputTypeShape)(context, output, made);
   ORT(ReleaseTensorTypeAndShapeInfo)(made);
   return status;
+}
+
+Status infer_like_first(void *context, size_t output, int64_t last) {
+  size_t rank;
+  int64_t dims[MAX_RANK];
+  const char *names[MAX_RANK] = {0};
+  TRY(infer_input(context, 0, dims, names, &rank));
+  if (rank == 0) return NULL;
+  dims[rank - 1] = last;
+  names[rank - 1] = "";
+  return infer_output(context, output, dims, names, rank);
 }
 
 Status infer_like(void *context, size_t output, size_t input) {
@@ -149,7 +180,8 @@ void *op_create_v1(const CustomOp *op, const void *api, const void *info) {
 }
 void op_compute_v1(void *kernel, void *context) { (void)kernel, (void)context; }
 
-static const CustomOp *const operators[] = {&linear_op, &attention_op};
+static const CustomOp *const operators[] = {&linear_op, &argmax_linear_op, &attention_op,
+                                          &conv_op, &conv_transpose_op, &pixel_attention_op};
 
 /* Each session frees the domain it was given, so make one for each. */
 EXPORT Status RegisterCustomOps(void *options, const void *base) {

@@ -43,29 +43,45 @@ static int cpu_runs(const char *variant) {
 static const char *chosen;
 static char why[256];
 
+static void append(char *list, size_t size, const char *name) {
+  size_t used = strlen(list);
+  snprintf(list + used, size - used, "%s%s", used ? ", " : "", name);
+}
+
+/* A reason that has a remedy names it after a semicolon. */
 static void choose(void) {
-  const char *forced = getenv("LEANGEN_KERNELS");
+  const char *forced = getenv("LEANGEN_KERNELS"), *last = "";
+  char names[80] = "", lacking[80] = "";
   if (forced && !*forced) forced = NULL;
   if (forced && !strcmp(forced, "off")) {
     snprintf(why, sizeof why, "switched off by LEANGEN_KERNELS=off");
     return;
   }
   int known = 0;
-  for (size_t i = 0; i < ENTRIES && !chosen; i++) {
-    if (forced && strcmp(entries[i].variant, forced)) continue;
+  for (size_t i = 0; i < ENTRIES; i++) {
+    const char *variant = entries[i].variant;
+    if (!strcmp(variant, last)) continue; /* the kernels of a variant stand together */
+    last = variant;
+    append(names, sizeof names, variant);
+    if (forced && strcmp(variant, forced)) continue;
     known = 1;
-    if (cpu_runs(entries[i].variant)) chosen = entries[i].variant;
+    if (!chosen && cpu_runs(variant)) chosen = variant;
+    if (!chosen) append(lacking, sizeof lacking, variant);
   }
   if (chosen && forced)
     snprintf(why, sizeof why, "forced by LEANGEN_KERNELS=%s", forced);
+  else if (chosen && *lacking)
+    snprintf(why, sizeof why, "the fastest variant that this CPU runs, it lacks %s", lacking);
   else if (chosen)
-    snprintf(why, sizeof why, "the fastest variant that this CPU runs");
+    snprintf(why, sizeof why, "the fastest variant, and this CPU runs it");
   else if (known)
-    snprintf(why, sizeof why, "LEANGEN_KERNELS=%.32s, but this CPU lacks the instructions", forced);
+    snprintf(why, sizeof why,
+             "LEANGEN_KERNELS=%.32s, but this CPU lacks its instructions; "
+             "unset it to choose by CPU", forced ? forced : lacking);
   else
     snprintf(why, sizeof why,
-             "LEANGEN_KERNELS=%.32s is no variant built for this machine: unset it to choose by CPU",
-             forced ? forced : "");
+             "LEANGEN_KERNELS=%.32s is none of %s, off; unset it to choose by CPU",
+             forced ? forced : "", names);
 }
 
 const char *leangen_kernels_variant(const char **reason) {

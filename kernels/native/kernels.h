@@ -22,12 +22,29 @@ typedef int (*row_fn)(void *, void **, int64_t x, int64_t row, int64_t stride, i
                       int64_t center);
 typedef int (*rms_norm_fn)(void *, void **, int64_t x, int64_t gain, int64_t y, int64_t k,
                            double epsilon);
+typedef int (*layer_norm_fn)(void *, void **, int64_t x, int64_t gain, int64_t shift, int64_t y,
+                             int64_t k, double epsilon);
+typedef int (*activate_fn)(void *, void **, int64_t y, int64_t n);
 typedef int (*elementwise_fn)(void *, void **, int64_t x, int64_t y, int64_t n);
 typedef int (*rotate_fn)(void *, void **, int64_t x, int64_t y, int64_t cosines, int64_t sines,
                          int64_t half, double factor);
 typedef int (*attend_fn)(void *, void **, int64_t q, int64_t keys, int64_t values, int64_t scores,
-                         int64_t y, int64_t width, int64_t row, int64_t group, int64_t past,
-                         int64_t new, int64_t window);
+                         int64_t state, int64_t width, int64_t row, int64_t group, int64_t past,
+                         int64_t new, int64_t window, int64_t begin);
+typedef int (*merge_fn)(void *, void **, int64_t state, int64_t more, int64_t width,
+                        int64_t queries);
+typedef int (*finish_fn)(void *, void **, int64_t state, int64_t y, int64_t width, int64_t queries,
+                         int64_t t);
+typedef int (*moments_fn)(void *, void **, int64_t x, int64_t n, int64_t out, double epsilon);
+typedef int (*normalize_fn)(void *, void **, int64_t x, int64_t x_stride, int64_t y,
+                           int64_t y_stride, int64_t low, int64_t high, int64_t n,
+                           int64_t channels, int64_t gains, double slope);
+typedef int (*pack_patches_fn)(void *, void **, int64_t image, int64_t low, int64_t high,
+                               int64_t offsets, int64_t fours, int64_t taps, int64_t count,
+                               int64_t out, int64_t out_stride, int64_t scales);
+typedef int (*conv_fn)(void *, void **, int64_t patches, int64_t scales, int64_t codes,
+                       int64_t numbers, int64_t fours, int64_t block, int64_t y, int64_t y_stride,
+                       int64_t pixels, int64_t outputs, int64_t bias, int64_t residual);
 
 /* Name of the variant in use, and why; NULL with the reason when there is none. Decided once. */
 EXPORT const char *leangen_kernels_variant(const char **reason);

@@ -2,14 +2,24 @@
  *
  *   x         float [..., k]
  *   weights   uint8 [bytes of layout.pack]
- *   gain      float [k], optional: RMS norm of each row of x first
+ *   gain      float [k], optional: norm of each row of x first
  *   bias      float [outputs], optional
  *   residual  float [..., outputs], optional
+ *   shift     float [k], added by the norm; with norm "layer" and there needed
  *   -> y      float [..., outputs]
  *
  * Attributes: k, n (rows of the weights), form (a name of layout.FORMS), activations ("int8" or
- * "fp32"), epsilon (of the norm), gated: 1 where rows of gate and up stand by turns of 16, the
- * output is silu(gate) * up, and `outputs` is n / 2 instead of n. */
+ * "fp32"), norm ("rms" or "layer"), epsilon (of the norm), activation (none, "gelu", "gelu_tanh"),
+ * gated: 1 where rows of gate and up stand by turns of 16, the output is silu(gate) * up + bias,
+ * and `outputs` is n / 2 instead of n.
+ *
+ * ArgmaxLinear: the largest of norm(x) w^T + bias of each row, without its n products in memory.
+ *
+ *   x, weights, gain, bias as above; shift is input 4
+ *   -> index  int64 [...], the lowest of several; of the first NaN if there is one
+ *   -> most   float [...]
+ *
+ * Attributes: k, n, form, activations, norm, epsilon. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -17,28 +27,42 @@
 #include "kernels.h"
 #include "op.h"
 
-enum { ROWS = 16, BLOCK = 32, TILES = 4, MAX_PARTS = 16 };
+enum { ROWS = 16, TILES = 4, MAX_PARTS = 32 };
+
+/* Parts are multiples of so many groups, as a kernel may work on as many at once. */
+enum { STEP = 4 };
 
 /* Activation rows that are worked on at once: they should stay in the second-level cache. */
 enum { CHUNK_BYTES = 128 << 10 };
 
 /* A part smaller than this costs more to hand to a thread than to run: weight bytes x tokens. */
-enum { PART_WORK = 48 << 10 };
+enum { PART_WORK = 32 << 10 };
+
+/* Rows whose products are held at once where only the largest is kept. */
+enum { ARGMAX_CHUNK = 8 };
 
 typedef struct {
-  int64_t k, n, outputs, center, wide, gated, block_bytes;
+  int64_t k, n, outputs, center, wide, gated, argmax, block_bytes;
   int64_t blocks, groups, row_block_bytes, row_bytes;
   double epsilon;
   row_fn pack_row;
-  rms_norm_fn rms_norm;
+  rms_norm_fn rms_norm; /* one of these */
+  layer_norm_fn layer_norm;
   elementwise_fn add, silu_multiply;
+  activate_fn activate;   /* NULL: none */
   linear_fn tiles[TILES]; /* of 1, 2, 4, 8 tokens; NULL where there is none */
 } Linear;
 
 typedef struct {
+  int64_t index;
+  float value;
+} Largest;
+
+typedef struct {
   const Linear *op;
-  const char *x, *weights, *gain, *bias, *residual;
+  const char *x, *weights, *gain, *shift, *bias, *residual;
   char *y, *rows, *work;
+  Largest *largest; /* [parts, tokens] */
   int64_t tokens, tile, parts, chunk, work_bytes;
   linear_fn kernel;
 } Job;
@@ -49,10 +73,22 @@ static int64_t up_to(int64_t value, int64_t multiple) {
 
 static const struct form {
   const char *name, *kernel;
-  int64_t bits, minimum, wide;
+  int64_t bits, minimum, wide, block, table;
 } forms[] = {
-    {"q4", "q4", 4, 0, 0},         {"q4_wide", "q4", 4, 0, 1},         {"q8", "q8", 8, 0, 0},
-    {"q4_min", "q4_min", 4, 1, 0}, {"q4_min_wide", "q4_min", 4, 1, 1}, {"q8_wide", "q8", 8, 0, 1},
+    {"q4", "q4", 4, 0, 0, 32, 0},
+    {"q4_wide", "q4", 4, 0, 1, 32, 0},
+    {"q4_min", "q4_min", 4, 1, 0, 32, 0},
+    {"q4_min_wide", "q4_min", 4, 1, 1, 32, 0},
+    {"q8", "q8", 8, 0, 0, 32, 0},
+    {"q8_wide", "q8", 8, 0, 1, 32, 0},
+    {"q4_g16", "q4_g16", 4, 0, 0, 16, 0},
+    {"q4_g16_wide", "q4_g16", 4, 0, 1, 16, 0},
+    {"q4_min_g16", "q4_min_g16", 4, 1, 0, 16, 0},
+    {"q4_min_g16_wide", "q4_min_g16", 4, 1, 1, 16, 0},
+    {"q8_g16", "q8_g16", 8, 0, 0, 16, 0},
+    {"q8_g16_wide", "q8_g16", 8, 0, 1, 16, 0},
+    {"nf4_wide", "nf4", 4, 0, 1, 32, 1},
+    {"fp4_wide", "fp4", 4, 0, 1, 32, 1},
 };
 
 static const struct form *find_form(const char *name) {
@@ -61,42 +97,68 @@ static const struct form *find_form(const char *name) {
   return NULL;
 }
 
+/* An attribute that is one of a few words, the first where it is absent. */
+static Status choose_word(const void *info, const char *name, const char *const *words, int *at) {
+  char given[32];
+  attribute_string(info, name, given, sizeof given);
+  *at = 0;
+  if (!*given) return NULL;
+  for (; words[*at]; (*at)++)
+    if (!strcmp(given, words[*at])) return NULL;
+  return fail("Linear: %s '%s', expected %s or %s", name, given, words[0], words[1]);
+}
+
 static Status create(const CustomOp *self, const void *api, const void *info, void **kernel) {
-  (void)self, (void)api;
-  char form_name[32], activations[32], name[64];
+  (void)api;
+  static const char *const kinds[] = {"int8", "fp32", NULL}, *const norms[] = {"rms", "layer", NULL};
+  static const char *const activations[] = {"none", "gelu", "gelu_tanh", NULL};
+  char form_name[32], name[64];
+  int floats, layer, activation, argmax = self == &argmax_linear_op;
   attribute_string(info, "form", form_name, sizeof form_name);
-  attribute_string(info, "activations", activations, sizeof activations);
-  if (!*activations) strcpy(activations, "int8");
   const struct form *form = find_form(form_name);
   if (!form) return fail("Linear: form '%s' is unknown", form_name);
-  int floats = !strcmp(activations, "fp32");
-  if (!floats && strcmp(activations, "int8"))
-    return fail("Linear: activations '%s', expected int8 or fp32", activations);
+  TRY(choose_word(info, "activations", kinds, &floats));
+  TRY(choose_word(info, "norm", norms, &layer));
+  TRY(choose_word(info, "activation", activations, &activation));
+  if (form->table && !floats)
+    return fail("Linear: form '%s' with int8 activations, expected fp32", form_name);
   int64_t k = attribute_int(info, "k", 0), n = attribute_int(info, "n", 0);
   int64_t gated = attribute_int(info, "gated", 0);
   if (k < 1 || n < 1 || k > 1 << 24 || n > 1 << 24)
     return fail("Linear: n %lld, k %lld, expected 1 to 2**24", (long long)n, (long long)k);
   if (gated && n % (2 * ROWS))
     return fail("Linear: gated with n %lld, expected a multiple of 32", (long long)n);
+  if (argmax && (gated || activation)) return fail("ArgmaxLinear: takes no gate and no activation");
+  if (gated && activation) return fail("Linear: gated has an activation of its own");
 
   Linear *op = calloc(1, sizeof *op);
   if (!op) return fail("Linear: out of memory");
-  op->k = k, op->n = n, op->gated = gated != 0, op->wide = form->wide;
+  op->k = k, op->n = n, op->gated = gated != 0, op->wide = form->wide, op->argmax = argmax;
   op->outputs = gated ? n / 2 : n;
-  op->center = form->minimum ? 0 : 1 << (form->bits - 1);
-  op->blocks = up_to(k, BLOCK) / BLOCK, op->groups = up_to(n, ROWS) / ROWS;
-  op->block_bytes = ROWS * BLOCK * form->bits / 8 + ROWS * (2 << form->wide) * (1 + form->minimum);
-  op->row_block_bytes = floats ? 4 * BLOCK + 4 : BLOCK + 8;
+  op->center = form->minimum || form->table ? 0 : 1 << (form->bits - 1);
+  op->blocks = up_to(k, form->block) / form->block, op->groups = up_to(n, ROWS) / ROWS;
+  op->block_bytes = ROWS * form->block * form->bits / 8 +
+                    ROWS * (2 << form->wide) * (1 + form->minimum);
+  op->row_block_bytes = floats ? 4 * form->block + 4 : form->block + 8;
   op->row_bytes = op->blocks * op->row_block_bytes;
   op->epsilon = attribute_float(info, "epsilon", 1e-5f);
   const char *variant = leangen_kernels_variant(NULL);
-  op->pack_row = leangen_kernels_find(variant, floats ? "keep" : "quantize");
-  op->rms_norm = leangen_kernels_find(variant, "rms_norm");
+  snprintf(name, sizeof name, "%s%s", floats ? "keep" : "quantize", form->block == 16 ? "_16" : "");
+  op->pack_row = leangen_kernels_find(variant, name);
+  if (layer)
+    op->layer_norm = leangen_kernels_find(variant, "layer_norm");
+  else
+    op->rms_norm = leangen_kernels_find(variant, "rms_norm");
   op->add = leangen_kernels_find(variant, "add");
   op->silu_multiply = leangen_kernels_find(variant, "silu_multiply");
+  if (activation) op->activate = leangen_kernels_find(variant, activations[activation]);
   for (int i = 0; i < TILES; i++) {
-    snprintf(name, sizeof name, "%s_%s_%d", activations, form->kernel, 1 << i);
+    snprintf(name, sizeof name, "%s_%s_%d", kinds[floats], form->kernel, 1 << i);
     op->tiles[i] = leangen_kernels_find(variant, name);
+  }
+  if (!op->tiles[0]) {
+    free(op);
+    return fail("Linear: the library has no kernels for form '%s'", form_name);
   }
   *kernel = op;
   return NULL;
@@ -112,7 +174,11 @@ static void pack_rows(void *given, size_t part) {
     int64_t x = (int64_t)(job->x + 4 * op->k * i);
     if (job->gain) {
       int64_t normed = (int64_t)(job->work + job->work_bytes * (int64_t)part);
-      CALL_KERNEL(op->rms_norm, x, (int64_t)job->gain, normed, op->k, op->epsilon);
+      if (op->layer_norm)
+        CALL_KERNEL(op->layer_norm, x, (int64_t)job->gain, (int64_t)job->shift, normed, op->k,
+                    op->epsilon);
+      else
+        CALL_KERNEL(op->rms_norm, x, (int64_t)job->gain, normed, op->k, op->epsilon);
       x = normed;
     }
     int64_t slot = i % job->tile;
@@ -121,41 +187,57 @@ static void pack_rows(void *given, size_t part) {
   }
 }
 
+/* The largest of a row of products, the first of which is that of weight row `first`. */
+static Largest largest_of(const float *row, int64_t first, int64_t count) {
+  Largest found = {first, row[0]};
+  for (int64_t i = 1; i < count; i++)
+    if (row[i] > found.value || (row[i] != row[i] && found.value == found.value))
+      found = (Largest){first + i, row[i]};
+  return found;
+}
+
 /* The outputs of one part: some groups of weight rows for all tokens. */
 static void multiply(void *given, size_t part) {
   const Job *job = given;
   const Linear *op = job->op;
-  int64_t step = op->gated ? 2 : 1, pairs = op->groups / step;
-  int64_t first = pairs * (int64_t)part / job->parts * step;
-  int64_t last = pairs * ((int64_t)part + 1) / job->parts * step;
-  int64_t from = first * ROWS / step, to = last * ROWS / step; /* columns of y */
+  int64_t shrink = op->gated ? 2 : 1, steps = (op->groups + STEP - 1) / STEP;
+  int64_t first = steps * (int64_t)part / job->parts * STEP;
+  int64_t last = steps * ((int64_t)part + 1) / job->parts * STEP;
+  if (last > op->groups) last = op->groups;
+  int64_t from = first * ROWS / shrink, to = last * ROWS / shrink; /* columns of y */
   if (to > op->outputs) to = op->outputs;
+  int64_t width = to - from;
+  char *work = job->work + job->work_bytes * (int64_t)part;
   for (int64_t start = 0; start < job->tokens; start += job->chunk) {
     int64_t tokens = job->tokens - start < job->chunk ? job->tokens - start : job->chunk;
     int64_t x = (int64_t)(job->rows + op->row_bytes * start);
     int64_t stride = 4 * op->outputs, y = (int64_t)job->y + stride * start;
     int64_t out = y, out_stride = stride;
-    if (op->gated) { /* products first go to work, as if it began at group 0 */
+    if (op->gated || op->argmax) { /* products go to work, as if it began at group 0 */
       out_stride = 4 * ROWS * (last - first);
-      out = (int64_t)job->work + job->work_bytes * (int64_t)part - 4 * ROWS * first;
+      out = (int64_t)work - 4 * ROWS * first;
     }
     CALL_KERNEL(job->kernel, x, (int64_t)job->weights, op->blocks, out, out_stride, tokens, op->n,
                 first, last, op->wide);
     for (int64_t i = 0; i < tokens; i++) {
-      int64_t row = y + stride * i + 4 * from, width = to - from;
+      int64_t row = op->argmax ? (int64_t)work + out_stride * i : y + stride * i + 4 * from;
       if (op->gated)
-        CALL_KERNEL(op->silu_multiply, out + out_stride * i + 4 * ROWS * first, row, width);
+        CALL_KERNEL(op->silu_multiply, (int64_t)work + out_stride * i, row, width);
       if (job->bias) CALL_KERNEL(op->add, (int64_t)(job->bias + 4 * from), row, width);
+      if (op->activate) CALL_KERNEL(op->activate, row, width);
       if (job->residual) {
         int64_t residual = (int64_t)job->residual + stride * (start + i) + 4 * from;
         CALL_KERNEL(op->add, residual, row, width);
       }
+      if (op->argmax)
+        job->largest[job->tokens * (int64_t)part + start + i] =
+            largest_of((const float *)row, from, width);
     }
   }
 }
 
 static Status check(const Linear *op, const Tensor *x, const Tensor *weights, const Tensor *gain,
-                    const Tensor *bias, const Tensor *residual) {
+                    const Tensor *shift, const Tensor *bias, const Tensor *residual) {
   if (!x->data && x->count) return fail("Linear: x is missing");
   if (!x->rank || x->dims[x->rank - 1] != op->k)
     return fail("Linear: the last dimension of x is %lld, expected k = %lld",
@@ -167,6 +249,9 @@ static Status check(const Linear *op, const Tensor *x, const Tensor *weights, co
   if (gain->data && gain->count != op->k)
     return fail("Linear: gain has %lld elements, expected k = %lld", (long long)gain->count,
                 (long long)op->k);
+  if (op->layer_norm && gain->data && (!shift->data || shift->count != op->k))
+    return fail("Linear: shift has %lld elements, expected k = %lld with norm layer",
+                (long long)(shift->data ? shift->count : 0), (long long)op->k);
   if (bias->data && bias->count != op->outputs)
     return fail("Linear: bias has %lld elements, expected %lld", (long long)bias->count,
                 (long long)op->outputs);
@@ -189,46 +274,75 @@ static Status run(void *context, Job *job, void (*part)(void *, size_t), int64_t
   return ORT(KernelContext_ParallelFor)(context, part, (size_t)parts, (size_t)0, job);
 }
 
+/* Choose the tile, find memory, pack the rows and multiply. */
+static Status multiply_all(void *context, Job *job, int64_t elements) {
+  const Linear *op = job->op;
+  int tile = 0;
+  for (int i = 1; i < TILES && 1 << (i - 1) < job->tokens; i++)
+    if (op->tiles[i]) tile = i;
+  job->kernel = op->tiles[tile];
+  job->tile = 1 << tile;
+  int64_t padded = up_to(job->tokens, job->tile); /* what the last tile computes beyond is unused */
+  job->chunk = op->argmax ? ARGMAX_CHUNK : up_to(CHUNK_BYTES / op->row_bytes + 1, job->tile);
+  if (job->chunk > padded) job->chunk = padded;
+
+  int64_t pack_parts = job->tokens < ROWS ? 1 : parts_for(4 * elements);
+  int64_t steps = (op->groups + STEP - 1) / STEP;
+  int64_t parts = parts_for(op->groups * op->blocks * op->block_bytes * job->tokens);
+  if (parts > steps) parts = steps;
+  job->work_bytes = up_to(4 * op->k, 64); /* of each part, for a normed row or products */
+  int64_t products_bytes = 4 * ROWS * STEP * (steps / parts + 1) * job->chunk;
+  if ((op->gated || op->argmax) && products_bytes > job->work_bytes)
+    job->work_bytes = products_bytes;
+  int64_t rows_bytes = up_to(padded * op->row_bytes, 64);
+  int64_t most = pack_parts > parts ? pack_parts : parts;
+  int64_t largest_bytes = op->argmax ? parts * job->tokens * (int64_t)sizeof(Largest) : 0;
+  job->rows = scratch((size_t)(rows_bytes + job->work_bytes * most + largest_bytes));
+  if (!job->rows) return fail("Linear: out of memory for %lld tokens", (long long)job->tokens);
+  job->work = job->rows + rows_bytes;
+  job->largest = (Largest *)(job->work + job->work_bytes * most);
+  if (padded > job->tokens)
+    memset(job->rows + op->row_bytes * (padded - job->tile), 0, (size_t)(op->row_bytes * job->tile));
+  TRY(run(context, job, pack_rows, pack_parts));
+  return run(context, job, multiply, parts);
+}
+
 static Status compute(void *self, void *context) {
   const Linear *op = self;
-  Tensor x, weights, gain, bias, residual;
+  Tensor x, weights, gain, bias, residual = {0}, shift;
   TRY(get_input(context, 0, &x));
   TRY(get_input(context, 1, &weights));
   TRY(get_input(context, 2, &gain));
   TRY(get_input(context, 3, &bias));
-  TRY(get_input(context, 4, &residual));
-  TRY(check(op, &x, &weights, &gain, &bias, &residual));
+  if (!op->argmax) TRY(get_input(context, 4, &residual));
+  TRY(get_input(context, op->argmax ? 4 : 5, &shift));
+  TRY(check(op, &x, &weights, &gain, &shift, &bias, &residual));
   int64_t dims[MAX_RANK];
   memcpy(dims, x.dims, sizeof dims);
   dims[x.rank - 1] = op->outputs;
   Job job = {.op = op, .x = x.data, .weights = weights.data, .gain = gain.data,
-             .bias = bias.data, .residual = residual.data, .tokens = x.count / op->k};
-  TRY(get_output(context, 0, dims, x.rank, (void **)&job.y));
+             .shift = shift.data, .bias = bias.data, .residual = residual.data,
+             .tokens = x.count / op->k};
+  int64_t *indices = NULL;
+  float *values = NULL;
+  if (op->argmax) {
+    TRY(get_output(context, 0, dims, x.rank - 1, (void **)&indices));
+    TRY(get_output(context, 1, dims, x.rank - 1, (void **)&values));
+  } else {
+    TRY(get_output(context, 0, dims, x.rank, (void **)&job.y));
+  }
   if (!job.tokens) return NULL;
-
-  int tile = 0;
-  while (tile + 1 < TILES && 1 << tile < job.tokens && op->tiles[tile + 1]) tile++;
-  while (!op->tiles[tile]) tile++;
-  job.kernel = op->tiles[tile];
-  job.tile = 1 << tile;
-  int64_t padded = up_to(job.tokens, job.tile); /* what the last tile computes beyond is unused */
-  job.chunk = up_to(CHUNK_BYTES / op->row_bytes + 1, job.tile);
-  if (job.chunk > padded) job.chunk = padded;
-
-  int64_t pack_parts = job.tokens < MAX_PARTS ? 1 : parts_for(4 * x.count);
-  int64_t parts = parts_for(op->groups * op->blocks * op->block_bytes * job.tokens);
-  job.work_bytes = up_to(4 * op->k, 64); /* of each part, for a normed row or gated products */
-  int64_t gated_bytes = op->gated ? 8 * ROWS * (op->groups / 2 / parts + 1) * job.chunk : 0;
-  if (gated_bytes > job.work_bytes) job.work_bytes = gated_bytes;
-  int64_t rows_bytes = up_to(padded * op->row_bytes, 64);
-  int64_t most = pack_parts > parts ? pack_parts : parts;
-  job.rows = scratch((size_t)(rows_bytes + job.work_bytes * most));
-  if (!job.rows) return fail("Linear: out of memory for %lld tokens", (long long)job.tokens);
-  job.work = job.rows + rows_bytes;
-  if (padded > job.tokens)
-    memset(job.rows + op->row_bytes * (padded - job.tile), 0, (size_t)(op->row_bytes * job.tile));
-  TRY(run(context, &job, pack_rows, pack_parts));
-  return run(context, &job, multiply, parts);
+  TRY(multiply_all(context, &job, x.count));
+  for (int64_t i = 0; indices && i < job.tokens; i++) {
+    Largest found = job.largest[i];
+    for (int64_t part = 1; part < job.parts; part++) {
+      Largest other = job.largest[part * job.tokens + i];
+      if (other.value > found.value || (other.value != other.value && found.value == found.value))
+        found = other;
+    }
+    indices[i] = found.index, values[i] = found.value;
+  }
+  return NULL;
 }
 
 static Status infer(const CustomOp *self, void *context) {
@@ -246,7 +360,7 @@ static int input_type(const CustomOp *op, size_t index) {
 static int output_type(const CustomOp *op, size_t index) {
   return (void)op, (void)index, TENSOR_FLOAT;
 }
-static size_t inputs(const CustomOp *op) { return (void)op, 5; }
+static size_t inputs(const CustomOp *op) { return (void)op, 6; }
 static size_t outputs(const CustomOp *op) { return (void)op, 1; }
 static int input_characteristic(const CustomOp *op, size_t index) {
   return (void)op, index < 2 ? REQUIRED : OPTIONAL;
@@ -264,4 +378,24 @@ const CustomOp linear_op = {
     .compute_v2 = compute,
     .destroy = free,
     .infer_shape = infer,
+};
+
+static const char *argmax_name(const CustomOp *op) { return (void)op, "ArgmaxLinear"; }
+static int argmax_output_type(const CustomOp *op, size_t index) {
+  return (void)op, index ? TENSOR_FLOAT : TENSOR_INT64;
+}
+static size_t argmax_inputs(const CustomOp *op) { return (void)op, 5; }
+static size_t argmax_outputs(const CustomOp *op) { return (void)op, 2; }
+
+const CustomOp argmax_linear_op = {
+    OP_COMMON,
+    .name = argmax_name,
+    .input_type = input_type,
+    .input_count = argmax_inputs,
+    .output_type = argmax_output_type,
+    .output_count = argmax_outputs,
+    .input_characteristic = input_characteristic,
+    .create_v2 = create,
+    .compute_v2 = compute,
+    .destroy = free,
 };

@@ -20,6 +20,7 @@ Status fail(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
 typedef struct {
   void *data; /* NULL: an optional input that is absent */
+  int type;
   size_t rank;
   int64_t dims[MAX_RANK];
   int64_t count; /* of elements */
@@ -32,17 +33,26 @@ int64_t attribute_int(const void *info, const char *name, int64_t otherwise);
 float attribute_float(const void *info, const char *name, float otherwise);
 /* Empty when absent or longer than `size` allows. */
 void attribute_string(const void *info, const char *name, char *out, size_t size);
+/* Up to `most` numbers; how many there are, 0 when absent. */
+size_t attribute_ints(const void *info, const char *name, int64_t *out, size_t most);
 
 /* Output `output` has the dims of input 0 with the last one `last`; it keeps symbolic names. */
 Status infer_like_first(void *context, size_t output, int64_t last);
 /* Output `output` is like input `input`. */
 Status infer_like(void *context, size_t output, size_t input);
 Status infer_attribute_int(void *context, const char *name, int64_t otherwise, int64_t *value);
+Status infer_attribute_ints(void *context, const char *name, int64_t *out, size_t most,
+                            size_t *count);
+/* The float shape of an input, and of an output; a dim of unknown size is -1 and may have a name. */
+Status infer_input(void *context, size_t input, int64_t *dims, const char **names, size_t *rank);
+Status infer_output(void *context, size_t output, const int64_t *dims, const char **names,
+                    size_t rank);
 
 /* Memory of the calling thread, 64-byte aligned, valid until its next call; NULL if exhausted. */
 char *scratch(size_t bytes);
 
-extern const CustomOp linear_op, attention_op;
+extern const CustomOp linear_op, argmax_linear_op, attention_op;
+extern const CustomOp conv_op, conv_transpose_op, pixel_attention_op;
 
 /* The parts of an operator that are alike in all of them. */
 const char *op_provider(const CustomOp *);

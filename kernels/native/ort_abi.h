@@ -20,6 +20,7 @@ enum {
   CreateTensorTypeAndShapeInfo = 57,
   SetTensorElementType = 58,
   SetDimensions = 59,
+  GetTensorElementType = 60,
   GetDimensionsCount = 61,
   GetDimensions = 62,
   GetSymbolicDimensions = 63,
@@ -32,6 +33,7 @@ enum {
   KernelContext_GetOutput = 91,
   ReleaseStatus = 93,
   ReleaseTensorTypeAndShapeInfo = 99,
+  KernelInfoGetAttributeArray_int64 = 163,
   ShapeInferContext_GetInputTypeShape = 268,
   ShapeInferContext_GetAttribute = 269,
   ShapeInferContext_SetOutputTypeShape = 270,
@@ -41,9 +43,10 @@ enum {
 };
 
 enum { ORT_FAIL = 1, ORT_INVALID_ARGUMENT = 2 };          /* OrtErrorCode */
-enum { TENSOR_FLOAT = 1, TENSOR_UINT8 = 2, TENSOR_INT32 = 6, TENSOR_INT64 = 7 };
+enum { ANY_TYPE = 0, TENSOR_FLOAT = 1, TENSOR_UINT8 = 2, TENSOR_INT8 = 3, TENSOR_INT32 = 6,
+       TENSOR_INT64 = 7, TENSOR_FLOAT16 = 10 }; /* ONNXTensorElementDataType */
 enum { REQUIRED = 0, OPTIONAL = 1 };                      /* of an input or output */
-enum { OP_ATTR_INT = 1 };                                 /* OrtOpAttrType */
+enum { OP_ATTR_INT = 1, OP_ATTR_INTS = 2 };               /* OrtOpAttrType */
 
 typedef void *Status; /* OrtStatus *, NULL is success */
 

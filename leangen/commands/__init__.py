@@ -10,7 +10,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from leangen.commands import export, verify
+from leangen.commands import (
+    budget,
+    compare,
+    doctor,
+    export,
+    ledger,
+    lint,
+    metrics,
+    quantize,
+    report,
+    serve,
+    tune,
+    verify,
+)
+from leangen.commands import eval as eval_
 
 
 class Module(Protocol):
@@ -20,4 +34,18 @@ class Module(Protocol):
         """Add the parser."""
 
 
-MODULES: tuple[Module, ...] = (export, verify)
+MODULES: tuple[Module, ...] = (
+    export,
+    quantize,
+    tune,
+    lint,
+    verify,
+    eval_,
+    compare,
+    serve,
+    ledger,
+    budget,
+    report,
+    metrics,
+    doctor,
+)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from leangen.errors import RequestError
 
+GUESSES = 10
+"""What `--speculate` means: more seldom pays, see leangen/families/speculation.py."""
 METER_HELP = "exec:COMMAND, file:PATH or a name of `leangen meters`; default: what is best there"
 
 
@@ -34,6 +37,25 @@ def run_options(sub: argparse.ArgumentParser, *, as_json: bool = True) -> None:
         default="int8",
         help="fp32: low-bit layers do not round activations (slower)",
     )
+    sub.add_argument(
+        "--kernels",
+        choices=("auto", "ort"),
+        default="auto",
+        help="ort: ONNX Runtime's own, for comparison; default: leangen's where they fit",
+    )
+
+
+def speculate(sub: argparse._ActionsContainer, default: int | None = None) -> None:
+    """`--speculate [N]`."""
+    sub.add_argument(
+        "--speculate",
+        type=int,
+        nargs="?",
+        const=GUESSES,
+        default=default,
+        metavar="N",
+        help=f"guess up to N next tokens from what was said (N: {GUESSES}), 0 is off",
+    )
 
 
 def request_options(sub: argparse.ArgumentParser) -> None:
@@ -44,11 +66,30 @@ def request_options(sub: argparse.ArgumentParser) -> None:
     group.add_argument("--chat", action="store_true", help="language: through the chat template")
     group.add_argument("--max-new-tokens", type=int)
     group.add_argument("--temperature", type=float, help="0 is greedy")
-    group.add_argument("--top-k", type=int)
-    group.add_argument("--top-p", type=float)
-    group.add_argument("--repetition-penalty", type=float)
+    group.add_argument("--top-k", type=int, help="draw from this many likeliest tokens")
+    group.add_argument("--top-p", type=float, help="draw from the likeliest that hold this share")
+    group.add_argument("--min-p", type=float, help="draw from those this likely beside the first")
+    group.add_argument("--repetition-penalty", type=float, help="factor; 1 is off")
+    group.add_argument("--presence-penalty", type=float, help="from logits of what was said")
+    group.add_argument("--frequency-penalty", type=float, help="as often as it was said")
+    group.add_argument(
+        "--logit-bias",
+        action="append",
+        type=_bias,
+        metavar="TOKEN=BIAS",
+        help="added to a token's logit, -inf bans it; may be repeated",
+    )
     group.add_argument("--stop", action="append", metavar="TEXT", help="may be repeated")
     group.add_argument("--ignore-eos", action="store_const", const=True)
+    group.add_argument("--n", type=int, help="samples, with the seeds that follow --seed")
+    group.add_argument("--beams", type=int, help="search with this many beams; 1 is off")
+    group.add_argument(
+        "--logprobs", type=int, metavar="N", help="--json: log-probabilities, of N likeliest too"
+    )
+    group.add_argument("--json-schema", metavar="FILE", help="the reply is JSON of this schema")
+    group.add_argument("--regex", help="the whole reply matches this")
+    group.add_argument("--grammar", metavar="FILE", help="the reply is of this Lark grammar")
+    speculate(group)
     group.add_argument("--phonemes", help="speech: IPA in place of text")
     group.add_argument("--phoneme-ids", type=_integers, metavar="IDS", help="speech: `1 20 59 2`")
     group.add_argument("--length-scale", type=float, help="speech: above 1 is slower")
@@ -70,8 +111,9 @@ def request_options(sub: argparse.ArgumentParser) -> None:
 _REQUEST_FIELDS = (
     *("seed", "max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "stop"),
     *("ignore_eos", "phonemes", "phoneme_ids", "length_scale", "noise_scale", "count", "data"),
-    *("steps", "conditions", "sampler", "guidance", "guidance_rescale", "image", "strength"),
-    "mask",
+    *("steps", "conditions", "min_p", "presence_penalty", "frequency_penalty", "logit_bias", "n"),
+    *("beams", "logprobs", "regex", "speculate", "sampler", "guidance", "guidance_rescale"),
+    *("image", "strength", "mask"),
 )
 
 
@@ -82,6 +124,21 @@ def share(text: str) -> float:
 
 def _integers(text: str) -> list[int]:
     return [int(part) for part in text.replace(",", " ").split()]
+
+
+def _bias(text: str) -> tuple[int, float]:
+    token, _, value = text.partition("=")
+    try:
+        return int(token), float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not TOKEN=BIAS, such as 42=-1.5") from None
+
+
+def _file(option: str, path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"cannot read {option} {path}: {error}") from None
 
 
 def _condition(text: str) -> tuple[str, float]:
@@ -107,8 +164,12 @@ def request(args: argparse.Namespace) -> tuple[str | None, dict[str, Any]]:
     }
     if "stop" in options:
         options["stop"] = tuple(options["stop"])
-    if "conditions" in options:
-        options["conditions"] = dict(options["conditions"])
+    for name in ("conditions", "logit_bias"):
+        if name in options:
+            options[name] = dict(options[name])
+    for name, path in (("json_schema", args.json_schema), ("lark", args.grammar)):
+        if path is not None:
+            options[name] = _file(f"--{name.replace('lark', 'grammar').replace('_', '-')}", path)
     if args.chat:
         if args.prompt is None:
             raise RequestError("--chat needs a --prompt: the user's message")

@@ -1,4 +1,4 @@
-"""`leangen verify`: hash every file of a bundle."""
+"""`leangen verify`: hash every file of a bundle, and of what was lowered from it."""
 
 from __future__ import annotations
 
@@ -17,9 +17,12 @@ def declare(add: Callable[..., argparse.ArgumentParser]) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print what was checked; BundleError names the first file that differs."""
     from leangen.bundle import verify
+    from leangen.lowering import cache
     from leangen.store import Store
 
     bundle = Store().resolve(args.model, notify=say)
     verify(bundle)
-    print(f"{bundle.name}:{bundle.scheme} {len(bundle.files)} files as the manifest says")
+    lowered = cache.verify(bundle)
+    print(f"{bundle.name}:{bundle.scheme} {len(bundle.files)} files as the manifest says", end="")
+    print(f", {lowered} lowered ones as they were written" if lowered else "")
     return 0

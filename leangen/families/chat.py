@@ -11,24 +11,27 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, NoReturn
 
-from jinja2 import TemplateError
-from jinja2.ext import loopcontrols
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from leangen import clock
 from leangen.errors import BundleError, RequestError
 
-Render = Callable[[Sequence[Mapping[str, str]]], str]
+Messages = Sequence[Mapping[str, Any]]
+Render = Callable[[Messages, Messages | None], str]
 
 
 def compile_template(source: str, *, bos_token: str = "", eos_token: str = "") -> Render:
-    """A function from messages (`role`, `content`) to the prompt, ending where the reply starts.
+    """A function from messages (`role`, `content`) and tools (JSON schemas of functions, or None)
+    to the prompt, ending where the reply starts.
 
     Raises BundleError for a template that does not parse; the function raises RequestError where
     the template refuses the messages.
     """
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
     )
     environment.filters["tojson"] = _to_json
     environment.globals.update(raise_exception=_refuse, strftime_now=_strftime_now)
@@ -39,10 +42,13 @@ def compile_template(source: str, *, bos_token: str = "", eos_token: str = "") -
             f"the chat template does not parse ({error}): use a plain prompt"
         ) from None
 
-    def render(messages: Sequence[Mapping[str, str]]) -> str:
+    def render(messages: Messages, tools: Messages | None = None) -> str:
         try:
             return template.render(
-                messages=[dict(message) for message in messages],
+                # Plain copies: a template sees no object of ours.
+                messages=json.loads(json.dumps([*messages])),
+                tools=json.loads(json.dumps(tools and [*tools])),
+                documents=None,
                 add_generation_prompt=True,
                 bos_token=bos_token,
                 eos_token=eos_token,
@@ -56,9 +62,31 @@ def compile_template(source: str, *, bos_token: str = "", eos_token: str = "") -
     return render
 
 
-def _to_json(value: Any, indent: int | None = None) -> str:
+class _Generation(Extension):
+    """`{% generation %}` marks what the model said, for training: here it is only its body."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
     # jinja's own `tojson` escapes for HTML, which templates for models do not expect.
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
 
 
 def _refuse(message: str) -> NoReturn:
@@ -66,4 +94,5 @@ def _refuse(message: str) -> NoReturn:
 
 
 def _strftime_now(pattern: str) -> str:
-    return datetime.fromisoformat(clock.utc_now()).strftime(pattern)
+    # Local time: templates tell the model what day it is.
+    return datetime.fromisoformat(clock.utc_now()).astimezone().strftime(pattern)

@@ -26,20 +26,44 @@ _ROUND = 256  # capacities are multiples of this, so that a follow-up request fi
 class Decoder:
     """A sequence and its cache of `capacity` tokens; a context manager that frees the cache.
 
-    Not for use by two threads at once. `capacity` is checked by the caller.
+    The cache freed last is kept, with its tokens, for the next sequence: one that begins like
+    `prefix` starts from what they share (`length` tokens of it).
+
+    Not for use by two threads at once; several decoders of one session may run in several threads.
+    `capacity` is checked by the caller.
     """
 
-    def __init__(self, session: Session, capacity: int) -> None:
+    def __init__(self, session: Session, capacity: int, prefix: Sequence[int] = ()) -> None:
         self._spare: list[_Cache] = session.keep("language.spare_caches", list)
-        fitting = [cache for cache in self._spare if cache.capacity >= capacity]
-        if fitting:
-            self._cache = fitting[0]
-            self._spare.remove(self._cache)
-        else:
-            self._spare.clear()
-            self._cache = _Cache(session, -(-capacity // _ROUND) * _ROUND)
-        self.length = 0
-        """Tokens fed so far."""
+        try:  # one call, so that two threads never get the same one
+            spare: _Cache | None = self._spare.pop()
+        except IndexError:
+            spare = None
+        self.length = 0 if spare is None else _shared(spare.tokens, prefix)
+        """Tokens of the sequence that the cache holds."""
+        if spare is not None and spare.capacity >= capacity:
+            self._cache = spare
+            return
+        if self.length == 0:
+            spare = None  # freed before the larger one is made
+        self._cache = _Cache(session, -(-capacity // _ROUND) * _ROUND)
+        if spare is not None:
+            self._cache.copy(spare, self.length)
+
+    def fork(self, session: Session) -> Decoder:
+        """Another sequence that begins like this one, with a cache of its own."""
+        other = Decoder(session, self._cache.capacity)
+        other.become(self)
+        return other
+
+    def become(self, other: Decoder) -> None:
+        """Forget this sequence and continue the other's, which goes on too."""
+        self.length = other.length
+        self._cache.copy(other._cache, other.length)
+
+    def rewind(self, length: int) -> None:
+        """Forget all but the first `length` tokens."""
+        self.length = min(self.length, length)
 
     def __enter__(self) -> Decoder:
         return self
@@ -64,8 +88,11 @@ class Decoder:
         return self._run(tokens, all_logits=True)
 
     def _run(self, tokens: Sequence[int], *, all_logits: bool) -> Floats:
-        self.length += len(tokens)
-        return self._cache.run(tokens, self.length, all_logits=all_logits)
+        before, self.length = self.length, self.length + len(tokens)
+        del self._cache.tokens[before:]
+        logits = self._cache.run(tokens, self.length, all_logits=all_logits)
+        self._cache.tokens += tokens
+        return logits
 
 
 class _Cache:
@@ -74,6 +101,8 @@ class _Cache:
     def __init__(self, session: Session, capacity: int) -> None:
         config = session.bundle.config
         self.capacity = capacity
+        self.tokens: list[int] = []
+        """What the buffers hold the keys and values of."""
         self._graph = session.graph("model")
         self._binding = self._graph.io_binding()
         self._vocab = config["vocab_size"]
@@ -93,6 +122,13 @@ class _Cache:
         self._input("logits_from", self._logits_from)
         self._ids = np.zeros((1, 0), np.int64)
         self._logits = np.zeros((1, 0, 0), np.float32)
+
+    def copy(self, other: _Cache, length: int) -> None:
+        """Take over the other's first `length` tokens; both caches have room for them."""
+        # In whole rounds: leangen's attention orders keys otherwise than ORT's, in blocks of 16.
+        room = -(-length // _ROUND) * _ROUND
+        self._buffers[..., :room, :] = other._buffers[..., :room, :]
+        self.tokens = other.tokens[:length]
 
     def run(self, tokens: Sequence[int], total: int, *, all_logits: bool) -> Floats:
         """Logits [1 or n, vocab] of `tokens`, which end the sequence at `total`."""
@@ -116,3 +152,11 @@ class _Cache:
     def _input(self, name: str, array: np.ndarray[Any, Any]) -> None:
         # The OrtValue is a window on the array's memory: later changes to the array are seen.
         self._binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
+
+
+def _shared(held: Sequence[int], prefix: Sequence[int]) -> int:
+    """How many tokens the two begin with alike."""
+    return next(
+        (i for i, (a, b) in enumerate(zip(held, prefix, strict=False)) if a != b),
+        min(len(held), len(prefix)),
+    )

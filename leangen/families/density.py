@@ -75,10 +75,10 @@ def run(session: Session, request: Request) -> Generator[Step, None, Output]:
     """
     columns = list(session.bundle.config["columns"])
     if request.count is not None:
-        role, batches = "sample", _latents(session, request.count, request.seed)
+        role, batches = "sample", latents(session, request.count, request.seed)
         feed, result = "latent", "x"
     else:
-        rows = _rows(request.data, columns)
+        rows = rows_of(request.data, columns)
         role, batches = "log_prob", iter(np.split(rows, range(BATCH, len(rows), BATCH)))
         feed, result = "x", "log_prob"
         columns = ["log_density"]
@@ -93,12 +93,12 @@ def calibration_requests(session: Session) -> list[Request]:
     """Draws, and the scoring of those draws: both graphs see what they see in use."""
     drawn = [
         session.run("sample", {"latent": latent}, ["x"])[0]
-        for latent in _latents(session, CALIBRATION_ROWS, seed=0)
+        for latent in latents(session, CALIBRATION_ROWS, seed=0)
     ]
     return [Request(count=CALIBRATION_ROWS), Request(data=np.concatenate(drawn))]
 
 
-def _latents(session: Session, count: int, seed: int) -> Iterator[Array]:
+def latents(session: Session, count: int, seed: int) -> Iterator[Array]:
     """Draws of the latent distribution, float64 [up to BATCH, d] at a time."""
     latent, dim = session.bundle.config["latent"], len(session.bundle.config["columns"])
     rng = np.random.default_rng(seed)
@@ -110,7 +110,7 @@ def _latents(session: Session, count: int, seed: int) -> Iterator[Array]:
             yield rng.uniform(-latent["bound"], latent["bound"], shape)
 
 
-def _rows(data: Any, columns: Sequence[str]) -> Array:
+def rows_of(data: Any, columns: Sequence[str]) -> Array:
     """The rows to score, float64 [n, d]; RequestError when they are not that."""
     if isinstance(data, str | Path):
         data = _read(Path(data), columns)

@@ -18,7 +18,7 @@ The bundle has one graph, `model`, and in its config
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -105,27 +105,31 @@ def prepare(session: Session) -> None:
 def run(session: Session, request: Request) -> Generator[Step, None, Output]:
     """Draw samples; one `denoise` step per sampler step, the last of a sample completing it."""
     config = session.bundle.config
+    steps = len(_levels(config, request)) - 1
+    drawn = []
+    for index in range(request.count):
+        for step, x in enumerate(trajectory(session, request, index), start=1):
+            if step == steps:
+                drawn.append(x)
+            yield Step(kind="denoise", units=float(step == steps))
+    return Output(array=imaging.images(drawn), media=MEDIA, extra=imaging.rendering(config))
+
+
+def trajectory(session: Session, request: Request, index: int = 0) -> Iterator[Array]:
+    """What each step leaves of sample `index`, [1, c, h, w]; the last is the sample."""
+    config = session.bundle.config
     sampler = samplers.get(request.sampler or config["sampler"])
     denoise = _denoiser(session, request)
     levels = _levels(config, request)
+    rng = imaging.generator(request.seed, index)
     shape = tuple(config["sample"]["shape"])
-    image = None
+    x = rng.standard_normal((1, *shape), np.float32) * np.float32(levels[0].sigma)
     if request.image is not None:
         image = imaging.picture(request.image, shape, config.get("range"))
-    if image is not None and request.mask is not None:
-        denoise = _inpainting(denoise, image, imaging.mask(request.mask, shape))
-    drawn = []
-    for index in range(request.count):
-        rng = imaging.generator(request.seed, index)
-        x = rng.standard_normal((1, *shape), np.float32) * np.float32(levels[0].sigma)
-        if image is not None:
-            x = x + levels[0].alpha * image
-        trajectory = sampler.sample(denoise, x, levels, rng)
-        for following in levels[1:]:
-            x = next(trajectory)
-            yield Step(kind="denoise", units=float(following == samplers.CLEAN))
-        drawn.append(x)
-    return Output(array=imaging.images(drawn), media=MEDIA, extra=imaging.rendering(config))
+        x = x + levels[0].alpha * image
+        if request.mask is not None:
+            denoise = _inpainting(denoise, image, imaging.mask(request.mask, shape))
+    yield from sampler.sample(denoise, x, levels, rng)
 
 
 def calibration_requests(session: Session) -> list[Request]:
@@ -137,6 +141,22 @@ def calibration_requests(session: Session) -> list[Request]:
         )
         for index, share in enumerate((0.5, 0.0, 1.0))
     ]
+
+
+def show(session: Session, images: Array, *, levels: int) -> None:
+    """Run the graph on images [n, c, h, w] at the model's noise levels, once per level and image.
+
+    Images take turns over `levels` noise levels, spread from the highest to the lowest.
+    """
+    request = Request(steps=levels)
+    denoise = _denoiser(session, request)
+    visited = _levels(session.bundle.config, request)
+    rng = np.random.default_rng(imaging.CALIBRATION_SEED)
+    for index in range(max(levels, len(images))):
+        level = visited[index % levels]
+        image = images[index % len(images)][None]
+        noise = rng.standard_normal(image.shape, np.float32)
+        denoise(level.alpha * image + level.sigma * noise, level)
 
 
 def _levels(config: Mapping[str, Any], request: Request) -> list[Level]:

@@ -2,29 +2,36 @@
 
 Keys of the bundle's config: `context_length`, `layers`, `kv_heads`, `head_dim`, `vocab_size`,
 `bos_id` (or None), `eos_ids`, `chat_template` (a file, or None). The graph `model` is described in
-`exporters/llm_graph.py`.
+`exporters/llm_graph.py`; sliding windows are its own affair: the cache keeps all positions.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import zip_longest
+from operator import eq
 from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from leangen.errors import BundleError, RequestError
-from leangen.families import sampling
+from leangen.families import beams
 from leangen.families.decoder import CHUNK, Decoder, Floats
+from leangen.families.grammar import Grammar, Vocabulary
+from leangen.families.reply import Reply
+from leangen.families.sampling import Choice, Chooser
+from leangen.families.speculation import PromptLookup
+from leangen.families.text_request import INPUTS, Request
 from leangen.families.text_stream import TextStream
 from leangen.records import Media, Output, Step
 from leangen.session import Session
 
+__all__ = ["INPUTS", "Request"]
+
 UNIT = "token"
 MEDIA: Media = "text"
-INPUTS = ("prompt", "messages", "tokens")
 EXAMPLE = {"prompt": "The old bridge over the river"}
 CONFIG_KEYS = (
     "context_length",
@@ -36,97 +43,6 @@ CONFIG_KEYS = (
     "eos_ids",
     "chat_template",
 )
-ROLES = ("system", "user", "assistant", "tool")
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """One generation. Give exactly one of `prompt`, `messages` and `tokens`."""
-
-    prompt: str | None = None
-    messages: Sequence[Mapping[str, str]] | None = None
-    """A conversation for the model's chat template: mappings with `role` and `content`."""
-    tokens: Sequence[int] | None = None
-    """The prompt as token ids, taken as they are."""
-    max_new_tokens: int = 128
-    """Fewer are generated where the context ends."""
-    temperature: float = 0.0
-    """0 takes the likeliest token each time."""
-    top_k: int = 0
-    """Draw from this many likeliest tokens; 0: from all."""
-    top_p: float = 1.0
-    """Draw from the fewest likeliest tokens that hold this probability."""
-    repetition_penalty: float = 1.0
-    """Above 1, tokens of the prompt and of the reply become less likely."""
-    seed: int = 0
-    stop: Sequence[str] = ()
-    """Generation ends before the first of these; the text does not contain it."""
-    ignore_eos: bool = False
-
-    def __post_init__(self) -> None:
-        given = [
-            name for name in ("prompt", "messages", "tokens") if getattr(self, name) is not None
-        ]
-        if len(given) != 1:
-            raise RequestError(
-                f"got {' and '.join(given) or 'no prompt'}, expected exactly one of prompt, "
-                "messages and tokens"
-            )
-        if not isinstance(self.prompt, str | None):
-            raise RequestError(f"prompt is of type {type(self.prompt).__name__}, expected a string")
-        if self.messages is not None:
-            _check_messages(self.messages)
-        temperature, top_p, penalty = self.temperature, self.top_p, self.repetition_penalty
-        for name, holds, expected in (
-            ("max_new_tokens", _whole(self.max_new_tokens, 1), "a whole number, 1 or more"),
-            ("temperature", _real(temperature) and temperature >= 0, "0 (greedy) or more"),
-            ("top_k", _whole(self.top_k, 0), "a whole number, 0 (off) or more"),
-            ("top_p", _real(top_p) and 0 < top_p <= 1, "more than 0 and at most 1"),
-            ("repetition_penalty", _real(penalty) and penalty > 0, "more than 0 (1 is off)"),
-            ("seed", _whole(self.seed, 0), "a whole number, 0 or more"),
-            ("stop", _texts(self.stop), "a list of strings, none of them empty"),
-        ):
-            if not holds:
-                raise RequestError(f"{name} is {getattr(self, name)!r}, expected {expected}")
-
-    def describe(self) -> dict[str, Any]:
-        """The options as plain JSON types; neither the prompt nor the messages."""
-        return {
-            "max_new_tokens": self.max_new_tokens,
-            "temperature": self.temperature,
-            "top_k": self.top_k,
-            "top_p": self.top_p,
-            "repetition_penalty": self.repetition_penalty,
-            "seed": self.seed,
-            "stop": list(self.stop),
-            "ignore_eos": self.ignore_eos,
-        }
-
-
-def _whole(value: object, least: int) -> bool:
-    return isinstance(value, int) and value >= least
-
-
-def _real(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
-def _texts(value: object) -> bool:
-    return isinstance(value, list | tuple) and all(isinstance(v, str) and v for v in value)
-
-
-def _check_messages(messages: Sequence[Mapping[str, str]]) -> None:
-    if not messages:
-        raise RequestError("messages is empty, expected at least one message")
-    for message in messages:
-        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
-            raise RequestError("a message lacks role or content, expected both")
-        if message["role"] not in ROLES:
-            raise RequestError(
-                f"message role is {message['role']!r}, expected one of {', '.join(ROLES)}"
-            )
-        if not isinstance(message["content"], str):
-            raise RequestError("a message's content is not text, expected a string")
 
 
 def prepare(session: Session) -> None:
@@ -139,51 +55,117 @@ def run(session: Session, request: Request) -> Generator[Step, None, Output]:
     """Generate text: a `prefill` step that ends with the first token, then `decode` steps.
 
     The steps' texts join to the output's text; `tokens` ends with the end token if there was one.
+    Text, tokens and stop reason are the first sample's; `extra["samples"]` has every `Reply`.
     Same seed, same output. Raises RequestError for a prompt that does not fit the context.
     """
-    config = _config(session)
     prompt = encode(session, request)
-    limit = min(request.max_new_tokens, config["context_length"] - len(prompt))
-    ends = () if request.ignore_eos else config["eos_ids"]
-    rng = np.random.default_rng(request.seed)
-    text = TextStream(tokenizer(session), prompt, request.stop)
-    seen = set(prompt)
-    tokens: list[int] = []
-    pieces: list[str] = []
-    stop_reason = None
-    with Decoder(session, len(prompt) + limit) as decoder:
-        logits = decoder.feed(prompt)
-        while stop_reason is None:
-            if request.repetition_penalty != 1:
-                logits = sampling.penalize(logits, seen, request.repetition_penalty)
-            token = sampling.sample(
-                logits,
-                rng,
-                temperature=request.temperature,
-                top_k=request.top_k,
-                top_p=request.top_p,
-            )
-            tokens.append(token)
-            seen.add(token)
-            piece = ""
-            if token in ends:
-                stop_reason = "eos"
+    samples = range(request.n)
+    choosers = [chooser(session, request, prompt, sample) for sample in samples]
+    # The last token is always fed: its logits are wanted.
+    prefix = prompt[:-1] if request.prefix_cache else ()
+    replies = []
+    with Decoder(session, len(prompt) + _limit(session, request, prompt), prefix) as decoder:
+        counts = {"reused": decoder.length} if request.prefix_cache else {}
+        logits = decoder.feed(prompt[decoder.length :]).copy()
+        for sample in samples:
+            reply = empty_reply(session, request, prompt)
+            replies.append(reply)
+            if request.beams > 1:
+                steps = _search(reply, session, request, decoder, logits)
             else:
-                piece = text.push(token)
-                if text.stopped:
-                    stop_reason = "stop"
-                elif len(tokens) == limit:
-                    stop_reason = "length"
-            if stop_reason is not None:
-                piece += text.flush()
-            pieces.append(piece)
-            kind = "prefill" if len(tokens) == 1 else "decode"
-            yield Step(kind=kind, units=1, text=piece, token=token)
-            if stop_reason is None:
-                logits = decoder.feed([token])
+                steps = _fill(reply, request, choosers[sample], decoder, prompt, logits)
+            for step in steps:
+                if counts:
+                    step, counts = replace(step, counts={**counts, **step.counts}), {}
+                yield step if sample == 0 else replace(step, kind="decode", sample=sample)
+    first = replies[0]
     return Output(
-        prompt_units=len(prompt), text="".join(pieces), tokens=tokens, stop_reason=stop_reason
+        prompt_units=len(prompt),
+        text=first.text,
+        tokens=first.tokens,
+        stop_reason=first.stop_reason,
+        extra={"samples": replies},
     )
+
+
+def chooser(session: Session, request: Request, prompt: Sequence[int], sample: int = 0) -> Chooser:
+    """What chooses the tokens of that sample of the request; RequestError for a bad grammar."""
+    config = _config(session)
+    _checked(tuple(request.logit_bias), config["vocab_size"])
+    constraint = None
+    if request.constraint is not None:
+
+        def vocabulary() -> Vocabulary:
+            return Vocabulary(tokenizer(session), config["vocab_size"], config["eos_ids"])
+
+        known = session.keep("language.vocabulary", vocabulary)
+        constraint = Grammar(known, *request.constraint)
+    return Chooser(request, prompt, seed=request.seed + sample, constraint=constraint)
+
+
+def empty_reply(session: Session, request: Request, prompt: Sequence[int]) -> Reply:
+    """The reply before its first token."""
+    return Reply(
+        TextStream(tokenizer(session), prompt, request.stop),
+        () if request.ignore_eos else _config(session)["eos_ids"],
+        _limit(session, request, prompt),
+    )
+
+
+def _limit(session: Session, request: Request, prompt: Sequence[int]) -> int:
+    context: int = _config(session)["context_length"]
+    return min(request.max_new_tokens, context - len(prompt))
+
+
+def _fill(
+    reply: Reply,
+    request: Request,
+    chooser: Chooser,
+    decoder: Decoder,
+    prompt: Sequence[int],
+    logits: Floats,
+) -> Iterator[Step]:
+    """The steps of a reply to a prompt that `decoder` holds and that `logits` follow."""
+    lookup = PromptLookup(prompt, request.speculate)
+    rows, guess = logits[None], list[int]()
+    while True:
+        piece, begin = "", len(reply.tokens)
+        for row, guessed in zip_longest(rows, guess):
+            choice = chooser.choose(row)
+            piece += reply.push(choice)
+            if reply.stop_reason is not None or choice.token != guessed:
+                break
+        taken = reply.tokens[begin:]
+        accepted = sum(map(eq, taken, guess))
+        yield Step(
+            kind="decode" if begin else "prefill",
+            units=len(taken),
+            text=piece,
+            tokens=taken,
+            counts={"guessed": len(guess), "accepted": accepted} if request.speculate else {},
+        )
+        if reply.stop_reason is not None:
+            return
+        if request.speculate:
+            lookup.learn(len(guess), accepted)
+            lookup.extend(taken)
+            guess = lookup.guess(reply.limit - len(reply.tokens) - 1)
+        decoder.rewind(len(prompt) + len(reply.tokens) - 1)
+        fed = [reply.tokens[-1], *guess]
+        rows = decoder.feed_all(fed) if guess else decoder.feed(fed)[None]
+
+
+def _search(
+    reply: Reply, session: Session, request: Request, decoder: Decoder, logits: Floats
+) -> Iterator[Step]:
+    """A step per round of beam search; which tokens are the reply's only the last one tells."""
+    found = beams.search(
+        session, decoder, logits, beams=request.beams, ends=reply.ends, limit=reply.limit
+    )
+    for number, tokens in enumerate(found):
+        text = "".join(reply.push(Choice(token)) for token in tokens or ())
+        kind = "decode" if number else "prefill"
+        yield Step(kind=kind, units=len(reply.tokens), text=text, tokens=tokens or ())
 
 
 def tokenizer(session: Session) -> Tokenizer:
@@ -205,7 +187,7 @@ def encode(session: Session, request: Request) -> list[int]:
     if request.tokens is not None:
         tokens = _checked(request.tokens, config["vocab_size"])
     elif request.messages is not None:
-        text = _chat(session)(request.messages)
+        text = _chat(session)(request.messages, request.tools)
         tokens = tokenizer(session).encode(text, add_special_tokens=False).ids
     else:
         tokens = tokenizer(session).encode(request.prompt or "").ids

@@ -128,6 +128,18 @@ class Ledger:
             )
             return [json.loads(text) for (text,) in rows]
 
+    def receipt(self, receipt_id: str) -> dict[str, Any] | None:
+        """The receipt of that id as a JSON dict; None when it is not here."""
+        with self._read() as db:
+            row = (
+                db
+                and db.execute(
+                    "SELECT document FROM receipts JOIN entries USING (entry) WHERE id = ?",
+                    (receipt_id,),
+                ).fetchone()
+            )
+        return json.loads(row[0]) if row else None
+
     def documents(self) -> Iterator[dict[str, Any]]:
         """All receipts as JSON dicts in the order of arrival, without holding all at once."""
         last = 0

@@ -1,0 +1,219 @@
+"""Convolution as a matrix product over pixels: y[n, pixels] = w[n, k] @ patches[k, pixels].
+
+Lanes are pixels, so that images stay as ONNX has them, [channels, height, width]. `activate` copies
+the part of an image at hand, normed and activated, into a padded one in fp32, `pack_patches` rounds
+the patch of each output pixel to 8 bits on a scale of its own, `multiply` does the rest. Patches
+rather than pixels are rounded because all of a patch's products can then be summed as integers:
+weights may have their scales in any blocks along k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from leangen_kernels.conv_simd import (
+    CENTER,
+    ROUNDER,
+    activation_dot,
+    high_signed,
+    join_codes,
+    low_signed,
+    smaller,
+    store_bytes,
+)
+from leangen_kernels.layout import CONV_OUTPUTS, ROWS
+from leangen_kernels.rows import TINY
+from leangen_kernels.simd import (
+    exponential,
+    larger,
+    load_bytes,
+    load_first_floats,
+    load_floats,
+    load_for_all,
+    load_int,
+    multiply_add,
+    splat,
+    splat_int,
+    square_root,
+    store_first_floats,
+    store_float,
+    store_floats,
+    sum_floats,
+    to_floats,
+)
+from leangen_kernels.unroll import registers, static, unrolled
+
+# What a kernel's name fixes, see `kernels`.
+SILU = False
+VECTORS = 0
+
+LEVELS = 252.0
+"""Steps of an 8-bit patch from its lowest to its highest value."""
+
+
+def moments(x: int, n: int, out: int, epsilon: float) -> None:
+    """Two floats: the mean of n floats, and 1 / sqrt(their variance + epsilon)."""
+    whole = n // ROWS * ROWS
+    total = splat(0.0)
+    for i in range(0, whole, ROWS):
+        total = total + load_floats(x + 4 * i, 0)
+    if whole < n:
+        total = total + load_first_floats(x + 4 * whole, n - whole)
+    mean = sum_floats(total) / n
+    squares, middle = splat(0.0), splat(mean)
+    for i in range(0, whole, ROWS):
+        off = load_floats(x + 4 * i, 0) - middle
+        squares = multiply_add(off, off, squares)
+    variance = sum_floats(squares)
+    if whole < n:
+        for i in range(whole, n):
+            one = load_for_all(x + 4 * i, 0) - middle
+            variance += sum_floats(one * one) / ROWS
+    store_float(out, mean)
+    store_float(out + 4, 1.0 / square_root(variance / n + epsilon))
+
+
+def activate(
+    x: int, x_stride: int, y: int, y_stride: int, low: int, high: int, n: int, channels: int,
+    gains: int, slope: float,
+) -> None:  # fmt: skip
+    """n pixels of each channel through gain * x + shift and an activation, with their ranges.
+
+    Strides are bytes from one channel to the next; `gains` is [channels, 2]. `low` and `high` get
+    the range of each pixel over its channels and zero. The activation is SiLU, or max(x, slope x).
+    """
+    for i in range(0, n, ROWS):
+        left = n - i
+        least, most = splat(0.0), splat(0.0)
+        x_at, y_at, gain_at = x + 4 * i, y + 4 * i, gains
+        for _ in range(channels):
+            value = load_floats(x_at, 0) if left >= ROWS else load_first_floats(x_at, left)
+            value = multiply_add(value, load_for_all(gain_at, 0), load_for_all(gain_at, 4))
+            if SILU:
+                value = value / (splat(1.0) + exponential(splat(0.0) - value))
+            else:
+                value = larger(value, value * splat(slope))
+            least, most = smaller(value, least), larger(value, most)
+            if left >= ROWS:
+                store_floats(y_at, value)
+            else:
+                store_first_floats(y_at, value, left)
+            x_at += x_stride
+            y_at += y_stride
+            gain_at += 8
+        store_first_floats(low + 4 * i, least, left)
+        store_first_floats(high + 4 * i, most, left)
+
+
+def pack_patches(
+    image: int, low: int, high: int, offsets: int, fours: int, taps: int, count: int, out: int,
+    out_stride: int, scales: int,
+) -> None:  # fmt: skip
+    """Patches of 16 pixels side by side as bytes [fours, 16, 4], `out_stride` between fours.
+
+    `image`, `low` and `high` are the places of the first pixel; `offsets` int32 [4 * fours] is
+    where the weights' elements are from there, in bytes, and `taps` int32 [count] the same within
+    `low` and `high`. `scales` gets the 16 scales and the 16 codes that stand for zero, less CENTER.
+    """
+    least, most = splat(0.0), splat(0.0)
+    for _ in range(count):
+        offset = load_int(taps, 0)
+        least = smaller(load_floats(low, offset), least)
+        most = larger(load_floats(high, offset), most)
+        taps += 4
+    span = most - least
+    kept = larger(span, splat(TINY))
+    inverse = splat(LEVELS) / kept
+    zero = splat(2.0 + ROUNDER) - least * inverse
+    store_floats(scales, kept * splat(1.0 / LEVELS))
+    store_floats(scales + 4 * ROWS, zero - splat(ROUNDER + CENTER))
+    for _ in range(fours):
+        first = load_floats(image, load_int(offsets, 0)) * inverse
+        second = load_floats(image, load_int(offsets, 4)) * inverse
+        third = load_floats(image, load_int(offsets, 8)) * inverse
+        fourth = load_floats(image, load_int(offsets, 12)) * inverse
+        store_bytes(out, join_codes(first + zero, second + zero, third + zero, fourth + zero))
+        offsets += 16
+        out += out_stride
+
+
+def multiply(
+    patches: int, scales: int, codes: int, numbers: int, fours: int, block: int, y: int,
+    y_stride: int, pixels: int, outputs: int, bias: int, residual: int,
+) -> None:  # fmt: skip
+    """A tile of CONV_OUTPUTS outputs by VECTORS times 16 pixels.
+
+    `patches` and `scales` are as `pack_patches` left them, a vector after the other; `codes` and
+    `numbers` a group of weights as layout.py says, with `block` fours to a scale. Of the tile,
+    `outputs` rows of `pixels` are stored; `residual`, at the same places as `y`, is added unless 0.
+    """
+    total, part, four = registers(), registers(), registers()
+    for o in static(CONV_OUTPUTS):
+        for v in static(VECTORS):
+            total[o, v] = splat(0.0)
+    left = fours
+    while left > 0:
+        for o in static(CONV_OUTPUTS):
+            for v in static(VECTORS):
+                part[o, v] = splat_int(0)
+        for _ in range(min(block, left)):
+            for v in static(VECTORS):
+                four[v] = load_bytes(patches, 4 * ROWS * v)
+            for o in static(CONV_OUTPUTS):
+                for v in static(VECTORS):
+                    part[o, v] = activation_dot(part[o, v], four[v], codes, 4 * o)
+            patches += 4 * ROWS * VECTORS
+            codes += 4 * CONV_OUTPUTS
+        for o in static(CONV_OUTPUTS):
+            scale = load_for_all(numbers, 4 * o)
+            for v in static(VECTORS):
+                total[o, v] = multiply_add(to_floats(part[o, v]), scale, total[o, v])
+        numbers += 4 * CONV_OUTPUTS
+        left -= block
+    for o in static(CONV_OUTPUTS):
+        if o < outputs:
+            weights = load_for_all(numbers, 4 * o)
+            more = load_for_all(bias, 4 * o)
+            for v in static(VECTORS):
+                rest = pixels - ROWS * v
+                if rest > 0:
+                    scale = load_floats(scales, 8 * ROWS * v)
+                    zero = load_floats(scales, 8 * ROWS * v + 4 * ROWS)
+                    value = multiply_add(total[o, v] - zero * weights, scale, more)
+                    at = o * y_stride + 4 * ROWS * v
+                    if rest >= ROWS:
+                        if residual != 0:
+                            value = value + load_floats(residual, at)
+                        store_floats(y + at, value)
+                    else:
+                        if residual != 0:
+                            value = value + load_first_floats(residual + at, rest)
+                        store_first_floats(y + at, value, rest)
+
+
+def unpack_nibbles(packed: int, codes: int, chunks: int) -> None:
+    """Bytes of weights from nibbles: chunks of 64 bytes, low halves first, become 128."""
+    for _ in range(chunks):
+        both = load_bytes(packed, 0)
+        store_bytes(codes, low_signed(both))
+        store_bytes(codes + 64, high_signed(both))
+        packed += 64
+        codes += 128
+
+
+def kernels() -> dict[str, tuple[Callable[..., Any], str]]:
+    """Name of each kernel -> what makes its function, and the C types of its arguments."""
+    fixed = {"ROWS": ROWS, "CONV_OUTPUTS": CONV_OUTPUTS}
+    found: dict[str, tuple[Callable[..., Any], str]] = {
+        "moments": (partial(unrolled, moments, **fixed), "iiid"),
+        "activate_linear": (partial(unrolled, activate, SILU=False, **fixed), "i" * 9 + "d"),
+        "activate_silu": (partial(unrolled, activate, SILU=True, **fixed), "i" * 9 + "d"),
+        "pack_patches": (partial(unrolled, pack_patches, **fixed), "i" * 10),
+        "unpack_nibbles": (partial(unrolled, unpack_nibbles, **fixed), "iii"),
+    }
+    for vectors in (1, 2):
+        make = partial(unrolled, multiply, VECTORS=vectors, **fixed)
+        found[f"conv_{vectors}"] = (make, "i" * 12)
+    return found

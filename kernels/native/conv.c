@@ -1,0 +1,501 @@
+/* Conv: y = conv(activation(norm(x)), w) + bias + residual, and ConvTranspose, the same in 1-D.
+ *
+ *   x         float [batch, channels, (height,) width]
+ *   weights   uint8, layout.pack_conv of [n, channels * kernel]
+ *   bias      float [n], optional
+ *   residual  float, shaped as y or with a batch of 1, optional
+ *   gain      float [channels], optional: a norm first, over groups of channels:
+ *   shift     float [channels]: norm(x) = gain * (x - mean) / deviation + shift
+ *   film      float [batch, 2 * channels], optional: norm(x) * (1 + film[:, :c]) + film[:, c:]
+ *   -> y      float [batch, n, (height,) width]
+ *
+ * Attributes: n, bits (of a weight: 8, 4), block (weights of a row that share a scale),
+ * kernel_shape, pads, dilations, norm_groups, epsilon, activation ("silu", "leaky_relu" or none),
+ * alpha (of leaky_relu). Strides are 1. ConvTranspose has strides instead of dilations; its weights
+ * are those of a convolution with n * stride outputs, see layout.transposed_weights.
+ *
+ * A part of the output, a strip of rows or a stretch of samples, is one thread's work at a time;
+ * conv.py says what is done to it. */
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "kernels.h"
+#include "op.h"
+
+enum { LANES = 16, OUTPUTS = 4, VECTORS = 2, MAX_PARTS = 64, UNIT = 128 };
+
+/* A part's padded image: small enough to stay in a second-level cache, as rows at its edge are made
+ * twice. Parts with fewer multiplications than PART_WORK cost more to hand out than to run; images
+ * with fewer pixels than STRIP_PIXELS are cut by outputs rather than by rows. */
+enum { IMAGE_BYTES = 512 << 10, PART_WORK = 1 << 20, STRIP_PIXELS = 512, SPLIT_GROUPS = 12 };
+enum { NORM_WORK = 64 << 10 }; /* floats */
+
+typedef struct {
+  const char *name;
+  int64_t n, bits, block, rank, norm_groups;
+  int64_t kernel[2], before[2], after[2], dilations[2];
+  int64_t stride, crop, crop_after; /* of ConvTranspose; else 1 and 0 */
+  int64_t full_kernel;              /* of ConvTranspose: its own, not that of its phases */
+  double epsilon, slope;
+  moments_fn moments;
+  normalize_fn activate;
+  pack_patches_fn pack;
+  elementwise_fn unpack;
+  conv_fn multiply[VECTORS];
+} Conv;
+
+typedef struct {
+  const Conv *op;
+  const float *x, *bias, *residual, *gain, *shift, *film, *numbers;
+  const char *codes;
+  float *y, *biases, *moments, *gains;
+  int32_t *offsets, *taps;
+  char *work;
+  int64_t batch, channels, h, w;      /* of x */
+  int64_t rows, columns, y_w;         /* of the convolution; of y, which has as many rows */
+  int64_t residual_step;              /* from one batch to the next */
+  int64_t n, fours, blocks, groups;   /* of the weights; n counts phases */
+  int64_t strip_rows, strip_columns, strips, splits, norm_parts, first;
+  int64_t pitch, plane, work_bytes;   /* of a part's image, in floats; of all that a part needs */
+  int aligned;                        /* 16 pixels side by side never lie in two rows */
+  _Atomic uint64_t busy;              /* which pieces of work are in use */
+} Job;
+
+static int64_t up_to(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+static Status read_shape(Conv *op, const void *info, int transposed) {
+  int64_t shape[2], pads[4] = {0}, dilations[2] = {1, 1};
+  op->rank = (int64_t)attribute_ints(info, "kernel_shape", shape, 2);
+  if (op->rank < 1 || op->rank > 2 - transposed)
+    return fail("%s: kernel_shape of rank %lld, expected 1%s", op->name, (long long)op->rank,
+                transposed ? "" : " or 2");
+  attribute_ints(info, "pads", pads, 4);
+  attribute_ints(info, transposed ? "strides" : "dilations", dilations, 2);
+  for (int64_t i = 0, at = 2 - op->rank; i < op->rank; i++, at++) {
+    int64_t most = larger(larger(shape[i], dilations[i]), larger(pads[i], pads[i + op->rank]));
+    if (shape[i] < 1 || dilations[i] < 1 || pads[i] < 0 || pads[i + op->rank] < 0 ||
+        most > 1 << 16)
+      return fail("%s: kernel_shape %lld, pads %lld and %lld, %s %lld are out of range", op->name,
+                  (long long)shape[i], (long long)pads[i], (long long)pads[i + op->rank],
+                  transposed ? "strides" : "dilations", (long long)dilations[i]);
+    op->kernel[at] = shape[i], op->dilations[at] = dilations[i];
+    op->before[at] = pads[i], op->after[at] = pads[i + op->rank];
+  }
+  if (!transposed) return NULL;
+  /* Output q * stride + r - crop is phase r of a convolution at q with every stride-th weight. */
+  op->full_kernel = op->kernel[1], op->stride = op->dilations[1], op->dilations[1] = 1;
+  op->crop = op->before[1], op->crop_after = op->after[1];
+  op->kernel[1] = up_to(op->full_kernel, op->stride) / op->stride;
+  op->before[1] = op->after[1] = op->kernel[1] - 1;
+  return NULL;
+}
+
+static Status create(const CustomOp *self, const void *api, const void *info, void **kernel) {
+  (void)api;
+  char activation[32];
+  Conv op = {.name = self->name(self), .stride = 1, .kernel = {1, 1}, .dilations = {1, 1}};
+  TRY(read_shape(&op, info, !strcmp(op.name, "ConvTranspose")));
+  op.n = attribute_int(info, "n", 0);
+  op.bits = attribute_int(info, "bits", 0);
+  op.block = attribute_int(info, "block", 0);
+  op.norm_groups = attribute_int(info, "norm_groups", 0);
+  op.epsilon = attribute_float(info, "epsilon", 1e-5f);
+  if (op.n < 1 || op.n > 1 << 20 || (op.bits != 4 && op.bits != 8) || op.block < 4 || op.block % 4)
+    return fail("%s: n %lld, bits %lld, block %lld, expected outputs, 4 or 8 bits and blocks of a"
+                " multiple of 4", op.name, (long long)op.n, (long long)op.bits,
+                (long long)op.block);
+  attribute_string(info, "activation", activation, sizeof activation);
+  int silu = !strcmp(activation, "silu"), leaky = !strcmp(activation, "leaky_relu");
+  if (*activation && !silu && !leaky)
+    return fail("%s: activation '%s', expected silu or leaky_relu", op.name, activation);
+  op.slope = leaky ? attribute_float(info, "alpha", 0.01f) : 1;
+  if (!(op.slope >= 0 && op.slope <= 1))
+    return fail("%s: alpha %g, expected 0 to 1", op.name, op.slope);
+  const char *variant = leangen_kernels_variant(NULL);
+  op.moments = leangen_kernels_find(variant, "moments");
+  op.activate = leangen_kernels_find(variant, silu ? "activate_silu" : "activate_linear");
+  op.pack = leangen_kernels_find(variant, "pack_patches");
+  op.unpack = leangen_kernels_find(variant, "unpack_nibbles");
+  op.multiply[0] = leangen_kernels_find(variant, "conv_1");
+  op.multiply[1] = leangen_kernels_find(variant, "conv_2");
+  *kernel = malloc(sizeof op);
+  if (!*kernel) return fail("%s: out of memory", op.name);
+  memcpy(*kernel, &op, sizeof op);
+  return NULL;
+}
+
+/* Means and deviations of some groups of channels. */
+static void norm(void *given, size_t part) {
+  Job *job = given;
+  int64_t all = job->batch * job->op->norm_groups;
+  int64_t each = job->channels / job->op->norm_groups * job->h * job->w;
+  int64_t last = all * ((int64_t)part + 1) / job->norm_parts;
+  for (int64_t i = all * (int64_t)part / job->norm_parts; i < last; i++)
+    CALL_KERNEL(job->op->moments, (int64_t)(job->x + i * each), each,
+                (int64_t)(job->moments + 2 * i), job->op->epsilon);
+}
+
+/* What each channel is multiplied with, and what is added, before the activation. */
+static void make_gains(Job *job) {
+  for (int64_t i = 0; i < job->batch * job->channels; i++) {
+    int64_t c = i % job->channels, b = i / job->channels;
+    float gain = 1, shift = 0;
+    if (job->gain) {
+      int64_t group = b * job->op->norm_groups + c / (job->channels / job->op->norm_groups);
+      gain = job->gain[c] * job->moments[2 * group + 1];
+      shift = job->shift[c] - gain * job->moments[2 * group];
+    }
+    if (job->film) {
+      const float *film = job->film + 2 * b * job->channels + c;
+      gain *= 1 + film[0];
+      shift = shift * (1 + film[0]) + film[job->channels];
+    }
+    job->gains[2 * i] = gain;
+    job->gains[2 * i + 1] = shift;
+  }
+}
+
+/* Where the weights' elements are from a pixel's place in the image, in bytes. */
+static void make_offsets(Job *job) {
+  const Conv *op = job->op;
+  int64_t k = 0, tap = 0;
+  for (int64_t c = 0; c < job->channels; c++)
+    for (int64_t i = 0; i < op->kernel[0]; i++)
+      for (int64_t j = 0; j < op->kernel[1]; j++) {
+        int64_t at = i * op->dilations[0] * job->pitch + j * op->dilations[1];
+        job->offsets[k++] = (int32_t)(4 * (c * job->plane + at));
+        if (c == 0) job->taps[tap++] = (int32_t)(4 * at);
+      }
+  while (k < 4 * job->fours) job->offsets[k++] = 0; /* these weights are zero */
+}
+
+typedef struct {
+  float *image, *low, *high, *scales, *tile;
+  char *patches;
+} Work;
+
+static Work work_at(const Job *job, int64_t slot) {
+  Work work = {.image = (float *)(job->work + slot * job->work_bytes)};
+  work.low = work.image + job->channels * job->plane;
+  work.high = work.low + job->plane;
+  work.scales = work.high + job->plane;
+  work.tile = work.scales + 2 * LANES * VECTORS;
+  work.patches = (char *)(work.tile + OUTPUTS * LANES * VECTORS);
+  return work;
+}
+
+/* The padded image behind a strip of outputs, from row `top` and column `left` of x. */
+static void fill_image(const Job *job, const Work *work, int64_t b, int64_t top, int64_t left,
+                       int64_t rows, int64_t columns) {
+  int64_t before = smaller(larger(-left, 0), columns), from = left + before;
+  int64_t known = larger(smaller(job->w - from, columns - before), 0);
+  for (int64_t row = 0; row < rows; row++) {
+    int64_t y = top + row, inside = y >= 0 && y < job->h ? known : 0;
+    float *line = work->image + row * job->pitch;
+    for (int64_t c = 0; c < job->channels + 2; c++) { /* low and high follow the image */
+      float *one = line + c * job->plane;
+      memset(one, 0, (size_t)before * sizeof *one);
+      memset(one + before + inside, 0, (size_t)(columns - before - inside) * sizeof *one);
+    }
+    if (!inside) continue;
+    int64_t low = row * job->pitch + before;
+    CALL_KERNEL(job->op->activate,
+                (int64_t)(job->x + (b * job->channels * job->h + y) * job->w + from),
+                4 * job->h * job->w, (int64_t)(line + before), 4 * job->plane,
+                (int64_t)(work->low + low), (int64_t)(work->high + low), inside, job->channels,
+                (int64_t)(job->gains + 2 * b * job->channels), job->op->slope);
+  }
+}
+
+/* From a tile to y: past the pixels between rows, and each phase of a transposed convolution to its
+ * place. The tile is `outputs` of `pixels` from place `at` of the image. */
+static void scatter(const Job *job, const float *tile, int64_t b, int64_t top, int64_t left,
+                    int64_t columns, int64_t at, int64_t output, int64_t outputs, int64_t pixels) {
+  int64_t stride = job->op->stride, image = job->op->n * job->rows * job->y_w;
+  const float *residual = job->residual ? job->residual + b * (job->residual_step - image) : NULL;
+  for (int64_t o = output; o < output + outputs; o++, tile += LANES * VECTORS) {
+    int64_t first = (b * job->op->n + o / stride) * job->rows + top;
+    for (int64_t i = 0; i < pixels; i++) {
+      int64_t row = (at + i) / job->pitch, column = (at + i) % job->pitch;
+      int64_t to = (left + column) * stride + o % stride - job->op->crop;
+      if (column >= columns || to < 0 || to >= job->y_w) continue;
+      to += (first + row) * job->y_w;
+      job->y[to] = tile[i] + (residual ? residual[to] : 0);
+    }
+  }
+}
+
+static int64_t take_slot(Job *job) {
+  uint64_t busy = atomic_load(&job->busy);
+  int slot;
+  do slot = __builtin_ctzll(~busy);
+  while (!atomic_compare_exchange_weak(&job->busy, &busy, busy | 1ull << slot));
+  return slot;
+}
+
+/* Some outputs of one strip. */
+static void convolve(void *given, size_t part) {
+  Job *job = given;
+  const Conv *op = job->op;
+  int64_t piece = job->first + (int64_t)part, split = piece % job->splits;
+  int64_t strip = piece / job->splits;
+  int64_t across = up_to(job->columns, job->strip_columns) / job->strip_columns;
+  int64_t b = strip / job->strips, left = strip % across * job->strip_columns;
+  int64_t top = strip % job->strips / across * job->strip_rows;
+  int64_t rows = smaller(job->strip_rows, job->rows - top);
+  int64_t columns = smaller(job->strip_columns, job->columns - left);
+  int64_t slot = take_slot(job);
+  Work work = work_at(job, slot);
+  fill_image(job, &work, b, top - op->before[0], left - op->before[1],
+             rows + op->dilations[0] * (op->kernel[0] - 1),
+             columns + op->dilations[1] * (op->kernel[1] - 1));
+  int64_t end = job->aligned ? rows * columns : (rows - 1) * job->pitch + columns;
+  int direct = job->aligned && op->stride == 1;
+  int64_t y_stride = 4 * job->rows * job->y_w;
+  const float *residual = job->residual;
+  if (residual) residual += b * (job->residual_step - op->n * job->rows * job->y_w);
+  for (int64_t at = 0; at < end; at += LANES * VECTORS) {
+    int64_t pixels = smaller(end - at, LANES * VECTORS), vectors = up_to(pixels, LANES) / LANES;
+    for (int64_t v = 0; v < vectors; v++) {
+      int64_t first = at + LANES * v;
+      if (job->aligned) first = first / columns * job->pitch + first % columns;
+      CALL_KERNEL(op->pack, (int64_t)(work.image + first), (int64_t)(work.low + first),
+                  (int64_t)(work.high + first), (int64_t)job->offsets, job->fours,
+                  (int64_t)job->taps, op->kernel[0] * op->kernel[1],
+                  (int64_t)(work.patches + 4 * LANES * v), 4 * LANES * vectors,
+                  (int64_t)(work.scales + 2 * LANES * v));
+    }
+    for (int64_t group = job->groups * split / job->splits;
+         group < job->groups * (split + 1) / job->splits; group++) {
+      int64_t output = OUTPUTS * group, outputs = smaller(OUTPUTS, job->n - output);
+      int64_t to = ((b * job->n + output) * job->rows + top) * job->y_w + left + at;
+      CALL_KERNEL(op->multiply[vectors - 1], (int64_t)work.patches, (int64_t)work.scales,
+                  (int64_t)(job->codes + group * job->fours * 4 * OUTPUTS),
+                  (int64_t)(job->numbers + group * (job->blocks + 1) * OUTPUTS), job->fours,
+                  op->block / 4, (int64_t)(direct ? job->y + to : work.tile),
+                  direct ? y_stride : 4 * LANES * VECTORS, pixels, outputs,
+                  (int64_t)(job->biases + output),
+                  direct && residual ? (int64_t)(residual + to) : (int64_t)0);
+      if (!direct)
+        scatter(job, work.tile, b, top, left, columns, at, output, outputs, pixels);
+    }
+  }
+  atomic_fetch_and(&job->busy, ~(1ull << slot));
+}
+
+/* How the work is cut up: by strips, and by outputs where the image is too small for that. */
+static void cut(Job *job) {
+  const Conv *op = job->op;
+  int64_t down = op->dilations[0] * (op->kernel[0] - 1);
+  int64_t along = op->dilations[1] * (op->kernel[1] - 1), pixels = job->rows * job->columns;
+  int64_t wanted = smaller(larger(job->n * job->fours * 4 * pixels / PART_WORK, 1), 8);
+  int64_t held = IMAGE_BYTES / 4 / (job->channels + 2);
+  int64_t strips = larger(smaller(wanted, pixels / STRIP_PIXELS), 1);
+  job->strip_rows = job->rows, job->strip_columns = job->columns;
+  if (job->rows == 1) {
+    int64_t most = larger(held - along, LANES * VECTORS);
+    strips = larger(strips, up_to(job->columns, most) / most);
+    int64_t each = up_to(job->columns, strips) / strips;
+    job->strip_columns = smaller(up_to(each, LANES * VECTORS), job->columns);
+    job->strips = up_to(job->columns, job->strip_columns) / job->strip_columns;
+  } else {
+    int64_t most = larger(held / (job->columns + along) - down, 1);
+    strips = larger(strips, up_to(job->rows, most) / most);
+    job->strip_rows = up_to(job->rows, strips) / strips;
+    job->strips = up_to(job->rows, job->strip_rows) / job->strip_rows;
+  }
+  job->splits = wanted / (job->strips * larger(job->batch, 1));
+  job->splits = smaller(job->groups / SPLIT_GROUPS, job->splits);
+  job->splits = larger(job->splits, 1);
+  job->pitch = job->strip_columns + along;
+  /* An odd number of cache lines: channels do not fall on each other. */
+  job->plane = ((job->strip_rows + down) * job->pitch + LANES) / LANES * LANES;
+  if (job->plane / LANES % 2 == 0) job->plane += LANES;
+  job->work_bytes = 4 * ((job->channels + 2) * job->plane + 2 * LANES * VECTORS +
+                         OUTPUTS * LANES * VECTORS + LANES * VECTORS * job->fours);
+  job->work_bytes = up_to(job->work_bytes + 64, 64);
+}
+
+static Status check(const Conv *op, const Tensor *x, const Tensor *weights, const Tensor *bias,
+                    const Tensor *gain, const Tensor *shift, const Tensor *film) {
+  if (x->rank != (size_t)op->rank + 2)
+    return fail("%s: x has rank %zu, expected %lld", op->name, x->rank, (long long)op->rank + 2);
+  int64_t channels = x->dims[1];
+  for (size_t i = 1; i < x->rank; i++)
+    if (x->dims[i] < 1 || x->dims[i] > 1 << 28)
+      return fail("%s: x has a dimension of %lld", op->name, (long long)x->dims[i]);
+  int64_t k = channels * op->kernel[0] * op->kernel[1];
+  if (k > 1 << 24) return fail("%s: %lld weights an output are too many", op->name, (long long)k);
+  int64_t fours = up_to(k, 4) / 4, groups = up_to(op->n * op->stride, OUTPUTS) / OUTPUTS;
+  int64_t bytes = up_to(groups * fours * 4 * OUTPUTS, UNIT) * op->bits / 8 +
+                  groups * (up_to(4 * fours, op->block) / op->block + 1) * 4 * OUTPUTS;
+  if (weights->count != bytes)
+    return fail("%s: weights hold %lld bytes, expected %lld for n = %lld and %lld channels",
+                op->name, (long long)weights->count, (long long)bytes, (long long)op->n,
+                (long long)channels);
+  if (bias->data && bias->count != op->n)
+    return fail("%s: bias has %lld elements, expected n = %lld", op->name, (long long)bias->count,
+                (long long)op->n);
+  if ((gain->data || shift->data) && (gain->count != channels || shift->count != channels))
+    return fail("%s: gain has %lld elements and shift %lld, expected %lld channels", op->name,
+                (long long)gain->count, (long long)shift->count, (long long)channels);
+  if (gain->data && (op->norm_groups < 1 || channels % op->norm_groups))
+    return fail("%s: %lld channels do not make norm_groups = %lld", op->name, (long long)channels,
+                (long long)op->norm_groups);
+  if (film->data && film->count != x->dims[0] * 2 * channels)
+    return fail("%s: film has %lld elements, expected %lld", op->name, (long long)film->count,
+                (long long)(x->dims[0] * 2 * channels));
+  return NULL;
+}
+
+static Status measure(Job *job, const Tensor *x, const Tensor *residual, int64_t *dims) {
+  const Conv *op = job->op;
+  job->batch = x->dims[0], job->channels = x->dims[1];
+  job->h = op->rank == 2 ? x->dims[2] : 1, job->w = x->dims[x->rank - 1];
+  int64_t size[2] = {job->h, job->w};
+  for (int i = 0; i < 2; i++) {
+    size[i] += op->before[i] + op->after[i] - op->dilations[i] * (op->kernel[i] - 1);
+    if (size[i] < 1)
+      return fail("%s: x of %lld by %lld is smaller than the kernel", op->name,
+                  (long long)job->h, (long long)job->w);
+  }
+  job->rows = size[0], job->columns = job->y_w = size[1];
+  if (op->full_kernel)
+    job->y_w = (job->w - 1) * op->stride + op->full_kernel - op->crop - op->crop_after;
+  if (job->y_w < 1) return fail("%s: pads leave no output of %lld samples", op->name,
+                                (long long)job->w);
+  dims[0] = job->batch, dims[1] = op->n, dims[2] = job->rows, dims[op->rank + 1] = job->y_w;
+  job->n = op->n * op->stride;
+  job->fours = up_to(job->channels * op->kernel[0] * op->kernel[1], 4) / 4;
+  job->blocks = up_to(4 * job->fours, op->block) / op->block;
+  job->groups = up_to(job->n, OUTPUTS) / OUTPUTS;
+  int same = residual->rank == x->rank;
+  for (size_t i = 1; same && i < x->rank; i++) same = residual->dims[i] == dims[i];
+  same = same && (residual->dims[0] == 1 || residual->dims[0] == dims[0]);
+  job->residual_step = same && residual->dims[0] > 1 ? op->n * job->rows * job->y_w : 0;
+  if (residual->rank && !same)
+    return fail("%s: residual is not shaped as the output, [%lld, %lld, ...]", op->name,
+                (long long)dims[0], (long long)dims[1]);
+  cut(job);
+  job->aligned = job->rows == 1 || job->columns % LANES == 0;
+  if (4 * (job->channels + 2) * job->plane > INT32_MAX)
+    return fail("%s: rows of %lld pixels of %lld channels are too long", op->name,
+                (long long)job->columns, (long long)job->channels);
+  return NULL;
+}
+
+static Status compute(void *self, void *context) {
+  const Conv *op = self;
+  Tensor x, weights, bias, residual, gain, shift, film;
+  TRY(get_input(context, 0, &x));
+  TRY(get_input(context, 1, &weights));
+  TRY(get_input(context, 2, &bias));
+  TRY(get_input(context, 3, &residual));
+  TRY(get_input(context, 4, &gain));
+  TRY(get_input(context, 5, &shift));
+  TRY(get_input(context, 6, &film));
+  TRY(check(op, &x, &weights, &bias, &gain, &shift, &film));
+  Job job = {.op = op, .x = x.data, .bias = bias.data, .residual = residual.data,
+             .gain = gain.data, .shift = shift.data, .film = film.data, .codes = weights.data};
+  int64_t dims[MAX_RANK];
+  TRY(measure(&job, &x, &residual, dims));
+  TRY(get_output(context, 0, dims, x.rank, (void **)&job.y));
+  if (!job.batch) return NULL;
+
+  int64_t parts = job.batch * job.strips * job.splits, slots = smaller(parts, MAX_PARTS);
+  int64_t code_bytes = up_to(job.groups * job.fours * 4 * OUTPUTS, UNIT);
+  int64_t biases = up_to(4 * OUTPUTS * job.groups, 64), codes = op->bits == 4 ? code_bytes : 0;
+  int64_t moments = up_to(8 * job.batch * larger(op->norm_groups, 1), 64);
+  int64_t gains = up_to(8 * job.batch * job.channels, 64), offsets = up_to(16 * job.fours, 64);
+  int64_t taps = up_to(4 * op->kernel[0] * op->kernel[1], 64);
+  char *memory = scratch((size_t)(biases + codes + moments + gains + offsets + taps +
+                                  slots * job.work_bytes));
+  if (!memory) return fail("%s: out of memory", op->name);
+  job.biases = (float *)memory, memory += biases;
+  if (codes) {
+    CALL_KERNEL(op->unpack, (int64_t)weights.data, (int64_t)memory, codes / UNIT);
+    job.codes = memory, memory += codes;
+  }
+  job.numbers = (const float *)((char *)weights.data + code_bytes * op->bits / 8);
+  job.moments = (float *)memory, memory += moments;
+  job.gains = (float *)memory, memory += gains;
+  job.offsets = (int32_t *)memory, memory += offsets;
+  job.taps = (int32_t *)memory, memory += taps;
+  job.work = memory;
+  for (int64_t i = 0; i < OUTPUTS * job.groups; i++)
+    job.biases[i] = job.bias && i < job.n ? job.bias[i / op->stride] : 0;
+  make_offsets(&job);
+  if (job.gain) {
+    int64_t all = job.batch * op->norm_groups;
+    job.norm_parts = smaller(smaller(all, 8), x.count / NORM_WORK);
+    if (job.norm_parts < 2)
+      job.norm_parts = 1, norm(&job, 0);
+    else
+      TRY(ORT(KernelContext_ParallelFor)(context, norm, (size_t)job.norm_parts, (size_t)0, &job));
+  }
+  make_gains(&job);
+  for (int64_t first = 0; first < parts; first += MAX_PARTS) {
+    job.first = first;
+    int64_t some = smaller(parts - first, MAX_PARTS);
+    if (some == 1)
+      convolve(&job, 0);
+    else
+      TRY(ORT(KernelContext_ParallelFor)(context, convolve, (size_t)some, (size_t)0, &job));
+  }
+  return NULL;
+}
+
+static Status infer(const CustomOp *self, void *context) {
+  int64_t dims[MAX_RANK], shape[2], pads[4] = {0}, steps[2] = {1, 1};
+  const char *names[MAX_RANK] = {0};
+  size_t rank, kernel, padded, stepped;
+  int transposed = !strcmp(self->name(self), "ConvTranspose");
+  TRY(infer_input(context, 0, dims, names, &rank));
+  TRY(infer_attribute_ints(context, "kernel_shape", shape, 2, &kernel));
+  TRY(infer_attribute_ints(context, "pads", pads, 4, &padded));
+  TRY(infer_attribute_ints(context, transposed ? "strides" : "dilations", steps, 2, &stepped));
+  if (rank < 3 || rank != kernel + 2) return NULL; /* unknown here, checked when it runs */
+  TRY(infer_attribute_int(context, "n", 0, &dims[1]));
+  names[1] = "";
+  for (size_t i = 0; i < kernel; i++) {
+    int64_t more = pads[i] + pads[i + kernel] - steps[i] * (shape[i] - 1);
+    if (!transposed && !more) continue; /* keeps its name */
+    names[i + 2] = "";
+    if (dims[i + 2] < 0) continue;
+    if (transposed)
+      dims[i + 2] = (dims[i + 2] - 1) * steps[i] + shape[i] - pads[i] - pads[i + kernel];
+    else
+      dims[i + 2] += more;
+  }
+  return infer_output(context, 0, dims, names, rank);
+}
+
+static const char *name(const CustomOp *op) { return (void)op, "Conv"; }
+static const char *transpose_name(const CustomOp *op) { return (void)op, "ConvTranspose"; }
+static int input_type(const CustomOp *op, size_t index) {
+  return (void)op, index == 1 ? TENSOR_UINT8 : TENSOR_FLOAT;
+}
+static int output_type(const CustomOp *op, size_t index) {
+  return (void)op, (void)index, TENSOR_FLOAT;
+}
+static size_t inputs(const CustomOp *op) { return (void)op, 7; }
+static size_t outputs(const CustomOp *op) { return (void)op, 1; }
+static int input_characteristic(const CustomOp *op, size_t index) {
+  return (void)op, index < 2 ? REQUIRED : OPTIONAL;
+}
+
+#define CONV(name_) \
+  { \
+    OP_COMMON, .name = name_, .input_type = input_type, .input_count = inputs, \
+    .output_type = output_type, .output_count = outputs, \
+    .input_characteristic = input_characteristic, .create_v2 = create, .compute_v2 = compute, \
+    .destroy = free, .infer_shape = infer, \
+  }
+
+const CustomOp conv_op = CONV(name);
+const CustomOp conv_transpose_op = CONV(transpose_name);

@@ -1,0 +1,61 @@
+"""What `eval`, `compare` and `tune` judge quality by: the same options, read the same way."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from leangen.console import Progress, say
+
+if TYPE_CHECKING:
+    from leangen.bundle import Bundle
+    from leangen.quality import Task
+    from leangen.store import Store
+
+TOKENS, PROMPTS = 2048, 4
+
+
+def task_options(sub: argparse.ArgumentParser) -> None:
+    """Every option defaults to None: what is not given is the family's default."""
+    group = sub.add_argument_group("what quality is judged by")
+    group.add_argument(
+        "--data", type=Path, help="a text; rows (.npy, .csv); images (folder, .npy, .npz)"
+    )
+    group.add_argument("--tokens", type=int, help=f"language: tokens to score; default {TOKENS}")
+    group.add_argument(
+        "--prompts", type=int, help=f"language: greedy continuations; default {PROMPTS}"
+    )
+    group.add_argument("--new-tokens", type=int, help="language: length of each; default 64")
+    group.add_argument("--seeds", type=int, help="images, speech: samples to draw; default 4")
+    group.add_argument("--steps", type=int, help="diffusion: steps; default: the model's")
+    group.add_argument("--rows", type=int, help="flow: samples to draw; default 4096")
+    group.add_argument("--features", type=Path, metavar="ONNX", help="images: a feature network")
+    group.add_argument(
+        "--whisper", type=Path, metavar="DIR", help="speech: a CTranslate2 folder; tells words"
+    )
+
+
+def task_of(
+    args: argparse.Namespace, store: Store, bundle: Bundle, progress: Progress | None = None
+) -> Task:
+    """The task that was asked for; the text of a language model defaults to the catalog's."""
+    from leangen.quality import Task
+
+    names = ("data", "tokens", "prompts", "new_tokens", "seeds", "steps", "rows", "features")
+    given: dict[str, Any] = {
+        name: getattr(args, name) for name in (*names, "whisper") if getattr(args, name) is not None
+    }
+    if bundle.family == "language":
+        given = {"tokens": TOKENS, "prompts": PROMPTS} | given
+        if "data" not in given:
+            given["data"] = store.data("wiki-text", notify=say, progress=progress)
+    return Task(**given)
+
+
+def reference_of(bundle: Bundle, reference: str) -> str:
+    """`--reference`: a scheme of the same model, or another model's name or folder."""
+    from leangen.catalog import CATALOG
+
+    another = reference in CATALOG or ":" in reference or Path(reference).is_dir()
+    return reference if another or "/" in reference else f"{bundle.name}:{reference}"

@@ -1,0 +1,99 @@
+"""The caches of many sequences of one language model, and bindings of those that run together.
+
+All caches are one buffer, batch outermost, so that neighbouring rows are bound as they lie: a run
+appends in place and copies nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from leangen.families.decoder import Floats
+from leangen.session import Session
+
+_POSITIONS = 64  # a cache is sized and copied by these: kernels group its positions by up to 16
+
+
+def _whole(positions: int) -> int:
+    return -(-positions // _POSITIONS) * _POSITIONS
+
+
+class Rows:
+    """The caches of all rows, and a binding for each set of rows that runs together."""
+
+    def __init__(self, session: Session, rows: int, capacity: int) -> None:
+        config = session.bundle.config
+        self.rows = rows
+        self._graph = session.graph("model")
+        self._vocab = config["vocab_size"]
+        # Zeroed pages are the kernel's until written: rows that are not used take no memory.
+        capacity = _whole(capacity)
+        shape = (config["layers"], 2, rows, config["kv_heads"], capacity, config["head_dim"])
+        self._buffers = np.zeros(shape, np.float32)
+        self._bindings: dict[tuple[int, int], _Binding] = {}
+
+    def prefill(self, row: int, tokens: Items[int], length: int) -> Floats:
+        """Append to a row of `length` tokens; logits [vocab], valid until the next call."""
+        logits: Floats = self._binding(row, row + 1).run([tokens], [length])[0]
+        return logits
+
+    def decode(self, tokens: Items[int], lengths: Items[int]) -> Floats:
+        """Append one token to each of the first rows; logits [rows, vocab], valid as above."""
+        return self._binding(0, len(tokens)).run([[token] for token in tokens], lengths)
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` tokens of a row."""
+        length = _whole(length)
+        self._buffers[:, :, target, :, :length] = self._buffers[:, :, source, :, :length]
+
+    def _binding(self, first: int, stop: int) -> _Binding:
+        if (first, stop) not in self._bindings:
+            part = self._buffers[:, :, first:stop]
+            self._bindings[first, stop] = _Binding(self._graph, part, self._vocab)
+        return self._bindings[first, stop]
+
+
+class _Binding:
+    """Some neighbouring rows bound as past and present, with inputs and logits of their own."""
+
+    def __init__(self, graph: ort.InferenceSession, buffers: Floats, vocab: int) -> None:
+        self._graph = graph
+        self._binding = graph.io_binding()
+        rows = buffers.shape[2]
+        for layer, pair in enumerate(buffers):
+            for kind, buffer in zip(("key", "value"), pair, strict=True):
+                value = ort.OrtValue.ortvalue_from_numpy(buffer)
+                self._binding.bind_ortvalue_input(f"past_{kind}_{layer}", value)
+                self._binding.bind_ortvalue_output(f"present_{kind}_{layer}", value)
+        self._last = np.zeros(rows, np.int32)
+        self._total = np.zeros((), np.int32)
+        self._logits_from = np.full(1, -1, np.int64)
+        self._logits = np.zeros((rows, 1, vocab), np.float32)
+        self._ids = np.zeros((rows, 0), np.int64)
+        self._input("seqlens_k", self._last)
+        self._input("total_sequence_length", self._total)
+        self._input("logits_from", self._logits_from)
+        logits = ort.OrtValue.ortvalue_from_numpy(self._logits)
+        self._binding.bind_ortvalue_output("logits", logits)
+
+    def run(self, tokens: Items[Items[int]], lengths: Items[int]) -> Floats:
+        """Append `tokens`, as many to each row, to rows of `lengths`; logits [rows, vocab]."""
+        new = len(tokens[0])
+        if self._ids.shape[1] != new:
+            self._ids = np.zeros((len(tokens), new), np.int64)
+            self._input("input_ids", self._ids)
+        self._ids[...] = tokens
+        self._last[...] = lengths
+        self._last += new - 1
+        self._total[...] = self._last.max() + 1
+        self._graph.run_with_iobinding(self._binding)
+        logits: Floats = self._logits[:, 0]
+        return logits
+
+    def _input(self, name: str, array: np.ndarray[Any, Any]) -> None:
+        # The OrtValue is a window on the array's memory: later changes to the array are seen.
+        self._binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))

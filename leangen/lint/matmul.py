@@ -1,0 +1,198 @@
+"""Traps of block-quantized matrix multiplications (`MatMulNBits`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from onnx import NodeProto, helper
+
+from leangen.graph_edit import Array, Graph
+from leangen.lint.rules import MICROSOFT, Hit, Rule, changed, constant, make, option, optional
+
+_ZERO_POINTS, _GROUPS = 3, 4
+
+
+def _nbits(graph: Graph) -> Iterator[NodeProto]:
+    for node in graph.nodes:
+        if node.op_type == "MatMulNBits" and node.domain == MICROSOFT:
+            yield node
+
+
+def _blocks(node: NodeProto) -> tuple[int, int, int, int, int]:
+    """K, N, bits, block size, blocks of a row."""
+    k, n, size = (option(node, name, 0) for name in ("K", "N", "block_size"))
+    return k, n, option(node, "bits", 4), size, -(-k // size)
+
+
+def unpack(packed: Array, bits: int) -> Array:
+    """Codes of bytes, lowest bits first, along the last axis."""
+    per_byte = 8 // bits
+    shifts = np.arange(per_byte, dtype=np.uint8) * bits
+    codes = packed[..., None] >> shifts & ((1 << bits) - 1)
+    return np.asarray(codes.reshape(*packed.shape[:-1], -1))
+
+
+def pack(codes: Array, bits: int) -> Array:
+    """The inverse of `unpack`; the last axis is padded with zeros to whole bytes."""
+    per_byte = 8 // bits
+    short = -codes.shape[-1] % per_byte
+    codes = np.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, short)])
+    codes = codes.astype(np.uint8).reshape(*codes.shape[:-1], -1, per_byte)
+    shifts = np.arange(per_byte, dtype=np.uint8) * bits
+    return np.asarray(np.bitwise_or.reduce(codes << shifts, axis=-1))
+
+
+def _missing_level(graph: Graph) -> Iterator[Hit]:
+    for node in _nbits(graph):
+        if option(node, "accuracy_level", 0) == 0 and option(node, "bits", 4) in (4, 8):
+            yield Hit((node,), f"{option(node, 'bits', 4)}-bit MatMulNBits without accuracy_level")
+
+
+def _set_level(graph: Graph, hit: Hit) -> None:
+    (node,) = hit.nodes
+    copy = changed(node, {})
+    kept = [a for a in copy.attribute if a.name != "accuracy_level"]
+    del copy.attribute[:]
+    copy.attribute.extend([*kept, helper.make_attribute("accuracy_level", 4)])
+    graph.replace({node.name: [copy]})
+
+
+def _float_zero_points(graph: Graph) -> Iterator[Hit]:
+    for node in _nbits(graph):
+        name = constant(graph, node, _ZERO_POINTS)
+        if name and graph.is_float(name):
+            points = np.asarray(graph.array(name), np.float32)
+            whole = _whole(points, option(node, "bits", 4))
+            kind = "whole numbers stored as floats" if whole else "fractions, as HQQ makes them"
+            yield Hit((node,), f"float zero points ({kind})")
+
+
+def _whole(points: Array, bits: int) -> bool:
+    return bool(((points == np.rint(points)) & (points >= 0) & (points < 1 << bits)).all())
+
+
+def _repack_zero_points(graph: Graph, hit: Hit) -> None:
+    """Whole zero points are packed; else y = symmetric(x) + blocksums(x) @ ((8 - z) scale)^T."""
+    (node,) = hit.nodes
+    k, n, bits, size, blocks = _blocks(node)
+    points = np.asarray(graph.array(node.input[_ZERO_POINTS]), np.float32).reshape(n, blocks)
+    if _whole(points, bits):
+        packed = pack(points.astype(np.uint8), bits).reshape(-1)
+        name = graph.add(f"{node.name}/zero_points", packed)
+        graph.replace({node.name: [changed(node, {_ZERO_POINTS: name})]})
+        return
+    scales = np.asarray(graph.array(node.input[2]), np.float32).reshape(n, blocks)
+    middle = np.float32(1 << (bits - 1))
+    shift = graph.add(f"{node.name}/shift", np.ascontiguousarray(((middle - points) * scales).T))
+    label, x, y = node.name, node.input[0], node.output[0]
+    plain = changed(node, {_ZERO_POINTS: ""})
+    plain.output[0] = f"{label}/symmetric"
+    shared = graph.add_shared
+    rows = shared(np.array([-1, k], np.int64))
+    nodes = [plain, make("Reshape", [x, rows], f"{label}/rows")]
+    last = f"{label}/rows"
+    if blocks * size != k:
+        padding = shared(np.array([0, 0, 0, blocks * size - k], np.int64))
+        nodes.append(make("Pad", [last, padding], f"{label}/padded"))
+        last = f"{label}/padded"
+    nodes += [
+        make("Reshape", [last, shared(np.array([-1, blocks, size], np.int64))], f"{label}/blocks"),
+        make("ReduceSum", [f"{label}/blocks", shared(np.array([2]))], f"{label}/sums", keepdims=0),
+        make("MatMul", [f"{label}/sums", shift], f"{label}/flat"),
+        make("Shape", [plain.output[0]], f"{label}/shape"),
+        make("Reshape", [f"{label}/flat", f"{label}/shape"], f"{label}/shifted"),
+        make("Add", [plain.output[0], f"{label}/shifted"], y),
+    ]
+    graph.replace({node.name: nodes})
+
+
+def _groups(graph: Graph) -> Iterator[Hit]:
+    for node in _nbits(graph):
+        if not optional(node, _GROUPS):
+            continue
+        name = constant(graph, node, _GROUPS)
+        if name is None:
+            yield Hit((node,), "g_idx that is computed", fixable=False)
+            continue
+        k, _, _, size, blocks = _blocks(node)
+        groups = np.asarray(graph.array(name))[:k]
+        even = np.bincount(groups, minlength=blocks)[:-1] == size
+        order = "in order" if (np.diff(groups) >= 0).all() else "out of order (act-order)"
+        yield Hit((node,), f"g_idx, groups {order}", fixable=bool(even.all()))
+
+
+def _sort_groups(graph: Graph, hit: Hit) -> None:
+    """Weights are sorted by group, and the inputs gathered in that order; no g_idx is left."""
+    (node,) = hit.nodes
+    k, n, bits, size, blocks = _blocks(node)
+    groups = np.asarray(graph.array(node.input[_GROUPS]))[:k]
+    if (groups == np.arange(k) // size).all():
+        graph.replace({node.name: [changed(node, {_GROUPS: ""})]})
+        return
+    order = np.argsort(groups, kind="stable")
+    codes = unpack(np.asarray(graph.array(node.input[1])).reshape(n, -1), bits)
+    sorted_codes = np.zeros((n, blocks * size), np.uint8)
+    sorted_codes[:, :k] = codes[:, order]
+    packed = pack(sorted_codes, bits).reshape(n, blocks, -1)
+    label = node.name
+    weight = graph.add(f"{label}/sorted", packed)
+    gather = make(
+        "Gather", [node.input[0], graph.add_shared(order.astype(np.int64))], f"{label}/x", axis=-1
+    )
+    rest = changed(node, {0: f"{label}/x", 1: weight, _GROUPS: ""})
+    graph.replace({label: [gather, rest]})
+
+
+def _coarse(graph: Graph) -> Iterator[Hit]:
+    for node in _nbits(graph):
+        weight, scale = constant(graph, node, 1), constant(graph, node, 2)
+        _, n, bits, _, blocks = _blocks(node)
+        if bits not in (2, 4) or not weight or not scale or optional(node, _ZERO_POINTS):
+            continue
+        if not graph.is_float(scale) or (np.asarray(graph.array(scale)) < 0).any():
+            continue
+        codes = unpack(np.asarray(graph.array(weight)).reshape(n, blocks, -1), bits)
+        top = (1 << bits) - 1
+        share = float(((codes.max(axis=2) == top) & (codes.min(axis=2) > 0)).mean())
+        if share > 0.25:
+            yield Hit(
+                (node,),
+                f"step {1 / top:.1%} coarser than need be in {share:.0%} of its blocks: their "
+                "largest weight is positive, and the extra negative code is unused",
+                fixable=False,
+            )
+
+
+RULES = (
+    Rule(
+        "float-zero-points",
+        "MatMulNBits with float zero points skips prepacking: 30 to 100 times slower",
+        None,
+        _float_zero_points,
+        _repack_zero_points,
+    ),
+    Rule(
+        "g-idx",
+        "MatMulNBits with g_idx skips prepacking: 30 to 100 times slower",
+        None,
+        _groups,
+        _sort_groups,
+    ),
+    Rule(
+        "accuracy-level",
+        "without accuracy_level 4 ONNX Runtime computes in fp32: 4 to 5 times slower at 4 bits, "
+        "about 100 times at 8",
+        "activations are rounded to int8 per block of weights",
+        _missing_level,
+        _set_level,
+    ),
+    Rule(
+        "coarse-step",
+        "symmetric round-to-nearest that never mirrors a block wastes a code",
+        None,
+        _coarse,
+        remedy="what was rounded away is lost: quantize the original weights again, "
+        "`leangen quantize` mirrors blocks and searches the step",
+    ),
+)

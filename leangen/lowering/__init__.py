@@ -1,0 +1,107 @@
+"""Replaces ORT's operators in a bundle's graphs by leangen's own, where this CPU has kernels.
+
+A bundle stays portable: lowering happens at its first load, and the whole lowered model (graph and
+packed weights) is kept beside it (see `cache`). A warm start reads neither the original weights nor
+`onnx`.
+
+A rule is one module with
+
+    rewrite(graph: Draft) -> int    edits the graph in place; how many nodes it put in place
+
+and one line in RULES. A node that no rule matches stays with ORT, so a rule matches exactly what it
+can replace: it checks attributes, constants and shapes, and leaves the rest alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache as remember
+from importlib import import_module
+from pathlib import Path
+
+import leangen_kernels
+import onnxruntime as ort
+
+from leangen.bundle import Bundle
+from leangen.errors import StorageError
+from leangen.lowering import cache
+
+VERSION = 5
+"""To be raised when a rule or a packed layout changes, so that lowered models are made again."""
+
+RULES = {
+    "linear": "leangen.lowering.linear",
+    "language": "leangen.lowering.language",
+    "convolution": "leangen.lowering.convolution",
+    "pixel_attention": "leangen.lowering.pixel_attention",
+}
+"""Rules in the order in which they are applied."""
+
+
+MODEL, FP32_MODEL = "model.onnx", "model.fp32.onnx"
+"""The lowered graph, and the form whose low-bit layers do not round activations."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lowered:
+    """A lowered graph on the disk."""
+
+    path: Path
+    variant: str
+    """The kernels' instruction set, such as `avx2`."""
+    library: Path
+    """What ONNX Runtime must register before it loads the graph."""
+
+    def discard(self) -> None:
+        """Remove it, so that the next start makes it again."""
+        cache.discard(self.path.parent)
+
+
+def find(
+    bundle: Bundle, role: str, *, fp32_activations: bool = False
+) -> tuple[Lowered | None, str]:
+    """The lowered graph of a role, made at the first call, or None; and the reason for either."""
+    variant, why = leangen_kernels.status()
+    library = leangen_kernels.library()
+    if variant is None or library is None:
+        return None, f"ONNX Runtime's own: {why}"
+    original = bundle.graph(role)
+    depends_on = (str(VERSION), bundle.digest, role, ort.__version__, _hash(library))
+    name = cache.name_of(role, variant, depends_on)
+    entry = cache.find(bundle, name)
+    if entry is None:
+        try:
+            entry = cache.make(bundle, name, lambda folder: _lower(original, folder))
+        except StorageError as error:
+            return None, f"ONNX Runtime's own: {error}"
+    if not entry.nodes:
+        return None, "ONNX Runtime's own: leangen's kernels fit no node of it"
+    path = entry.path / (FP32_MODEL if fp32_activations else MODEL)
+    counts = ", ".join(f"{count} by {rule}" for rule, count in entry.nodes.items())
+    return Lowered(path, variant, library), f"{why}; nodes replaced: {counts}"
+
+
+@remember
+def _hash(library: Path) -> str:
+    return hashlib.sha256(library.read_bytes()).hexdigest()
+
+
+def _lower(path: Path, folder: Path) -> Mapping[str, int]:
+    """Write the lowered graph in both forms, over the same weights; nothing if no rule matches."""
+    import onnx
+
+    from leangen.lowering import activations
+    from leangen.lowering.draft import Draft
+
+    graph = Draft(path)
+    counts = {name: import_module(module).rewrite(graph) for name, module in RULES.items()}
+    replaced = {name: count for name, count in counts.items() if count}
+    if replaced:
+        graph.finish()
+        graph.save(folder / MODEL)
+        model = onnx.load(folder / MODEL, load_external_data=False)
+        activations.use_fp32(model)
+        (folder / FP32_MODEL).write_bytes(model.SerializeToString())
+    return replaced

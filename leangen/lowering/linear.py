@@ -1,0 +1,139 @@
+"""`Linear` in place of low-bit matrix products of three forms, weights packed for the kernels.
+
+    MatMulNBits                                 4 or 8 bits, with or without zero points
+    MatMulNBits + blocksum(x) @ offsets         what `exporters/llm_graph.py` writes for Q4_1, Q4_K
+    MatMul of weights that ORT would unpack     what `treatments.py` calls w8 and w4
+
+Weights stay what they are, bit for bit: only their order changes, and scales that fp16 holds
+exactly are kept as fp16.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from leangen_kernels import layout
+from onnx import NodeProto
+
+from leangen.graph_edit import Array, attributes
+from leangen.lowering import unpacked
+from leangen.lowering.draft import Draft, options_are
+from leangen.lowering.unpacked import Codes
+
+INT8_LEVEL = 4  # MatMulNBits' accuracy_level that rounds activations
+
+
+def rewrite(graph: Draft) -> int:
+    """Replace what matches; a matrix that no layout holds stays with ORT."""
+    replaced = [_from_nbits(graph, node) for node in graph.all("MatMulNBits")]
+    replaced += [_from_unpacked(graph, node) for node in graph.all("MatMul")]
+    return sum(replaced)
+
+
+def _from_nbits(graph: Draft, node: NodeProto) -> bool:
+    options = attributes(node)
+    n, k, size = options["N"], options["K"], options["block_size"]
+    bits, groups = options.get("bits", 4), -(-k // size)
+    x, codes, scales, zeros, order, bias = [*node.input, "", "", ""][:6]
+    constants = [name for name in (codes, scales, zeros, bias) if name]
+    if order or bits not in (4, 8) or not all(map(graph.has, constants)):
+        return False
+    q = graph.array(codes).reshape(n, -1)
+    if bits == 4:
+        q = np.stack([q & 15, q >> 4], axis=-1).reshape(n, -1)
+    scale = graph.array(scales).reshape(n, groups).astype(np.float32)
+    minima = _minima(graph, zeros, scale, bits) if zeros else None
+    weights = Codes(bits, q[:, :k], _per_block(scale, k, size), _per_block(minima, k, size))
+    level = options.get("accuracy_level", 0)
+    activations = "int8" if level == INT8_LEVEL else "fp32"
+    offset = None if zeros else _offset(graph, node, k, size)
+    if offset is not None:
+        gemm, offsets = offset
+        minima = _without_center(offsets, scale, 1 << (bits - 1))
+        whole = replace(weights, minima=_per_block(minima, k, size))
+        if put(graph, [node, gemm], x, bias, gemm.output[0], whole, activations):
+            return True
+    return put(graph, [node], x, bias, node.output[0], weights, activations)
+
+
+def _per_block(values: Array | None, k: int, size: int) -> Any:
+    """Values of groups of `size` columns, for each of the layout's blocks where they cover it."""
+    if values is None or size % layout.BLOCK:
+        return values
+    return np.repeat(values, size // layout.BLOCK, axis=1)[:, : -(-k // layout.BLOCK)]
+
+
+def _minima(graph: Draft, zeros: str, scale: Array, bits: int) -> Array:
+    """What a code of 0 stands for, by packed or float zero points."""
+    zero = graph.array(zeros)
+    if zero.dtype == np.uint8 and bits == 4:
+        zero = np.stack([zero & 15, zero >> 4], axis=-1)
+    points: Array = zero.reshape(scale.shape[0], -1)[:, : scale.shape[1]]
+    return -points.astype(np.float32) * scale
+
+
+def _offset(graph: Draft, node: NodeProto, k: int, size: int) -> tuple[NodeProto, Array] | None:
+    """The Gemm that adds the sums of x over blocks times offsets, and the offsets [n, groups]."""
+    gemm = graph.only_reader(node.output[0], "Gemm")
+    if gemm is None or len(gemm.input) != 3 or gemm.input[2] != node.output[0]:
+        return None
+    sums = graph.producer(gemm.input[0], "ReduceSum")
+    blocks = None if sums is None else graph.producer(sums.input[0], "Reshape")
+    if (
+        sums is None
+        or blocks is None
+        or not options_are(gemm, transB=1, alpha=1.0, beta=1.0, transA=0)
+        or not options_are(sums, keepdims=0, noop_with_empty_axes=0)
+        or graph.values(sums.input[1]) not in ([-1], [2])
+        or blocks.input[0] != node.input[0]
+        or graph.values(blocks.input[1]) != [-1, k // size, size]
+        or not graph.has(gemm.input[1])
+    ):
+        return None
+    return gemm, graph.array(gemm.input[1])
+
+
+def _without_center(offsets: Array, scale: Array, center: int) -> Array:
+    """Minima m with m + center * scale = offset.
+
+    An exporter made the offset of an fp16 minimum by this very sum, rounded once: that minimum is
+    what is wanted, where there is one.
+    """
+    minima = (offsets.astype(np.float64) - center * scale.astype(np.float64)).astype(np.float32)
+    with np.errstate(over="ignore"):
+        half = minima.astype(np.float16).astype(np.float32)
+    return half if np.array_equal(half + center * scale, offsets) else minima
+
+
+def _from_unpacked(graph: Draft, node: NodeProto) -> bool:
+    weights = unpacked.matrix(graph, node.input[1])
+    if weights is None:
+        return False
+    return put(graph, [node], node.input[0], "", node.output[0], weights, "fp32")
+
+
+def put(
+    graph: Draft,
+    replaced: list[NodeProto],
+    x: str,
+    bias: str,
+    output: str,
+    weights: Codes,
+    activations: str,
+) -> bool:
+    """Put a `Linear` in place of nodes; False, with nothing changed, when no layout fits."""
+    try:
+        form = layout.form_for(weights.bits, weights.scales, weights.minima)
+        packed = layout.pack(form, weights.codes, weights.scales, weights.minima)
+    except ValueError:
+        return False
+    name = replaced[0].name
+    n, k = weights.codes.shape
+    graph.remove(*replaced)
+    graph.put(
+        "Linear", name, [x, graph.add(f"{name}/packed", packed), "", bias, ""], [output],
+        form=form.name, n=n, k=k, activations=activations, gated=0,
+    )  # fmt: skip
+    return True

@@ -1,0 +1,115 @@
+"""How a low precision is written: the scheme, then what differs from its defaults.
+
+    SCHEME[-asym][-gN][-wo][-e4][-METHOD]     int8   int4-g128   int4-asym-g64-gptq   nf4
+
+`-asym` gives integer codes a zero point per block, `-gN` sets how many weights share a scale,
+`-wo` quantizes weights only (activations stay fp32), `-e4` takes embedding and output head to 4
+bits as well (they keep 8 otherwise), METHOD says how weights are rounded (`rtn` unless given).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+
+from leangen.errors import UnknownSchemeError
+from leangen.methods import METHODS
+from leangen.schemes import SCHEMES
+
+GROUPS = (16, 32, 64, 128, 256)
+HALVES = ("fp16", "bf16")
+_TEXT = re.compile(
+    r"(?P<scheme>[a-z]+\d+)(?P<asym>-asym)?(?:-g(?P<group>\d+))?(?P<wo>-wo)?(?P<e4>-e4)?"
+    r"(?:-(?P<method>[a-z]+))?"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """A scheme with its options."""
+
+    scheme: str
+    asymmetric: bool = False
+    group: int | None = None
+    """Weights that share a scale; None: the scheme's own choice."""
+    weights_only: bool = False
+    small_tables: bool = False
+    """Embedding and output head at 4 bits, not 8."""
+    method: str = "rtn"
+
+    @property
+    def code(self) -> str:
+        """The scheme as treatments write it: `4` for int4, `16` for fp16, else its name."""
+        plain = {"fp16": "16"}.get(self.scheme, self.scheme.removeprefix("int"))
+        options = ("-asym" if self.asymmetric else "") + (f"-g{self.group}" if self.group else "")
+        return plain + options
+
+    def __str__(self) -> str:
+        options = (
+            "-asym" * self.asymmetric,
+            f"-g{self.group}" if self.group else "",
+            "-wo" * self.weights_only,
+            "-e4" * self.small_tables,
+            f"-{self.method}" if self.method != "rtn" else "",
+        )
+        return self.scheme + "".join(options)
+
+
+def parse(text: str, *, method: str | None = None) -> Precision:
+    """Read a precision; `method` stands in for one that the text does not name.
+
+    Raises UnknownSchemeError for what is not known and for options that the scheme lacks.
+
+    >>> str(parse("int4-g128", method="gptq"))
+    'int4-g128-gptq'
+    """
+    found = _TEXT.fullmatch(text)
+    scheme = found["scheme"] if found else text.split("-")[0]
+    if scheme not in SCHEMES:
+        raise UnknownSchemeError(
+            f"scheme {scheme!r} is unknown: expected one of {', '.join(['fp32', *SCHEMES])}"
+        )
+    if found is None:
+        raise UnknownSchemeError(
+            f"{text!r} is not a precision: expected SCHEME[-asym][-gN][-wo][-e4][-METHOD], "
+            "such as int4-asym-g128-gptq"
+        )
+    if method is not None and found["method"] not in (None, method):
+        raise UnknownSchemeError(f"{text!r} names its method already: leave out --method {method}")
+    precision = Precision(
+        scheme,
+        asymmetric=bool(found["asym"]),
+        group=int(found["group"]) if found["group"] else None,
+        weights_only=bool(found["wo"]),
+        small_tables=bool(found["e4"]),
+        method=found["method"] or method or "rtn",
+    )
+    _check(precision)
+    return precision
+
+
+def _check(precision: Precision) -> None:
+    scheme, integers = precision.scheme, precision.scheme.startswith("int")
+    if precision.method not in METHODS:
+        raise UnknownSchemeError(
+            f"method {precision.method!r} is unknown: expected one of {', '.join(METHODS)}"
+        )
+    if precision.group not in (None, *GROUPS):
+        raise UnknownSchemeError(
+            f"{precision.group} weights to a scale: expected one of {', '.join(map(str, GROUPS))}"
+        )
+    without = None
+    if precision.asymmetric and (not integers or scheme == "int8"):
+        without = "-asym: only int4, int3 and int2 have zero points"
+    elif precision.group and (scheme in (*HALVES, "int8")):
+        without = f"-g{precision.group}: its blocks are fixed"
+    elif precision.weights_only and not integers:
+        without = "-wo: its activations are fp32 already"
+    elif precision.small_tables and scheme in (*HALVES, "int8"):
+        without = "-e4: that goes with schemes of 4 bits or fewer"
+    elif precision.method != "rtn" and (not integers or scheme == "int8"):
+        without = f"-{precision.method}: methods are for int4, int3 and int2"
+    if without is not None:
+        plain = replace(precision, asymmetric=False, group=None, weights_only=False)
+        plain = replace(plain, small_tables=False, method="rtn")
+        raise UnknownSchemeError(f"{scheme} has no {without}; use {plain} as it is")

@@ -1,0 +1,199 @@
+"""/v1/images/generations, /v1/audio/speech, /v1/flows/sample and /v1/flows/log_density."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import math
+import secrets
+from dataclasses import replace
+from datetime import datetime
+from typing import Any
+
+import numpy as np
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+
+from leangen import audio, clock
+from leangen import media as files
+from leangen.errors import RequestError
+from leangen.records import Output
+from leangen.serve import calls
+from leangen.serve.calls import Call, Server
+from leangen.serve.models import Served
+from leangen.serve.schemas import Body, FlowDensityBody, FlowSampleBody, ImageBody, SpeechBody
+
+PCM_HZ = 24_000
+"""OpenAI's rate of raw `pcm`; a voice of another rate says its own in the header."""
+WAV_HEADER_BYTES = 44
+
+
+def router(server: Server) -> APIRouter:
+    """The routes."""
+    routes = APIRouter()
+
+    @routes.post("/v1/images/generations")
+    async def images(body: ImageBody, request: Request) -> Response:
+        served, reason = await _choose_images(server, body)
+        options: dict[str, Any] = {
+            "count": body.n or 1,
+            "seed": _seed(body),
+            "conditions": body.conditions,
+        }
+        if served.key == "diffusion":
+            options |= {"steps": body.steps, "sampler": body.sampler}
+        elif body.steps is not None or body.sampler is not None:
+            raise RequestError(f"{served.name} draws in one step: leave steps and sampler out")
+        call = _call(server, served, request, body, options)
+        output = await _output(call, request, served)
+        if output is None:
+            return _nobody()
+        pictures = await asyncio.to_thread(_pngs, output)
+        height, width = np.asarray(output.array).shape[1:3]
+        if body.size not in (None, "auto", f"{width}x{height}"):
+            raise RequestError(f"size is {body.size!r}: {served.name} draws {width}x{height}")
+        content = {
+            "created": int(datetime.fromisoformat(clock.utc_now()).timestamp()),
+            "model": served.name,
+            "output_format": "png",
+            "size": f"{width}x{height}",
+            "data": [{"b64_json": base64.b64encode(png).decode()} for png in pictures],
+            "usage": _usage(call),
+        }
+        return _json(call, content, reason)
+
+    @routes.post("/v1/audio/speech", response_class=Response)
+    async def speech(body: SpeechBody, request: Request) -> Response:
+        served, _ = await server.choose(body.model, "flow/speech")
+        options = {
+            "phonemes" if body.phonemes else "text": body.input,
+            "length_scale": served.bundle.config["length_scale"] / body.speed,
+            "noise_scale": body.noise_scale,
+            "seed": _seed(body),
+            "speaker": _speaker(served, body.voice),
+        }
+        call = _call(server, served, request, body, options)
+        output = await _output(call, request, served)
+        if output is None:
+            return _nobody()
+        rate_hz = int(output.sample_rate_hz or PCM_HZ)
+        sound = await asyncio.to_thread(audio.wav_bytes, np.asarray(output.array), rate_hz)
+        headers = calls.energy_headers(call.receipts) | {"x-leangen-model": served.name}
+        if body.response_format == "pcm":
+            kind, sound = f"audio/pcm;rate={rate_hz}", sound[WAV_HEADER_BYTES:]
+        else:
+            kind = "audio/wav"
+        return Response(sound, media_type=kind, headers=headers)
+
+    @routes.post("/v1/flows/sample")
+    async def sample(body: FlowSampleBody, request: Request) -> Response:
+        served, reason = await server.choose(body.model, "flow/density")
+        options = {"count": body.count, "seed": _seed(body)}
+        call = _call(server, served, request, body, options)
+        output = await _output(call, request, served)
+        if output is None:
+            return _nobody()
+        rows = np.asarray(output.array)
+        content = {
+            "model": served.name,
+            "columns": list(output.extra["columns"]),
+            "rows": [[_finite(value) for value in row] for row in rows.tolist()],
+            "usage": _usage(call),
+        }
+        return _json(call, content, reason)
+
+    @routes.post("/v1/flows/log_density")
+    async def log_density(body: FlowDensityBody, request: Request) -> Response:
+        """In nats; null outside the flow's support, where the density is 0."""
+        served, reason = await server.choose(body.model, "flow/density")
+        call = _call(server, served, request, body, {"data": body.rows})
+        output = await _output(call, request, served)
+        if output is None:
+            return _nobody()
+        values = np.asarray(output.array).tolist()
+        content = {
+            "model": served.name,
+            "log_density": [_finite(value) for value in values],
+            "usage": _usage(call),
+        }
+        return _json(call, content, reason)
+
+    return routes
+
+
+async def _choose_images(server: Server, body: ImageBody) -> tuple[Served, str | None]:
+    family = server.models.get(body.model).key
+    served, reason = await server.choose(
+        body.model, family if family in ("diffusion", "oneshot") else "diffusion"
+    )
+    if body.prompt:
+        raise RequestError(
+            f"{served.name} draws from noise and conditions and reads no prompt: send an empty "
+            "one, and conditions if it has any"
+        )
+    return served, reason
+
+
+def _call(
+    server: Server, served: Served, request: Request, body: Body, options: dict[str, Any]
+) -> Call:
+    told = request.scope.get("leangen")
+    return Call(
+        server,
+        served,
+        [served.family.Request(**options)],
+        client=told["client"] if told else "",
+        priority=body.priority,
+        defer=body.defer,
+    )
+
+
+async def _output(call: Call, request: Request, served: Served) -> Output | None:
+    """The job's output; None when the client has gone."""
+    async with call:
+        results = await calls.unless_gone(request.receive, call.results())
+    if results is None:
+        return None
+    calls.note(request.scope.get("leangen"), call.receipts, model=served.name)
+    return results[0].output
+
+
+def _seed(body: Body) -> int:
+    return secrets.randbits(31) if body.seed is None else body.seed
+
+
+def _usage(call: Call) -> dict[str, Any]:
+    units = call.receipts[0].units
+    return {"units": units.to_json(), "energy": calls.energy_usage(call.receipts)}
+
+
+def _json(call: Call, content: dict[str, Any], reason: str | None) -> Response:
+    if reason is not None:
+        content = content | {"leangen": {"reason": reason}}
+    return JSONResponse(content, headers=calls.energy_headers(call.receipts))
+
+
+def _nobody() -> Response:
+    return Response(status_code=499)  # the client has gone: nobody reads it
+
+
+def _pngs(output: Output) -> list[bytes]:
+    images = np.asarray(output.array)
+    return [
+        files.encode(replace(output, array=images[index : index + 1]), ".png")
+        for index in range(len(images))
+    ]
+
+
+def _speaker(served: Served, voice: str) -> str | None:
+    """The voice's speaker; RequestError for one that it has not."""
+    speakers = served.bundle.config.get("speaker_ids") or {}
+    if voice in speakers:
+        return voice
+    if voice in ("default", served.name, served.bundle.name):
+        return None
+    raise RequestError(f"voice is {voice!r}, expected one of {', '.join(('default', *speakers))}")
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,101 @@
+"""What a client is told when a request is not carried out: status and body as OpenAI's.
+
+    {"error": {"message": ..., "type": ..., "param": ..., "code": ...}}
+
+`leangen.errors` has what can be wrong with a request itself; here is what only a server meets.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from leangen.errors import (
+    BundleError,
+    DependencyError,
+    LeangenError,
+    RequestError,
+    StorageError,
+    UnknownModelError,
+    UnsupportedError,
+)
+
+
+class OverloadError(LeangenError):
+    """Too many requests wait, or the models in use leave no memory for this one."""
+
+
+class BudgetError(LeangenError):
+    """A budget of energy or emissions is used up."""
+
+
+class RateError(LeangenError):
+    """A client asks more often than it may."""
+
+
+class DeadlineError(LeangenError):
+    """The request's time was over before it was done."""
+
+
+class StoppingError(LeangenError):
+    """The server is shutting down: another may take the request."""
+
+
+class AuthError(LeangenError):
+    """No API key, or one that the server does not know."""
+
+
+class TooLargeError(LeangenError):
+    """The request's body is larger than the server takes."""
+
+
+class NotFoundError(LeangenError):
+    """There is nothing under this name or address."""
+
+
+_STATUS: tuple[tuple[type[LeangenError], int, str, str], ...] = (
+    (RequestError, 400, "invalid_request_error", "invalid_request"),
+    (UnsupportedError, 400, "invalid_request_error", "unsupported"),
+    (AuthError, 401, "authentication_error", "invalid_api_key"),
+    (UnknownModelError, 404, "invalid_request_error", "model_not_found"),
+    (NotFoundError, 404, "invalid_request_error", "not_found"),
+    (TooLargeError, 413, "invalid_request_error", "request_too_large"),
+    (BudgetError, 429, "insufficient_quota", "budget_exceeded"),
+    (RateError, 429, "rate_limit_error", "rate_limit_exceeded"),
+    (DependencyError, 501, "server_error", "missing_dependency"),
+    (OverloadError, 503, "overloaded_error", "overloaded"),
+    (StoppingError, 503, "overloaded_error", "shutting_down"),
+    (BundleError, 503, "server_error", "model_unavailable"),
+    (StorageError, 503, "server_error", "storage"),
+    (DeadlineError, 504, "timeout_error", "deadline_exceeded"),
+)
+
+INTERNAL = "the server met a mistake of its own; its log has the details"
+
+
+def status(error: LeangenError) -> int:
+    """The HTTP status of an error."""
+    return _entry(error)[1]
+
+
+def body(error: LeangenError, param: str | None = None) -> dict[str, Any]:
+    """The JSON body of an error.
+
+    A bundle's or the store's own trouble names files of the server, so its text stays in the log.
+    """
+    kind, _, label, code = _entry(error)
+    message = str(error)
+    if kind is BundleError or kind is StorageError:
+        message = "the model or its storage is damaged or missing; the server's log has the details"
+    return shaped(message, label, code, param)
+
+
+def shaped(message: str, label: str, code: str | None, param: str | None = None) -> dict[str, Any]:
+    """An error's JSON body from its parts."""
+    return {"error": {"message": message, "type": label, "param": param, "code": code}}
+
+
+def _entry(error: LeangenError) -> tuple[type[LeangenError], int, str, str]:
+    for entry in _STATUS:
+        if isinstance(error, entry[0]):
+            return entry
+    return (LeangenError, 500, "server_error", "internal")

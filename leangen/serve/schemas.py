@@ -1,0 +1,276 @@
+"""The bodies that clients send, as the OpenAI API has them. Unknown fields are refused.
+
+Fields that the API has and leangen cannot honour are declared, so that the answer says so and does
+not leave them out silently; those that change nothing in a reply are taken and not used.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from leangen.errors import RequestError
+from leangen.families.sampling import MOST_LOGPROBS
+
+Model = Annotated[str, Field(min_length=1, max_length=200)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+
+MOST_REPLIES = 16
+MOST_TOKENS = 1_000_000
+
+
+class Body(BaseModel):
+    """Strict: a number is no string, and what is not known is refused."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_text(cls, data: Any) -> Any:
+        """JSON may escape half of a surrogate pair, which is no character."""
+        try:
+            json.dumps(data, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("a text holds half of a surrogate pair, which is no Unicode") from None
+        return data
+
+    model: Model
+    seed: Seed | None = None
+    priority: Annotated[int, Field(ge=-1000, le=1000)] = 0
+    """Lower goes first, as in vLLM."""
+    defer: bool = False
+    """May wait for an hour with cleaner electricity."""
+    user: Any = None
+    metadata: Any = None
+    store: Any = None
+    service_tier: Any = None
+    safety_identifier: Any = None
+    prompt_cache_key: Any = None
+
+
+class StreamOptions(BaseModel):
+    """What a stream is to tell."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    include_usage: bool = False
+    include_obfuscation: Any = None
+
+
+class TextBody(Body):
+    """What completions and chat completions share."""
+
+    temperature: Annotated[Number, Field(ge=0, le=100)] | None = None
+    top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=0, le=MOST_TOKENS)] | None = None
+    min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[Number, Field(gt=0)] | None = None
+    ignore_eos: bool = False
+    n: Annotated[int, Field(ge=1, le=MOST_REPLIES)] | None = None
+    stop: str | Annotated[list[str], Field(max_length=16)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    frequency_penalty: Number | None = None
+    presence_penalty: Number | None = None
+    logit_bias: dict[str, Annotated[Number, Field(ge=-100, le=100)]] | None = None
+
+    def options(self, max_new_tokens: int | None, seed: int) -> dict[str, Any]:
+        """Of the language family's request; what is not given is OpenAI's default."""
+        chosen = {
+            "max_new_tokens": max_new_tokens,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "min_p": self.min_p,
+            "repetition_penalty": self.repetition_penalty,
+            "frequency_penalty": self.frequency_penalty,
+            "presence_penalty": self.presence_penalty,
+            "logit_bias": _by_token(self.logit_bias),
+            "logprobs": self.likeliest(),
+        }
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return {
+            **{name: value for name, value in chosen.items() if value is not None},
+            "temperature": 1.0 if self.temperature is None else self.temperature,
+            "stop": tuple(stop),
+            "ignore_eos": self.ignore_eos,
+            "seed": seed,
+        }
+
+    def likeliest(self) -> int | None:
+        """How many likeliest tokens are wanted with each token's log-probability, if it is."""
+        return None
+
+    def refuse_unsupported(self) -> None:
+        """RequestError for what this server cannot honour."""
+        if self.stream and self.likeliest() is not None:
+            raise RequestError("log-probabilities are not streamed: leave stream or logprobs out")
+
+
+Length = Annotated[int, Field(ge=1, le=MOST_TOKENS)]
+Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=MOST_TOKENS)]
+
+
+class CompletionBody(TextBody):
+    """POST /v1/completions."""
+
+    prompt: str | Annotated[list[str], Field(min_length=1, max_length=64)] | Tokens
+    max_tokens: Length | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    echo: bool | None = None
+    suffix: str | None = None
+    best_of: int | None = None
+
+    def likeliest(self) -> int | None:
+        """As the field says; 0 asks for the chosen token's alone."""
+        return self.logprobs
+
+    def refuse_unsupported(self) -> None:
+        """As the base, and completions' own."""
+        super().refuse_unsupported()
+        refuse("echo", self.echo)
+        refuse("suffix", self.suffix)
+        refuse("best_of", None if self.best_of == (self.n or 1) else self.best_of)
+
+
+class Part(BaseModel):
+    """A part of a message's content."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(BaseModel):
+    """One turn of a conversation."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | Annotated[list[Part], Field(min_length=1)]
+    name: str | None = None
+    refusal: None = None
+
+    def plain(self) -> dict[str, str]:
+        """As the chat template takes it."""
+        content = self.content
+        text = content if isinstance(content, str) else "".join(part.text for part in content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+
+
+class JsonSchema(BaseModel):
+    """`response_format.json_schema`."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    name: str = ""
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(BaseModel):
+    """Text, any JSON object, or JSON of a schema."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    def schema_of_reply(self) -> dict[str, Any] | None:
+        """The JSON schema that the reply must obey; None for text."""
+        if self.type == "text":
+            return None
+        if self.type == "json_object":
+            return {"type": "object"}
+        if self.json_schema is None:
+            raise RequestError("response_format lacks json_schema: give its schema")
+        return self.json_schema.schema_
+
+
+class ChatBody(TextBody):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
+    max_tokens: Length | None = None
+    max_completion_tokens: Length | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    response_format: ResponseFormat | None = None
+    tools: list[Any] | None = None
+    tool_choice: Any = None
+    parallel_tool_calls: Any = None
+    reasoning_effort: Any = None
+
+    def options(self, max_new_tokens: int | None, seed: int) -> dict[str, Any]:
+        """As the base, and what the reply must be."""
+        wanted = self.response_format
+        schema = None if wanted is None else wanted.schema_of_reply()
+        constraint = {} if schema is None else {"json_schema": schema}
+        return super().options(max_new_tokens, seed) | constraint
+
+    def likeliest(self) -> int | None:
+        """As the fields say."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    def refuse_unsupported(self) -> None:
+        """As the base, and chat's own."""
+        super().refuse_unsupported()
+        refuse("tools", self.tools)
+        refuse("reasoning_effort", self.reasoning_effort)
+
+
+class ImageBody(Body):
+    """POST /v1/images/generations."""
+
+    prompt: str = ""
+    n: Annotated[int, Field(ge=1, le=MOST_REPLIES)] | None = None
+    size: str | None = None
+    response_format: Literal["b64_json"] | None = None
+    output_format: Literal["png"] | None = None
+    steps: Annotated[int, Field(ge=1, le=1000)] | None = None
+    sampler: str | None = None
+    conditions: dict[str, Number] = Field(default_factory=dict)
+
+
+class SpeechBody(Body):
+    """POST /v1/audio/speech."""
+
+    input: Annotated[str, Field(min_length=1, max_length=4096)]
+    voice: Annotated[str, Field(max_length=100)] = "default"
+    response_format: Literal["wav", "pcm"] = "wav"
+    speed: Annotated[Number, Field(ge=0.25, le=4)] = 1.0
+    phonemes: bool = False
+    """`input` is espeak's IPA and not text."""
+    noise_scale: Annotated[Number, Field(ge=0)] | None = None
+
+
+class FlowSampleBody(Body):
+    """POST /v1/flows/sample."""
+
+    count: Annotated[int, Field(ge=1, le=100_000)] = 1
+
+
+class FlowDensityBody(Body):
+    """POST /v1/flows/log_density."""
+
+    rows: Annotated[list[list[Number]], Field(min_length=1, max_length=100_000)]
+
+
+def _by_token(bias: dict[str, float] | None) -> dict[int, float] | None:
+    """A logit bias by token id; JSON has only texts for keys."""
+    if bias is None:
+        return None
+    wrong = next((token for token in bias if not (token.isdecimal() and len(token) < 10)), None)
+    if wrong is not None:
+        raise RequestError(f"logit_bias has the key {wrong[:20]!r}, expected token ids")
+    return {int(token): value for token, value in bias.items()}
+
+
+def refuse(name: str, value: Any) -> None:
+    """RequestError for a field that is set to something and not supported."""
+    if value:
+        raise RequestError(f"{name} is not supported here: leave it out")

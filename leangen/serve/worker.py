@@ -1,0 +1,336 @@
+"""One thread per model: it loads the model, runs its jobs, and unloads it when nobody comes.
+
+While nothing is to be done the thread waits on a condition, and after `idle_release_s` it ends and
+takes the model's memory with it; the next job starts it again.
+"""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from leangen import clock
+from leangen.console import say
+from leangen.engine import Engine, Measured
+from leangen.errors import LeangenError
+from leangen.records import Output
+from leangen.serve import runners
+from leangen.serve.account import Account, Tab, Worker
+from leangen.serve.jobs import FairQueue, Finished, Job
+from leangen.serve.power import PowerCap
+from leangen.serve.problems import DeadlineError, StoppingError
+from leangen.serve.prometheus import Metrics
+from leangen.serve.runners import Gain, Runner
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """How much one model takes on."""
+
+    max_batch: int = 8
+    """Sequences that run at once."""
+    context: int = 2048
+    """Tokens of one sequence, prompt and reply."""
+    queue: int = 256
+    """Jobs that wait."""
+    idle_release_s: float = 300.0
+
+
+@dataclass(slots=True)
+class _Running:
+    """What is known of a job that runs."""
+
+    tab: Tab
+    last_ns: int
+    steps: list[tuple[str, float, int]] = field(default_factory=list)
+    busy_ns: list[int] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+    began: bool = False
+    """Whether it has got its first unit of work."""
+
+
+class ModelWorker:
+    """Serves the jobs of one model. `submit` and the properties may be used from any thread."""
+
+    def __init__(
+        self,
+        name: str,
+        load: Callable[[], Engine],
+        *,
+        account: Account,
+        metrics: Metrics,
+        limits: Limits,
+        cap: PowerCap | None = None,
+    ) -> None:
+        self.name = name
+        self.last_used_ns = 0
+        self.holds_memory = False
+        """Set by who grants the memory, before the model is loaded; given back with it."""
+        self._load = load
+        self._account = account
+        self._metrics = metrics
+        self._limits = limits
+        self._cap = cap
+        self._wake = threading.Condition()
+        self._queue = FairQueue(limits.queue)
+        self._running: dict[Job, _Running] = {}
+        self._thread: threading.Thread | None = None
+        self._engine: Engine | None = None
+        self._runner: Runner | None = None
+        self._release = False
+        self._stopping = False
+        self._grace_ends_ns: int | None = None
+
+    @property
+    def loaded(self) -> bool:
+        """Whether the model is in memory."""
+        return self._engine is not None
+
+    @property
+    def idle(self) -> bool:
+        """Whether it has no job."""
+        with self._wake:
+            return not self._running and not len(self._queue)
+
+    @property
+    def load_figures(self) -> dict[str, float]:
+        """Jobs that run and wait, and how full the cache is, for the metrics."""
+        with self._wake:
+            runner = self._runner
+            capacity = runner.capacity_tokens if runner else 0
+            return {
+                "running": len(self._running),
+                "waiting": len(self._queue),
+                "kv_cache_usage": runner.cached_tokens / capacity if runner and capacity else 0.0,
+            }
+
+    def submit(self, job: Job) -> None:
+        """Queue a job. Raises OverloadError, and StoppingError while the server shuts down."""
+        with self._wake:
+            if self._stopping:
+                raise StoppingError("the server is shutting down: ask again in a moment")
+            self._queue.put(job)
+            self.last_used_ns = clock.monotonic_ns()
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name=f"leangen-{self.name}")
+                self._thread.start()
+            self._wake.notify()
+
+    def cancel(self, job: Job) -> None:
+        """Nobody waits for the job any more."""
+        job.cancelled = True
+        with self._wake:
+            self._wake.notify()
+
+    def release(self) -> None:
+        """Unload the model as soon as it has no job, and wait for that."""
+        with self._wake:
+            thread = self._thread
+            self._release = thread is not None
+            self._wake.notify()
+        if thread is not None:
+            thread.join()
+
+    def stop(self, grace_s: float) -> None:
+        """Hand back what waits, give what runs `grace_s` to finish, unload, and wait for that."""
+        with self._wake:
+            self._stopping = True
+            self._grace_ends_ns = clock.monotonic_ns() + int(grace_s * 1e9)
+            thread = self._thread
+            self._wake.notify()
+        if thread is not None:
+            thread.join()
+
+    def _run(self) -> None:
+        account = self._account.worker()
+        try:
+            while not self._done():
+                while self._wait():
+                    self._turn(account)
+                self._unload()
+        except BaseException:  # a mistake in leangen: nobody may wait for ever because of it
+            self._unload()
+            with self._wake:
+                left = [*self._running, *self._queue.clear()]
+                self._thread = None
+            for running in self._running.values():
+                self._account.close(running.tab)
+            self._running.clear()
+            for job in left:
+                job.tell(LeangenError("the model's worker stopped unexpectedly"))
+            raise
+        finally:
+            self._account.dismiss(account)
+
+    def _done(self) -> bool:
+        """Whether nothing is left to do; from then on the next job starts another thread."""
+        with self._wake:
+            if len(self._queue):
+                return False
+            self._thread = None
+            return True
+
+    def _wait(self) -> bool:
+        """Return when there is something to do; False when the model is to be unloaded."""
+        idle_since_ns = clock.monotonic_ns()
+        while True:
+            with self._wake:
+                now_ns = clock.monotonic_ns()
+                gone = self._queue.clear() if self._stopping else self._queue.drop(now_ns)
+                if not gone:
+                    wakes_ns = self._queue.wakes_ns()
+                    if self._running or (wakes_ns is not None and wakes_ns <= now_ns):
+                        return True
+                    release_ns = idle_since_ns + int(self._limits.idle_release_s * 1e9)
+                    if wakes_ns is None and (
+                        self._stopping or self._release or now_ns >= release_ns
+                    ):
+                        self._release = False
+                        return False
+                    until_ns = release_ns if wakes_ns is None else wakes_ns
+                    self._wake.wait(max(0.001, (until_ns - now_ns) / 1e9))
+            for job in gone:
+                self._tell_why_ended(job)
+
+    def _turn(self, account: Worker) -> None:
+        """Load if need be, admit, end what is over, and compute one step."""
+        runner = self._loaded_runner()
+        if runner is None:
+            return
+        self._admit(runner)
+        now_ns = clock.monotonic_ns()
+        for job in list(self._running):
+            if job.cancelled or job.overdue(now_ns) or self._out_of_grace(now_ns):
+                self._end(job, runner.remove(job))
+                self._tell_why_ended(job)
+        if self._running:
+            self._step(runner, account)
+        self.last_used_ns = clock.monotonic_ns()
+
+    def _loaded_runner(self) -> Runner | None:
+        """The runner; None after telling every job why the model could not be loaded."""
+        if self._runner is None:
+            try:
+                self._engine = self._load()
+                self._runner = runners.runner(
+                    self._engine, rows=self._limits.max_batch, capacity=self._limits.context
+                )
+            except LeangenError as error:
+                say(f"leangen: error: {self.name}: {error}")
+                self._unload()
+                with self._wake:
+                    jobs = self._queue.clear()
+                for job in jobs:
+                    job.tell(error)
+        return self._runner
+
+    def _unload(self) -> None:
+        self._engine = self._runner = None
+        gc.collect()  # the engine and its closures refer to each other
+        self.holds_memory = False
+
+    def _admit(self, runner: Runner) -> None:
+        while runner.room:
+            with self._wake:
+                job = self._queue.take(clock.monotonic_ns())
+            if job is None:
+                return
+            now_ns = clock.monotonic_ns()
+            self._metrics.queued(self.name, (now_ns - job.queued_ns) / 1e9)
+            self._running[job] = _Running(self._account.open(), now_ns)
+            try:
+                runner.add(job)
+            except LeangenError as error:
+                self._end(job, None)
+                job.tell(error)
+
+    def _step(self, runner: Runner, account: Worker) -> None:
+        self._account.begin_step(account)
+        gains: list[Gain] = []
+        failure = None
+        try:
+            gains = runner.step()
+        except LeangenError as error:
+            failure = error
+        work = {self._running[gain.job].tab: gain.busy_ns for gain in gains}
+        self._account.end_step(account, work)
+        self._metrics.stepped(self.name, len(gains))
+        for gain in gains:
+            self._gained(gain)
+        if failure is not None:
+            for job in list(self._running):
+                self._end(job, runner.remove(job))
+                job.tell(failure)
+        if self._cap is not None:
+            clock.sleep(self._cap.pause_s(self._account.total_uj))
+
+    def _gained(self, gain: Gain) -> None:
+        job, running = gain.job, self._running[gain.job]
+        if gain.step is not None:
+            now_ns = clock.monotonic_ns()
+            running.steps.append((gain.step.kind, gain.step.units, now_ns - running.last_ns))
+            running.busy_ns.append(gain.busy_ns)
+            running.counts.update(gain.step.counts)
+            if gain.step.units and not running.began:
+                running.began = True
+                self._metrics.first_unit(self.name, (now_ns - job.queued_ns) / 1e9)
+            elif gain.step.units:
+                self._metrics.later_unit(self.name, (now_ns - running.last_ns) / 1e9)
+            running.last_ns = now_ns
+            job.tell(gain.step)
+        if gain.output is not None:
+            finished = self._end(job, gain.output)
+            if finished is not None:
+                job.tell(finished)
+
+    def _end(self, job: Job, output: Output | None) -> Finished | None:
+        """Take a job off, and put what it cost on the account; None where it did nothing."""
+        try:
+            return self._billed(job, self._running[job], output)
+        finally:
+            del self._running[job]
+
+    def _billed(self, job: Job, running: _Running, output: Output | None) -> Finished | None:
+        engine = self._engine
+        bill = self._account.close(running.tab)
+        if not running.steps or engine is None:
+            return None
+        shared = bill.company > 0
+        receipt = engine.receipt(
+            job.request,
+            output,
+            Measured(
+                started_at=bill.started_at,
+                begin_boottime_ns=None if shared else bill.begin_boottime_ns,
+                duration_ns=bill.duration_ns,
+                windows=bill.windows,
+                steps=running.steps,
+                counts=running.counts,
+                own_ns=bill.own_ns if shared else None,
+                busy_ns=running.busy_ns,
+                note=f"shared by computing time with up to {bill.company} requests that ran "
+                "meanwhile"
+                if shared
+                else None,
+                receipt_id=job.receipt_id,
+            ),
+        )
+        receipt = replace(receipt, tag=job.tag)
+        ticket = engine.keep(receipt)
+        self._metrics.finished(self.name, receipt, output, clock.monotonic_ns() - job.queued_ns)
+        done = output or Output(stop_reason="cancelled")
+        return Finished(done, receipt, ticket)
+
+    def _out_of_grace(self, now_ns: int) -> bool:
+        return self._grace_ends_ns is not None and now_ns >= self._grace_ends_ns
+
+    def _tell_why_ended(self, job: Job) -> None:
+        if job.cancelled:
+            return
+        if job.overdue(clock.monotonic_ns()):
+            job.tell(DeadlineError("the request's time was over before it was done"))
+        else:
+            job.tell(StoppingError("the server is shutting down: ask again in a moment"))

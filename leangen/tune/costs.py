@@ -1,0 +1,182 @@
+"""What each treatment of each node costs here: bytes, or a timed run of the node alone.
+
+Nodes of the same shapes are measured once. Weights that are unpacked while loading run as fp32
+does. A language model's layers are run for one row, as in decoding, the others on the shapes that
+calibration saw. Joules come from this machine's counter where it has one; an estimate would only
+restate the time, so then time it is, and that is said.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from onnx import NodeProto, TensorProto, helper
+
+from leangen import calibrate, clock, meters, quantize
+from leangen.bundle import Bundle
+from leangen.console import Progress
+from leangen.errors import RequestError
+from leangen.graph_edit import Array, Graph, Range, attributes
+from leangen.meters import Selection
+from leangen.sites import Site
+from leangen.treatments import Treatments, read
+from leangen.tune.harms import Harms
+
+COUNTED = ("measured", "integrated")
+LEAST_RUNS, BUDGET_S = 7, 0.15
+_TICKS = 30
+"""Ticks of the meter that a window over one node's runs should last."""
+
+Costs = dict[str, dict[str, float]]
+"""By node and treatment."""
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """What is made small."""
+
+    name: str
+    """`size`, `time` or `energy`."""
+    unit: str
+    reason: str
+    selection: Selection | None = None
+    """Meters, for energy."""
+
+
+def objective(wanted: str, meter: str | None = None) -> Objective:
+    """`size`, `latency` or `energy`; energy without a counter becomes time, with the reason."""
+    if wanted == "size":
+        return Objective("size", "B", "bytes of the weights")
+    if wanted == "latency":
+        return Objective("time", "s", "each node timed alone on this machine")
+    if wanted != "energy":
+        raise RequestError(f"minimize is {wanted!r}, expected size, latency or energy")
+    selection = meters.select(meter=meter)
+    if selection.source in COUNTED:
+        scope = ", ".join(selection.scope)
+        return Objective("energy", "J", f"each node measured alone ({scope})", selection)
+    return Objective(
+        "time",
+        "s",
+        f"energy is asked for, but no counter can be read here ({selection.reason}): "
+        "each node is timed in its place",
+    )
+
+
+def measure(
+    bundle: Bundle,
+    calibration: quantize.Calibration,
+    harms: Harms,
+    aim: Objective,
+    progress: Progress,
+) -> Costs:
+    """The cost of every treatment in `harms` and of fp32, summed over a bundle's graphs."""
+    found: Costs = {}
+    for role in bundle.graphs:
+        graph, sites, treatments = calibration.prepared(role)
+        spans = calibration.spans(role)
+        embedded = {site.weight for site in sites if site.kind == "embedding"}
+        known: dict[Any, float] = {}
+        for done, site in enumerate(sites):
+            progress(done, len(sites), f"{role}: {aim.name} of {site.node.name}")
+            each = found.setdefault(site.node.name, {})
+            for treatment in ("fp32", *harms.get(site.node.name, {})):
+                if aim.name == "size":
+                    bits = treatments.stored_bits(site, treatment)
+                    shared = treatment == "matmul8" and site.weight in embedded
+                    value = 0.0 if shared else bits / 8
+                else:
+                    value = _run_cost(bundle, graph, site, treatments, treatment, spans, aim, known)
+                each[treatment] = each.get(treatment, 0.0) + value
+    return found
+
+
+def _run_cost(
+    bundle: Bundle,
+    graph: Graph,
+    site: Site,
+    treatments: Treatments,
+    treatment: str,
+    spans: Mapping[str, Range],
+    aim: Objective,
+    known: dict[Any, float],
+) -> float:
+    if treatment != "fp32" and read(treatment).kind == "w":
+        treatment = "fp32"  # unpacked while loading
+    node = site.node
+    if site.kind in ("embedding", "deconv"):
+        return 0.0  # looked up, or always computed as fp32: no choice changes it
+    shape = (
+        (1, 1, site.columns)
+        if bundle.family == "language"
+        else tuple(map(int, spans[node.input[0]].shape))
+    )
+    options = tuple(sorted((k, str(v)) for k, v in attributes(node).items()))
+    key = (node.op_type, options, graph.shape(site.weight), shape, treatment)
+    if key not in known:
+        nodes = [node] if treatment == "fp32" else treatments.apply(site, treatment).nodes
+        known[key] = _measure(graph, nodes, node, shape, aim)
+    return known[key]
+
+
+def _measure(
+    graph: Graph, nodes: Sequence[NodeProto], node: NodeProto, shape: Sequence[int], aim: Objective
+) -> float:
+    """Seconds or joules of one run of some nodes, fed as `node` is."""
+    model = graph.proto()
+    for field in ("node", "input", "output"):
+        model.graph.ClearField(field)
+    source = node.input[0]
+    model.graph.node.extend(nodes)
+    model.graph.input.append(helper.make_tensor_value_info(source, TensorProto.FLOAT, shape))
+    model.graph.output.append(
+        helper.make_tensor_value_info(node.output[0], TensorProto.FLOAT, None)
+    )
+    feed = {source: np.random.default_rng(0).standard_normal(shape).astype(np.float32)}
+    with tempfile.TemporaryDirectory(prefix="leangen-") as folder:
+        path = Path(folder) / "node.onnx"
+        graph.save(path, model)
+        session = calibrate.open_session(path)
+        session.run(None, feed)
+        median_s = _time(session, feed)
+        if aim.selection is None:
+            return median_s
+        return _joules(session, feed, median_s, aim.selection)
+
+
+def _time(session: ort.InferenceSession, feed: Mapping[str, Array]) -> float:
+    """Median seconds of a run."""
+    spent: list[int] = []
+    end_ns = clock.monotonic_ns() + round(BUDGET_S * 1e9)
+    while clock.monotonic_ns() < end_ns or len(spent) < LEAST_RUNS:
+        begin_ns = clock.monotonic_ns()
+        session.run(None, feed)
+        spent.append(clock.monotonic_ns() - begin_ns)
+    return float(np.median(spent)) / 1e9
+
+
+def _joules(
+    session: ort.InferenceSession, feed: Mapping[str, Array], run_s: float, selection: Selection
+) -> float:
+    """Joules of a run, from one window over many that begins on a tick."""
+    tick_s = max((meter.tick.seconds for meter in selection.meters), default=0.001)
+    repeats = max(LEAST_RUNS, int(np.ceil(_TICKS * tick_s / run_s)))
+    window = meters.begin(selection, aligned=True)
+    for _ in range(repeats):
+        session.run(None, feed)
+    windows = meters.end(window)
+    spent = [one.energy_uj for one in windows]
+    known = [energy_uj for energy_uj in spent if energy_uj is not None]
+    if not known or len(known) < len(spent):
+        faults = "; ".join(fault for one in windows for fault in one.faults)
+        raise RequestError(
+            f"the meter gave no figure while a node was measured ({faults}): "
+            "minimize latency instead"
+        )
+    return sum(known) / 1e6 / repeats

@@ -1,0 +1,136 @@
+"""What each treatment of each node alone does to a model's output: measured once, then kept.
+
+Nodes are tried inside the whole graph (`leangen.sensitivity`), on inputs that the model makes
+itself; a language model reads a text. The figure is the squared relative error of the graph's
+output, which for small disturbances adds up over nodes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+
+from leangen import quantize
+from leangen.bundle import Bundle
+from leangen.calibrate import Feeds
+from leangen.console import Progress
+from leangen.errors import BundleError
+from leangen.families import language
+from leangen.files import write_atomic
+from leangen.graph_edit import Graph
+from leangen.sensitivity import Probe, isolate
+from leangen.session import Session
+from leangen.sites import Site
+from leangen.treatments import Treatments, code_bits
+
+Harms = dict[str, dict[str, float]]
+"""Squared relative error by node and treatment."""
+
+TOKENS = 96
+"""Of the text that a language model reads while its nodes are tried."""
+_COARSE = 2
+"""A group of nodes that together does less harm than 2 nodes do on average at the fewest bits is
+not looked into: its nodes share the figure."""
+_LANGUAGE = ("matmul4", "matmul4-asym-g16", "matmul8", "w16")
+_FP32_ARITHMETIC = ("w4", "w4-asym-g16", "w8", "w16")
+_INT8_ARITHMETIC = ("w8a8", "matmul4", "matmul8")
+
+
+def candidates(bundle: Bundle, site: Site, treatments: Treatments) -> list[str]:
+    """The treatments to choose from for a node."""
+    if site.kind == "embedding":
+        names: tuple[str, ...] = ("gather8",)
+    elif bundle.family == "language":
+        names = _LANGUAGE
+    else:
+        names = _FP32_ARITHMETIC
+        if quantize.weights_only(bundle, site.node.name) is None:
+            names += _INT8_ARITHMETIC
+    return [name for name in names if treatments.fits(site, name)]
+
+
+def feeds(bundle: Bundle, calibration: quantize.Calibration) -> Mapping[str, Sequence[Feeds]]:
+    """Inputs of each graph."""
+    return {"model": [_text_feed(bundle)]} if bundle.family == "language" else calibration.feeds
+
+
+def measure(
+    bundle: Bundle, calibration: quantize.Calibration, home: Path, progress: Progress
+) -> Harms:
+    """The harm of every candidate; what `home` has from before is not measured again.
+
+    Every treatment is kept as soon as it is measured. Raises BundleError for a family that cannot
+    be calibrated without data.
+    """
+    key = hashlib.sha256(f"{bundle.digest} {TOKENS} {_COARSE}".encode()).hexdigest()[:16]
+    path = home / "tune" / f"{bundle.name.replace('/', '_')}-{key}.json"
+    try:
+        kept: dict[str, dict[str, float]] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # not yet, or damaged: measure
+        kept = {}
+    found: Harms = {}
+    for role, inputs in feeds(bundle, calibration).items():
+        if not inputs:
+            raise BundleError(
+                f"{bundle.name} ({bundle.family}) makes no inputs for graph {role!r} by itself: "
+                "its nodes cannot be tried one by one"
+            )
+        graph, sites, treatments = calibration.prepared(role)
+        _only_logits(graph)
+        offered = {site.node.name: candidates(bundle, site, treatments) for site in sites}
+        names = sorted({name for each in offered.values() for name in each}, key=_order)
+        negligible = kept.get(f"{role} negligible", {}).get("", 0.0)
+        for done, treatment in enumerate(names):
+            part = f"{role} {treatment}"
+            if part not in kept:
+                chosen = [site for site in sites if treatment in offered[site.node.name]]
+                progress(done, len(names), f"{role}: trying {len(chosen)} nodes at {treatment}")
+                stand_ins = {site.node.name: treatments.apply(site, treatment) for site in chosen}
+                # One input puts the nodes in order; what they do together is checked end to end.
+                probe = Probe(graph, stand_ins, inputs[:1])
+                if not negligible:  # of the treatment of the fewest bits, which harms most
+                    negligible = _COARSE * probe.error(stand_ins) / len(stand_ins)
+                    kept[f"{role} negligible"] = {"": negligible}
+                kept[part] = isolate(list(stand_ins), probe.error, negligible)
+                write_atomic(path, json.dumps(kept).encode())
+            for node, harm in kept[part].items():
+                each = found.setdefault(node, {})
+                each[treatment] = each.get(treatment, 0.0) + max(harm, 0.0)
+    return found
+
+
+def _order(treatment: str) -> tuple[int, str]:
+    return code_bits(treatment), treatment
+
+
+def _only_logits(graph: Graph) -> None:
+    """A language model's caches are no outputs that count."""
+    outputs = graph.model.graph.output
+    kept = [entry for entry in outputs if entry.name == "logits"]
+    if kept:
+        del outputs[:]
+        outputs.extend(kept)
+
+
+def _text_feed(bundle: Bundle) -> Feeds:
+    """A text as the graph reads it at once, with empty caches of its length."""
+    session, config = Session(bundle), bundle.config
+    text = files("leangen").joinpath("assets/quality.txt").read_text(encoding="utf-8")
+    tokens = language.tokenizer(session).encode(text).ids[:TOKENS]
+    cache = np.zeros((1, config["kv_heads"], len(tokens), config["head_dim"]), np.float32)
+    caches = {
+        f"past_{kind}_{layer}": cache
+        for layer in range(config["layers"])
+        for kind in ("key", "value")
+    }
+    return caches | {
+        "input_ids": np.array([tokens], np.int64),
+        "seqlens_k": np.array([len(tokens) - 1], np.int32),
+        "total_sequence_length": np.array(len(tokens), np.int32),
+        "logits_from": np.zeros(1, np.int64),
+    }

@@ -1,0 +1,400 @@
+"""The server, asked by the official OpenAI client and by plain HTTP."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import wave
+
+import httpx
+import openai
+import pytest
+import serving
+from PIL import Image
+
+CHAT = [{"role": "user", "content": "hello world"}]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return serving.bundles(tmp_path_factory.mktemp("bundles"))
+
+
+@pytest.fixture(scope="module")
+def running(models, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LEANGEN_HOME", str(tmp_path_factory.mktemp("served")))
+        with serving.serving(models) as (address, server):
+            yield address, server
+
+
+@pytest.fixture
+def client(running):
+    with openai.OpenAI(
+        base_url=f"{running[0]}/v1",
+        api_key="none",
+        max_retries=0,
+        http_client=httpx.Client(trust_env=False),
+    ) as client:
+        yield client
+
+
+@pytest.fixture
+def http(running):
+    with httpx.Client(base_url=running[0], trust_env=False, timeout=30) as client:
+        yield client
+
+
+def kept(running, receipt_id):
+    return running[1].ledger.receipt(receipt_id)
+
+
+def test_chat(client, running):
+    reply = client.chat.completions.create(
+        model="tiny-text", messages=CHAT, max_tokens=8, temperature=0
+    )
+    assert reply.choices[0].message.role == "assistant"
+    assert reply.choices[0].finish_reason in ("length", "stop")
+    assert reply.usage.total_tokens == reply.usage.prompt_tokens + reply.usage.completion_tokens
+    energy = reply.usage.energy
+    [receipt_id] = energy["receipts"]
+    receipt = kept(running, receipt_id)
+    assert receipt["energy"]["gross_j"] == energy["joules"] > 0
+    assert receipt["energy"]["source"] == energy["source"]
+    assert receipt["units"]["count"] == reply.usage.completion_tokens
+
+
+def test_a_stream_joins_to_the_whole_reply(client, running):
+    asked = {"model": "tiny-text", "messages": CHAT, "max_tokens": 12, "temperature": 0}
+    whole = client.chat.completions.create(**asked)
+    chunks = list(
+        client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True})
+    )
+    deltas = [chunk.choices[0].delta for chunk in chunks if chunk.choices]
+    assert "".join(delta.content or "" for delta in deltas) == whole.choices[0].message.content
+    assert deltas[0].role == "assistant"
+    [end] = [c.choices[0].finish_reason for c in chunks if c.choices and c.choices[0].finish_reason]
+    assert end == whole.choices[0].finish_reason
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+    assert kept(running, chunks[-1].usage.energy["receipts"][0])
+    assert all(chunk.usage is None for chunk in chunks[:-1])
+
+
+def test_completions_of_several_prompts_and_replies(client):
+    reply = client.completions.create(
+        model="tiny-text", prompt=["hello", "world 1"], n=2, max_tokens=5, seed=3
+    )
+    assert [choice.index for choice in reply.choices] == [0, 1, 2, 3]
+    assert len(reply.usage.energy["receipts"]) == 4
+    again = client.completions.create(
+        model="tiny-text", prompt=["hello", "world 1"], n=2, max_tokens=5, seed=3
+    )
+    assert [c.text for c in again.choices] == [c.text for c in reply.choices]
+    alone = client.completions.create(model="tiny-text", prompt="world 1", max_tokens=5, seed=4)
+    assert alone.choices[0].text == reply.choices[3].text
+    by_tokens = client.completions.create(
+        model="tiny-text", prompt=[3, 4, 5], max_tokens=4, extra_body={"ignore_eos": True}
+    )
+    assert by_tokens.usage.prompt_tokens == 3
+    assert by_tokens.usage.completion_tokens == 4
+
+
+def test_stop_strings_end_a_reply(client):
+    asked = {"model": "tiny-text", "prompt": "hello", "max_tokens": 30, "seed": 1}
+    text = client.completions.create(**asked, extra_body={"ignore_eos": True}).choices[0].text
+    stop = text[3:5]
+    stopped = client.completions.create(**asked, stop=stop, extra_body={"ignore_eos": True})
+    assert stopped.choices[0].text == text[: text.index(stop)]
+    assert stopped.choices[0].finish_reason == "stop"
+
+
+def test_logprobs(client):
+    asked = {"model": "tiny-text", "temperature": 0, "max_tokens": 4}
+    reply = client.chat.completions.create(
+        **asked, messages=CHAT, logprobs=True, top_logprobs=3
+    ).choices[0]
+    for token in reply.logprobs.content:
+        assert len(token.top_logprobs) == 3
+        assert token.logprob == token.top_logprobs[0].logprob <= 0  # greedy
+    plain = client.completions.create(**asked, prompt="hello", logprobs=2).choices[0]
+    assert len(plain.logprobs.tokens) == len(plain.logprobs.token_logprobs)
+    assert "".join(plain.logprobs.tokens[:2]) in plain.text
+
+
+def test_a_reply_that_must_be_json(client):
+    pytest.importorskip("llguidance", reason="the grammar extra is not installed")
+    schema = {
+        "type": "object",
+        "properties": {"yes": {"type": "boolean"}},
+        "required": ["yes"],
+        "additionalProperties": False,
+    }
+    reply = client.chat.completions.create(
+        model="tiny-text",
+        messages=CHAT,
+        max_tokens=60,
+        seed=1,
+        response_format={"type": "json_schema", "json_schema": {"name": "a", "schema": schema}},
+    ).choices[0]
+    assert reply.finish_reason in ("stop", "length")
+    if reply.finish_reason == "stop":
+        assert json.loads(reply.message.content)["yes"] in (True, False)
+    assert reply.message.content.lstrip().startswith("{")
+
+
+def test_penalties_and_biases_reach_the_choice(client):
+    asked = {"model": "tiny-text", "prompt": "hello", "max_tokens": 6, "temperature": 0}
+    options = {"extra_body": {"ignore_eos": True}}
+    plain = client.completions.create(**asked, **options).choices[0].text
+    biased = client.completions.create(**asked, logit_bias={"40": 100}, **options).choices[0].text
+    assert len(set(biased)) == 1
+    assert biased != plain
+
+
+def test_a_shared_beginning_is_computed_once(client):
+    asked = {"model": "tiny-text", "max_tokens": 2, "temperature": 0}
+    prompt = "12 world hello " * 9
+    first = client.completions.create(**asked, prompt=prompt)
+    second = client.completions.create(**asked, prompt=prompt)
+    assert second.usage.prompt_tokens_details.cached_tokens >= 32
+    assert second.choices[0].text == first.choices[0].text
+
+
+def test_langchain(running):
+    chat_openai = pytest.importorskip("langchain_openai", reason="langchain is not installed")
+    model = chat_openai.ChatOpenAI(
+        base_url=f"{running[0]}/v1",
+        api_key="none",
+        model="tiny-text",
+        max_tokens=6,
+        temperature=0,
+        http_client=httpx.Client(trust_env=False),
+    )
+    whole = model.invoke("hello world")
+    assert whole.usage_metadata["output_tokens"] > 0
+    assert "".join(chunk.content for chunk in model.stream("hello world")) == whole.content
+
+
+def test_many_at_once_say_what_each_says_alone(running, models):
+    import asyncio
+
+    async def ask(prompts):
+        async with openai.AsyncOpenAI(
+            base_url=f"{running[0]}/v1",
+            api_key="none",
+            http_client=httpx.AsyncClient(trust_env=False, timeout=60),
+        ) as client:
+            calls = [
+                client.completions.create(
+                    model="tiny-text",
+                    prompt=prompt,
+                    max_tokens=20,
+                    temperature=0,
+                    extra_body={"ignore_eos": True},
+                )
+                for prompt in prompts
+            ]
+            return await asyncio.gather(*calls)
+
+    prompts = [f"hello {n} world" * (1 + n % 3) for n in range(12)]
+    together = asyncio.run(ask(prompts))
+    for prompt, reply in zip(prompts, together, strict=True):
+        [alone] = asyncio.run(ask([prompt]))
+        assert alone.choices[0].text == reply.choices[0].text
+    shared = [kept(running, reply.usage.energy["receipts"][0]) for reply in together]
+    assert any("shared by computing time" in r["energy"]["reason"] for r in shared)
+    assert all(r["begin_boottime_ns"] is None for r in shared if "shared" in r["energy"]["reason"])
+
+
+def test_images(client, running):
+    for model in ("tiny-image", "tiny-shot"):
+        reply = client.images.generate(model=model, prompt="", n=2, extra_body={"seed": 5})
+        first, second = (
+            Image.open(io.BytesIO(base64.b64decode(image.b64_json))) for image in reply.data
+        )
+        assert first.size == second.size == (8, 8)
+        assert first.tobytes() != second.tobytes()
+        assert kept(running, reply.usage.energy["receipts"][0])["units"]["count"] == 2
+
+
+def test_speech(client, running):
+    with client.audio.speech.with_streaming_response.create(
+        model="tiny-voice",
+        voice="default",
+        input="abc ab.",
+        response_format="wav",
+        extra_body={"phonemes": True, "seed": 1},
+    ) as reply:
+        sound = reply.read()
+        headers = reply.headers
+    with wave.open(io.BytesIO(sound)) as file:
+        assert file.getnframes() > 0
+        assert file.getnchannels() == 1
+    assert float(headers["x-leangen-energy-joules"]) > 0
+    assert kept(running, headers["x-leangen-receipt"])["family"] == "flow"
+
+
+def test_flows(http, running):
+    drawn = http.post("/v1/flows/sample", json={"model": "tiny-flow", "count": 5, "seed": 1}).json()
+    assert len(drawn["rows"]) == 5
+    assert len(drawn["rows"][0]) == len(drawn["columns"]) == 3
+    scored = http.post(
+        "/v1/flows/log_density", json={"model": "tiny-flow", "rows": [*drawn["rows"], [99, 99, 99]]}
+    ).json()
+    assert all(isinstance(value, float) for value in scored["log_density"][:-1])
+    assert scored["log_density"][-1] is None
+    assert kept(running, scored["usage"]["energy"]["receipts"][0])
+
+
+def test_models_and_receipts(client, http):
+    assert {model.id for model in client.models.list()} == set(serving.NAMES.values())
+    assert client.models.retrieve("tiny-text").id == "tiny-text"
+    reply = client.completions.create(model="tiny-text", prompt="hello", max_tokens=2)
+    [receipt_id] = reply.usage.energy["receipts"]
+    assert http.get(f"/v1/receipts/{receipt_id}").json()["schema"] == "leangen.receipt/1"
+    assert http.get(f"/v1/receipts/{'0' * 32}").status_code == 404
+    assert http.get("/health").json() == {"status": "ok"}
+    assert http.get("/ready").json() == {"status": "ready"}
+
+
+def test_metrics(http, client):
+    client.completions.create(model="tiny-text", prompt="hello", max_tokens=4)
+    text = http.get("/metrics").text
+    for name in (
+        'leangen_num_requests_running{model_name="tiny-text"} 0.0',
+        'leangen_time_to_first_token_seconds_count{model_name="tiny-text"}',
+        'leangen_generation_tokens_total{model_name="tiny-text"}',
+        'leangen_serving_energy_joules_total{source="estimated"}',
+        "leangen_energy_joules_total",
+        "leangen_kv_cache_usage_perc",
+    ):
+        assert name in text
+
+
+def test_the_page_needs_nothing_from_elsewhere(http):
+    page = http.get("/")
+    assert page.headers["content-type"].startswith("text/html")
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+    assert "http://" not in page.text.replace("http://www.w3.org", "")
+    assert "https://" not in page.text
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "says"),
+    [
+        ("/v1/completions", b"{nonsense", 400, "JSON"),
+        ("/v1/completions", b"[]", 400, "valid dictionary"),
+        ("/v1/completions", {"model": "tiny-text"}, 400, "prompt"),
+        ("/v1/completions", {"model": "no", "prompt": "a"}, 404, "not served here"),
+        ("/v1/completions", {"model": "../../etc/passwd", "prompt": "a"}, 404, "not served here"),
+        ("/v1/completions", {"model": "tiny-text", "prompt": ""}, 400, "empty"),
+        ("/v1/completions", {"model": "tiny-text", "prompt": "a " * 500}, 400, "shorten"),
+        ("/v1/completions", {"model": "tiny-text", "prompt": [999999]}, 400, "vocabulary"),
+        ("/v1/completions", {"model": "tiny-text", "prompt": "a", "max_tokens": "9"}, 400, "int"),
+        ("/v1/completions", {"model": "tiny-text", "prompt": "a", "n": 99}, 400, "less than"),
+        ("/v1/completions", b'{"model": "tiny-text", "prompt": "\\ud800"}', 400, "surrogate"),
+        ("/v1/completions", b'{"model": "tiny-text", "prompt": "\xff"}', 400, "body"),
+        ("/v1/completions", b"[" * 100_000, 400, "body"),
+        (
+            "/v1/completions",
+            {"model": "tiny-text", "prompt": "a", "max_tokens": 10**30},
+            400,
+            "less than",
+        ),
+        ("/v1/completions", {"model": "tiny-text", "prompt": "a", "bogus": 1}, 400, "bogus"),
+        (
+            "/v1/completions",
+            {"model": "tiny-text", "prompt": "a", "logprobs": 99},
+            400,
+            "less than",
+        ),
+        (
+            "/v1/completions",
+            {"model": "tiny-text", "prompt": "a", "logprobs": 1, "stream": True},
+            400,
+            "not streamed",
+        ),
+        (
+            "/v1/completions",
+            {"model": "tiny-text", "prompt": "a", "logit_bias": {"x": 1}},
+            400,
+            "token ids",
+        ),
+        ("/v1/completions", {"model": "tiny-text", "prompt": "a", "defer": True}, 400, "defer"),
+        ("/v1/completions", {"model": "tiny-image", "prompt": "a"}, 400, "family diffusion"),
+        ("/v1/chat/completions", {"model": "tiny-text", "messages": []}, 400, "messages"),
+        (
+            "/v1/chat/completions",
+            {"model": "tiny-text", "messages": CHAT, "response_format": {"type": "json_schema"}},
+            400,
+            "lacks json_schema",
+        ),
+        (
+            "/v1/chat/completions",
+            {"model": "tiny-text", "messages": CHAT, "tools": [{"type": "function"}]},
+            400,
+            "tools is not supported",
+        ),
+        ("/v1/images/generations", {"model": "tiny-image", "prompt": "a cat"}, 400, "no prompt"),
+        ("/v1/images/generations", {"model": "tiny-text"}, 400, "family language"),
+        ("/v1/images/generations", {"model": "tiny-image", "conditions": {"x": 1}}, 400, "'x'"),
+        (
+            "/v1/audio/speech",
+            {"model": "tiny-voice", "input": "a", "voice": "bob"},
+            400,
+            "voice is 'bob'",
+        ),
+        ("/v1/flows/sample", {"model": "tiny-flow", "count": 10**9}, 400, "less than"),
+        ("/v1/flows/log_density", {"model": "tiny-flow", "rows": [[1]]}, 400, "shape"),
+        ("/v1/flows/log_density", {"model": "tiny-flow", "rows": "/etc/passwd"}, 400, "list"),
+        ("/v1/nothing", {}, 404, "Not Found"),
+    ],
+)
+def test_bad_requests_get_openais_error_shape(http, path, body, status, says):
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    reply = http.post(path, content=content, headers={"content-type": "application/json"})
+    error = reply.json()["error"]
+    assert reply.status_code == status, error
+    assert set(error) == {"message", "type", "param", "code"}
+    assert says in error["message"]
+    assert "Traceback" not in reply.text
+
+
+def test_the_openai_client_raises_its_own_errors(client):
+    with pytest.raises(openai.NotFoundError, match="not served here"):
+        client.completions.create(model="gpt-4", prompt="a")
+    with pytest.raises(openai.BadRequestError, match="shorten the prompt"):
+        client.completions.create(model="tiny-text", prompt="a " * 500)
+
+
+def test_a_stream_that_cannot_begin_has_its_own_status(client):
+    with pytest.raises(openai.BadRequestError, match="shorten the prompt"):
+        client.completions.create(model="tiny-text", prompt="a " * 500, stream=True)
+
+
+def test_the_host_must_be_this_machine(http):
+    reply = http.get("/v1/models", headers={"host": "evil.example"})
+    assert reply.status_code == 400
+    assert "not this machine" in reply.json()["error"]["message"]
+
+
+def test_no_page_of_another_site_can_read(http):
+    reply = http.get("/v1/models", headers={"origin": "http://evil.example"})
+    assert "access-control-allow-origin" not in reply.headers
+
+
+def test_a_huge_body_is_refused_before_it_is_read(http):
+    def megabytes():
+        for _ in range(100):
+            yield b"x" * 1_000_000
+
+    stated = http.post("/v1/completions", content=b"x" * 3_000_000)
+    assert stated.status_code == 413
+    assert stated.json()["error"]["code"] == "request_too_large"
+    try:
+        unstated = http.post("/v1/completions", content=megabytes())
+    except httpx.WriteError:  # the server may close while we still send
+        return
+    assert unstated.status_code == 413

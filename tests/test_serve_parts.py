@@ -1,0 +1,169 @@
+"""The server's parts by themselves: the queue, holding back, settings."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from leangen import cli, clock, metrics, serve
+from leangen.errors import RequestError
+from leangen.intensity import read_series
+from leangen.serve import access, options, prometheus
+from leangen.serve.jobs import FairQueue, Job
+from leangen.serve.options import Options
+from leangen.serve.power import PowerCap, cleanest_delay_s
+from leangen.serve.problems import OverloadError
+
+
+def job(client="a", priority=0, **more):
+    return Job(request=None, tell=lambda event: None, client=client, priority=priority, **more)
+
+
+def order(queue):
+    taken = []
+    while (next_job := queue.take(0)) is not None:
+        taken.append(next_job)
+    return taken
+
+
+def test_clients_take_turns_and_priority_goes_first():
+    queue = FairQueue(100)
+    many = [job("many") for _ in range(4)]
+    few = [job("few") for _ in range(2)]
+    urgent = job("many", priority=-1)
+    for entry in (*many, *few, urgent):
+        queue.put(entry)
+    assert order(queue) == [urgent, few[0], many[0], few[1], *many[1:]]
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(-2, 2)), max_size=30))
+def test_every_job_is_served_once_in_the_order_of_priorities(entries):
+    queue = FairQueue(100)
+    jobs = [job(client, priority) for client, priority in entries]
+    for entry in jobs:
+        queue.put(entry)
+    taken = order(queue)
+    assert sorted(map(id, taken)) == sorted(map(id, jobs))
+    assert [entry.priority for entry in taken] == sorted(entry.priority for entry in jobs)
+    for client in "abc":
+        for priority in range(-2, 3):
+            mine = [j for j in taken if (j.client, j.priority) == (client, priority)]
+            assert mine == [j for j in jobs if (j.client, j.priority) == (client, priority)]
+
+
+def test_who_comes_later_does_not_take_all_turns():
+    queue = FairQueue(100)
+    for _ in range(5):
+        queue.put(job("early"))
+    for _ in range(3):
+        queue.take(0)
+    for _ in range(2):
+        queue.put(job("late"))
+    assert [entry.client for entry in order(queue)] == ["early", "late", "early", "late"]
+
+
+def test_a_full_queue_and_what_waits_for_its_hour():
+    queue = FairQueue(2)
+    later = job(not_before_ns=500)
+    queue.put(later)
+    assert queue.take(499) is None
+    assert queue.wakes_ns() == 500
+    queue.put(job(deadline_ns=90))
+    with pytest.raises(OverloadError, match="2 requests wait"):
+        queue.put(job())
+    assert queue.wakes_ns() == 0
+    [gone] = queue.drop(100)
+    assert gone.deadline_ns == 90
+    assert queue.take(500) is later
+
+
+def test_a_power_cap_holds_the_mean(monkeypatch):
+    now_ns = [0]
+    monkeypatch.setattr(clock, "monotonic_ns", lambda: now_ns[0])
+    cap = PowerCap(10.0)
+    energy_j = 0.0
+    for _ in range(2000):  # steps of 10 ms at 40 W; 5 W while waiting
+        now_ns[0] += 10_000_000
+        energy_j += 0.4
+        pause_s = cap.pause_s(int(energy_j * 1e6))
+        assert 0 <= pause_s <= 1
+        now_ns[0] += int(pause_s * 1e9)
+        energy_j += 5 * pause_s
+    seconds = now_ns[0] / 1e9
+    assert energy_j / seconds == pytest.approx(10.0, rel=0.05)
+    with pytest.raises(RequestError, match="expected more than 0"):
+        PowerCap(0)
+
+
+def test_what_can_wait_waits_for_the_cleanest_hour(tmp_path):
+    path = tmp_path / "hours.csv"
+    rows = [("00", 300), ("01", 200), ("02", 100), ("03", 250)]
+    path.write_text("".join(f"2026-11-21T{hour}:00Z,{g}\n" for hour, g in rows))
+    series = read_series(path)
+    assert cleanest_delay_s(series, "2026-11-21T00:30:00Z", 86_400) == (5400, 100)
+    assert cleanest_delay_s(series, "2026-11-21T00:30:00Z", 3600) == (1800, 200)
+    assert cleanest_delay_s(series, "2026-11-21T02:10:00Z", 86_400) == (0, 100)
+    with pytest.raises(RequestError, match="no carbon intensity"):
+        cleanest_delay_s(series, "2026-11-21T09:00:00Z", 3600)
+
+
+def test_settings_that_are_not_safe_are_refused(tmp_path):
+    with pytest.raises(RequestError, match="give --api-key-file"):
+        Options(models=["a"], host="0.0.0.0")
+    with pytest.raises(RequestError, match="no model"):
+        Options(models=[])
+    with pytest.raises(RequestError, match="port is 70000"):
+        Options(models=["a"], port=70000)
+    assert Options(models=["a"], host="::1").local
+    assert Options(models=["a"], host="0.0.0.0", api_key_file=tmp_path / "keys")
+    for text in ("day", "day=5", "hour=5J", "day=-5J", "day=xJ"):
+        with pytest.raises(RequestError, match="day=5000J or month=20g"):
+            options.budget(text)
+    assert options.budget("month=20g").unit == "gCO2e"
+    for text in ("", "2TB", "x"):
+        with pytest.raises(RequestError, match="2GB or 500MB"):
+            options.size(text)
+
+
+def test_a_key_file_must_hold_keys(tmp_path):
+    path = tmp_path / "keys"
+    with pytest.raises(RequestError, match="cannot read"):
+        access.read_keys(path)
+    path.write_text("# nothing\n")
+    with pytest.raises(RequestError, match="holds no API key"):
+        access.read_keys(path)
+    path.write_text("ann:short\n")
+    with pytest.raises(RequestError, match="line 1: a key has at least 16"):
+        access.read_keys(path)
+
+
+def test_the_dashboard_asks_for_metrics_that_there_are():
+    folder = Path(serve.__file__).parent / "assets"
+    panels = json.loads((folder / "grafana.json").read_text())["panels"]
+    source = Path(prometheus.__file__).read_text() + Path(metrics.__file__).read_text()
+    asked = {
+        name
+        for panel in panels
+        for target in panel["targets"]
+        for name in re.findall(r"leangen_(\w+?)(?:_total|_bucket)?\b(?=[\[{ )]|$)", target["expr"])
+    }
+    assert len(asked) > 8
+    assert [name for name in asked if name not in source] == []
+
+
+def test_the_packaged_examples_start_a_server_that_this_command_line_takes():
+    folder = Path(serve.__file__).parent / "assets"
+    unit = (folder / "leangen.service").read_text()
+    [start] = re.findall(r"^ExecStart=/usr/bin/env leangen (.*)$", unit, re.MULTILINE)
+    container = (folder / "Containerfile").read_text()
+    entry, command = (
+        json.loads(re.search(rf"^{word} (\[.*\])$", container, re.MULTILINE)[1])
+        for word in ("ENTRYPOINT", "CMD")
+    )
+    for arguments in (start.split(), entry[1:] + command):
+        assert cli._parser().parse_args(arguments).models == ["smollm2-135m:int4"]
