@@ -1,43 +1,26 @@
-"""Samplers against the closed form for Gaussian data, and the diffusion family end to end."""
+"""The diffusion family end to end, on tiny models whose answers are known."""
 
 import numpy as np
+import onnx
 import pytest
-from image_models import denoiser, gaussian_denoiser
+from image_models import denoiser, gaussian_denoiser, model, value
+from onnx import TensorProto, helper
+from PIL import Image
 
-from leangen import samplers
-from leangen.errors import RequestError
+from leangen.errors import RequestError, UnsupportedError
 from leangen.exporters import onnx_file
-from leangen.families import diffusion
-from leangen.samplers import SAMPLERS, schedules
+from leangen.families import diffusion, guidance, imaging
+from leangen.samplers import SAMPLERS
 from leangen.session import Session
 
 MEAN, STD, TOP = 0.7, 0.5, 20.0
-
-
-def exact_denoiser(x, sigma):
-    """E[x0 | x] for x0 ~ N(MEAN, STD^2)."""
-    return ((STD**2 * x + sigma**2 * MEAN) / (STD**2 + sigma**2)).astype(np.float32)
-
-
-def exact_flow(x, start, end):
-    """Solution of the probability-flow ODE of that Gaussian from sigma `start` to `end`."""
-    shrink = np.sqrt((STD**2 + end**2) / (STD**2 + start**2))
-    return MEAN + (x - MEAN) * shrink
-
-
-def noise(shape=(4, 1, 16, 16)):
-    return np.random.default_rng(0).standard_normal(shape, np.float32) * np.float32(TOP)
-
-
-def solve(name, steps):
-    sigmas = schedules.karras(steps, 0.01, TOP)
-    drawn = list(samplers.get(name).sample(exact_denoiser, noise(), sigmas, rng()))
-    assert len(drawn) == steps
-    return drawn[-1]
-
-
-def rng():
-    return np.random.default_rng(1)
+ZERO_SNR = {
+    "kind": "scaled_linear",
+    "timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "zero_terminal_snr": True,
+}
 
 
 def finish(generator):
@@ -49,88 +32,40 @@ def finish(generator):
             return steps, stop.value
 
 
-@pytest.mark.parametrize("name, order", [("euler", 1), ("ddim", 1), ("heun", 2)])
-def test_ode_samplers_converge_to_the_exact_flow_at_their_order(name, order):
-    exact = exact_flow(noise(), TOP, 0)
-    coarse, fine = (np.abs(solve(name, steps) - exact).max() for steps in (32, 64))
-    assert fine < 0.06
-    assert coarse / fine > 2**order * 0.75
+def draw(bundle, **options):
+    """The images of a request."""
+    return finish(diffusion.run(Session(bundle, threads=1), diffusion.Request(**options)))[1].array
 
 
-def test_ddim_is_the_step_of_the_paper_in_alpha_bar():
-    sigma, following = 5.0, 2.0
-    x = noise((1, 1, 4, 4))
-    ours = next(samplers.get("ddim").sample(exact_denoiser, x, [sigma, following], rng()))
-    a, b = 1 / (1 + sigma**2), 1 / (1 + following**2)
-    clean = exact_denoiser(x, sigma).astype(np.float64)
-    epsilon = (np.sqrt(a) * x - np.sqrt(a) * clean) / np.sqrt(1 - a)
-    paper = np.sqrt(b) * clean + np.sqrt(1 - b) * epsilon
-    assert np.allclose(ours, paper / np.sqrt(b), rtol=1e-5)
+def constant_model(path, batch="b", level="timestep"):
+    """What it predicts is `label` everywhere, whatever it is shown: `label` 9 stands for none."""
+    nodes = [
+        helper.make_node("Mul", ["sample", "zero"], ["nothing"]),
+        helper.make_node("Unsqueeze", ["label", "places"], ["map"]),
+        helper.make_node("Cast", [level], ["level"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["level", "zero"], ["level_nothing"]),
+        helper.make_node("Unsqueeze", ["level_nothing", "places"], ["level_map"]),
+        helper.make_node("Add", ["nothing", "map"], ["sum"]),
+        helper.make_node("Add", ["sum", "level_map"], ["out"]),
+    ]
+    shape = [batch, 1, 8, 8]
+    inputs = [value("sample", shape), value(level, [batch], TensorProto.INT64)]
+    inputs.append(value("label", [batch]))
+    constants = {"zero": np.float32(0), "places": np.array([1, 2, 3])}
+    onnx.save(model(nodes, inputs, [value("out", shape)], constants), path)
+    return path
 
 
-@pytest.mark.parametrize("steps", [1, 2, 5])
-def test_consistency_sampling_draws_from_the_data(steps):
-    def consistency(x, sigma):
-        return exact_flow(x, sigma, 0).astype(np.float32)
-
-    # Data plus noise of level TOP, so that the start is exact too.
-    x = np.float32(MEAN) + noise((64, 1, 32, 32)) * np.float32(np.hypot(STD, TOP) / TOP)
-    sigmas = schedules.karras(steps, 0.5, TOP)
-    *_, drawn = samplers.get("consistency").sample(consistency, x, sigmas, rng())
-    assert abs(drawn.mean() - MEAN) < 0.01 and abs(drawn.std() - STD) < 0.01
-
-
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_samplers_do_not_change_their_input_and_repeat(name):
-    x = noise()
-    kept = x.copy()
-    first, second = (
-        list(samplers.get(name).sample(exact_denoiser, x, [TOP, 1.0, 0.0], rng()))[-1]
-        for _ in range(2)
-    )
-    assert np.array_equal(first, second) and np.array_equal(x, kept)
-    assert first.dtype == np.float32
-
-
-def test_unknown_sampler_names_the_known_ones():
-    with pytest.raises(RequestError, match=r"'plms'.*consistency, ddim, euler, heun"):
-        samplers.get("plms")
-
-
-@pytest.mark.parametrize("steps", [1, 2, 7])
-def test_karras_falls_from_the_highest_level_to_zero(steps):
-    sigmas = schedules.karras(steps, 0.1, 80.0)
-    assert len(sigmas) == steps + 1 and sigmas[0] == 80.0 and sigmas[-1] == 0.0
-    assert all(a > b for a, b in zip(sigmas, sigmas[1:], strict=False))
-
-
-@pytest.mark.parametrize("kind", ["linear", "scaled_linear", "cosine"])
-def test_training_levels_rise_and_steps_visit_them_from_the_top(kind):
-    schedule = {"kind": kind, "timesteps": 100, "beta_start": 1e-4, "beta_end": 0.02}
-    sigmas = schedules.vp_sigmas(schedule)
-    assert len(sigmas) == 100 and np.all(np.diff(sigmas) > 0)
-    visited = schedules.spaced(sigmas, 10)
-    assert visited[0] == sigmas[-1] and visited[-2:] == [sigmas[0], 0.0]
-
-
-@pytest.mark.parametrize("prediction", ["sample", "epsilon", "v"])
-def test_timestep_models_become_the_same_denoiser_whatever_they_predict(prediction):
-    schedule = {"kind": "linear", "timesteps": 50, "beta_start": 1e-3, "beta_end": 0.2}
-    sigmas = schedules.vp_sigmas(schedule)
-
-    def trained(x_t, timestep):
-        sigma = sigmas[round(timestep)]
-        a = 1 / (1 + sigma**2)
-        clean = exact_denoiser(x_t / np.sqrt(a), sigma).astype(np.float64)
-        epsilon = (x_t - np.sqrt(a) * clean) / np.sqrt(1 - a)
-        answers = {"sample": clean, "epsilon": epsilon}
-        answers["v"] = np.sqrt(a) * epsilon - np.sqrt(1 - a) * clean
-        return answers[prediction].astype(np.float32)
-
-    denoise = schedules.variance_preserving(trained, prediction, sigmas)
-    for sigma in sigmas[[0, 20, 49]]:
-        x = noise((1, 1, 4, 4))
-        assert np.allclose(denoise(x, sigma), exact_denoiser(x, sigma), atol=2e-3)
+def labelled(tmp_path, batch="b", **options):
+    """A bundle of it: a sample of label y is y everywhere."""
+    path = constant_model(tmp_path / "constant.onnx", batch)
+    label = {"min": 0.0, "max": 5.0, "default": 1.0, "unconditional": 9.0}
+    options = {
+        "prediction": "sample",
+        "conditions": {"label": label},
+        **options,
+    }
+    return onnx_file.export(path, tmp_path / "labelled", shape=[1, 8, 8], **options)
 
 
 def test_a_multi_step_denoiser_file_draws_from_its_data(tmp_path):
@@ -171,6 +106,12 @@ def test_a_sample_is_the_same_whatever_the_count(tmp_path):
         ({"seed": -1}, "seed is -1"),
         ({"steps": 0}, "steps is 0, expected 1 or more"),
         ({"sampler": "plms"}, "sampler 'plms' is unknown"),
+        ({"guidance": float("nan")}, "guidance is nan, expected a number"),
+        ({"guidance_rescale": 1.5}, "guidance_rescale is 1.5, expected 0 to 1"),
+        ({"strength": 0.5}, "strength is given without an image"),
+        ({"mask": [[1.0]]}, "mask is given without an image"),
+        ({"image": [[1.0]]}, "give strength .* or a mask"),
+        ({"image": [[1.0]], "strength": 0.0}, "strength is 0.0, expected more than 0, up to 1"),
     ],
 )
 def test_requests_that_cannot_be_met_are_refused(options, text):
@@ -194,8 +135,6 @@ def test_conditions_are_checked_against_the_model(tmp_path, conditions, text):
 
 def test_more_steps_than_a_timestep_model_has_are_refused(tmp_path):
     path = gaussian_denoiser(tmp_path / "gauss.onnx", 0, 1)
-    import onnx
-
     model = onnx.load(path)
     model.graph.input[1].name = "timestep"
     for node in model.graph.node:
@@ -206,3 +145,155 @@ def test_more_steps_than_a_timestep_model_has_are_refused(tmp_path):
     assert bundle.config["prediction"] == "epsilon" and bundle.config["steps"] == 20
     with pytest.raises(RequestError, match="at most the 1000"):
         next(diffusion.run(Session(bundle), diffusion.Request(steps=1001)))
+
+
+# Levels and predictions
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"prediction": "v", "schedule": ZERO_SNR, "spacing": "trailing"},
+        {"prediction": "epsilon", "spacing": "karras"},
+        {"prediction": "flow", "shift": 3.0},
+    ],
+    ids=["v", "epsilon", "flow"],
+)
+def test_every_sampler_runs_models_of_every_kind(tmp_path, sampler, options):
+    bundle = labelled(tmp_path, **options)
+    first, again = (draw(bundle, sampler=sampler, steps=5, seed=3) for _ in range(2))
+    assert first.shape == (1, 8, 8, 1) and first.dtype == np.float32
+    assert np.isfinite(first).all() and np.array_equal(first, again)
+
+
+def test_a_flow_model_of_constant_velocity_moves_the_noise_by_it(tmp_path):
+    """dx/dt = y from t = 1 to 0, in any number of steps."""
+    bundle = labelled(tmp_path, prediction="flow", sampler="euler")
+    start = imaging.generator(4, 0).standard_normal((1, 1, 8, 8), np.float32)
+    for steps in (1, 7):
+        ours = draw(bundle, conditions={"label": 2.0}, seed=4, steps=steps)
+        np.testing.assert_allclose(ours[..., 0], start[:, 0] - 2, atol=1e-5)
+
+
+def test_epsilon_of_pure_noise_is_refused_at_export(tmp_path):
+    path = constant_model(tmp_path / "constant.onnx")
+    with pytest.raises(UnsupportedError, match="zero signal-to-noise ratio: expected v or sample"):
+        onnx_file.export(path, tmp_path / "b", shape=[1, 8, 8], schedule=ZERO_SNR)
+
+
+# Guidance
+
+
+@pytest.mark.parametrize("batch", ["b", 1], ids=["batched", "sequential"])
+def test_guidance_goes_from_the_unconditional_answer_past_the_conditional_one(tmp_path, batch):
+    bundle = labelled(tmp_path, batch)
+    for scale in (0.0, 1.0, 3.0):
+        ours = draw(bundle, conditions={"label": 2.0}, guidance=scale)
+        np.testing.assert_allclose(ours, 9 + scale * (2 - 9), rtol=1e-6)
+
+
+def test_both_answers_come_from_one_run_where_the_graph_takes_a_batch(tmp_path):
+    for place, (batch, runs) in enumerate([("b", 4), (1, 8)]):
+        (tmp_path / str(place)).mkdir()
+        session = Session(labelled(tmp_path / str(place), batch), threads=1)
+        seen = []
+        run = session.run
+
+        def counted(role, feeds, outputs=None, run=run, seen=seen):
+            seen.append(feeds)
+            return run(role, feeds, outputs)
+
+        session.run = counted
+        finish(diffusion.run(session, diffusion.Request(guidance=2.0, steps=4)))
+        assert len(seen) == runs
+
+
+def test_a_models_own_guidance_is_the_default(tmp_path):
+    bundle = labelled(tmp_path, guidance=3.0)
+    assert draw(bundle, conditions={"label": 2.0}).mean() == pytest.approx(9 - 3 * 7)
+    assert draw(bundle, conditions={"label": 2.0}, guidance=1.0).mean() == pytest.approx(2)
+
+
+def test_rescaled_guidance_is_equations_15_and_16():
+    conditional, unconditional = np.random.default_rng(0).standard_normal((2, 1, 3, 8, 8))
+    guided = unconditional + 7.5 * (conditional - unconditional)
+    rescaled = guided * conditional.std() / guided.std()
+    ours = guidance.combine(conditional, unconditional, 7.5, 0.7)
+    np.testing.assert_allclose(ours, 0.7 * rescaled + 0.3 * guided, rtol=1e-12)
+    full = guidance.combine(conditional, unconditional, 7.5, 1.0)
+    assert full.std() == pytest.approx(conditional.std())
+
+
+def test_guidance_without_a_condition_to_guide_by_is_refused(tmp_path):
+    bundle = onnx_file.export(denoiser(tmp_path / "tiny.onnx"), tmp_path / "b")
+    with pytest.raises(RequestError, match=r"guidance is 3, but no condition .*conditions: tilt"):
+        draw(bundle, guidance=3.0)
+
+
+# Starting from an image
+
+
+def gaussian(tmp_path, **options):
+    path = gaussian_denoiser(tmp_path / "gauss.onnx", MEAN, STD)
+    options = {"steps": 20, "sampler": "ddim", "sigma_max": TOP, **options}
+    return onnx_file.export(path, tmp_path / "b", **options)
+
+
+def ramp():
+    """An image [16, 16, 1]."""
+    return np.linspace(-1, 1, 256, dtype=np.float32).reshape(16, 16, 1)
+
+
+def test_the_weaker_the_strength_the_nearer_the_image_and_the_fewer_the_steps(tmp_path):
+    session = Session(gaussian(tmp_path), threads=1)
+    distances = []
+    for strength in (0.1, 0.5, 1.0):
+        request = diffusion.Request(image=ramp(), strength=strength, seed=2)
+        steps, output = finish(diffusion.run(session, request))
+        assert len(steps) == round(20 * strength) and sum(step.units for step in steps) == 1
+        distances.append(np.abs(output.array[0] - ramp()).mean())
+    assert distances[0] < 0.05 and distances == sorted(distances)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_inpainting_keeps_the_image_where_the_mask_is_black(tmp_path, sampler):
+    mask = np.zeros((16, 16), np.float32)
+    mask[4:12, 4:12] = 1
+    drawn = draw(gaussian(tmp_path), image=ramp(), mask=mask, sampler=sampler, seed=1)[0]
+    np.testing.assert_allclose(drawn[mask == 0], ramp()[mask == 0], atol=1e-5)
+    assert np.abs(drawn - ramp())[mask == 1].mean() > 0.1
+
+
+def test_pictures_and_arrays_on_disk_are_read_alike(tmp_path):
+    pixels = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    Image.fromarray(pixels).save(tmp_path / "p.png")
+    np.save(tmp_path / "p.npy", pixels[..., None] / 255 * 2 - 1)
+    bundle = gaussian(tmp_path, range=[-1.0, 1.0])
+    png, npy = (
+        draw(bundle, image=str(tmp_path / f"p.{kind}"), strength=0.2) for kind in ("png", "npy")
+    )
+    np.testing.assert_allclose(png, npy, atol=1e-5)
+
+
+def test_images_and_masks_that_do_not_fit_are_refused(tmp_path):
+    bundle = gaussian(tmp_path)
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    (tmp_path / "bad.npy").write_bytes(b"no array")
+    Image.fromarray(np.zeros((16, 16), np.uint8)).save(tmp_path / "p.png")
+    image = ramp()
+    for options, text in [
+        ({"image": image[:8], "strength": 0.5}, r"image has shape \[8, 16, 1\], expected \[16, 16"),
+        ({"image": image, "mask": image}, r"mask has shape \[16, 16, 1\], expected \[16, 16\]"),
+        ({"image": image, "mask": image[..., 0]}, "mask goes from -1 to 1, expected 0"),
+        ({"image": image * np.nan, "strength": 0.5}, "image holds NaN"),
+        ({"image": "many words", "strength": 0.5}, "does not say which values"),
+        ({"image": [["a"]], "strength": 0.5}, "image is not numeric"),
+        ({"image": str(tmp_path / "none.npy"), "strength": 0.5}, "cannot read image .*No such"),
+        ({"image": str(tmp_path / "bad.npy"), "strength": 0.5}, "cannot read image .* as .npy"),
+        ({"image": str(tmp_path / "p.png"), "strength": 0.5}, "does not say which values"),
+        ({"image": image, "mask": str(tmp_path / "bad.png")}, "cannot read mask .*bad.png"),
+        ({"image": image, "strength": 0.01}, "less than one step: expected 0.05 or more"),
+    ]:
+        with pytest.raises(RequestError, match=text):
+            draw(bundle, **options)

@@ -97,6 +97,12 @@ def request_options(sub: argparse.ArgumentParser) -> None:
     group.add_argument("--count", type=int, help="samples or images to draw")
     group.add_argument("--data", help="flow: rows (.npy, .csv) whose log-density is wanted")
     group.add_argument("--steps", type=int, help="diffusion steps")
+    group.add_argument("--sampler", help="diffusion: ddim, heun, dpmpp_2m, unipc, ...")
+    group.add_argument("--guidance", type=float, metavar="SCALE", help="diffusion: 1 is none")
+    group.add_argument("--guidance-rescale", type=float, metavar="SHARE", help="diffusion: 0 to 1")
+    group.add_argument("--image", metavar="FILE", help="diffusion: picture or .npy to start from")
+    group.add_argument("--strength", type=float, help="diffusion: how far to leave --image, 0 to 1")
+    group.add_argument("--mask", metavar="FILE", help="diffusion: white where to paint anew")
     group.add_argument(
         "--condition", dest="conditions", action="append", type=_condition, metavar="NAME=VALUE"
     )
@@ -106,7 +112,8 @@ _REQUEST_FIELDS = (
     *("seed", "max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "stop"),
     *("ignore_eos", "phonemes", "phoneme_ids", "length_scale", "noise_scale", "count", "data"),
     *("steps", "conditions", "min_p", "presence_penalty", "frequency_penalty", "logit_bias", "n"),
-    *("beams", "logprobs", "regex", "speculate"),
+    *("beams", "logprobs", "regex", "speculate", "sampler", "guidance", "guidance_rescale"),
+    *("image", "strength", "mask"),
 )
 
 

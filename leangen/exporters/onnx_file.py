@@ -20,6 +20,7 @@ from leangen import samplers
 from leangen.bundle import Bundle, create, open_bundle
 from leangen.errors import BundleError, RequestError, SourceError, UnsupportedError
 from leangen.graph_edit import Graph
+from leangen.samplers import schedules
 
 SAMPLE_NAMES = ("noisy", "sample", "x", "x_t", "noisy_sample", "latents", "input")
 SIGMA_NAMES = ("sigma", "sigmas", "noise_level")
@@ -49,10 +50,11 @@ def export(
     `family` is `diffusion` or `oneshot` where the inputs leave it open. Options of a denoiser:
     `prediction` (`sample`; `epsilon` for a timestep model), `sampler` (`consistency` for a one-step
     model, else `euler`), `steps` (1 for `sample` predictions in sigma, else 20), `sigma_min` 0.002,
-    `sigma_max` 80, `schedule` (linear betas 1e-4 to 0.02 over 1000 timesteps). Of a generator:
+    `sigma_max` 80, `schedule` (linear betas 1e-4 to 0.02 over 1000 timesteps) with `spacing` and
+    `offset`, for `flow` predictions `scale` 1000 and `shift` 1, and `guidance`. Of a generator:
     `latent` (`normal` or `uniform`). Of both: `shape` for sizes that the file leaves open,
     `range` [low, high] of the values, `render` (`relief` for heightmaps), `conditions` name ->
-    {min, max, default}.
+    {min, max, default, unconditional}.
     Raises SourceError for a file that is not ONNX or is cut off, UnsupportedError when its inputs
     are not understood or an option does not fit.
     """
@@ -159,10 +161,10 @@ def _diffusion_config(
     names = [name for name in SAMPLE_NAMES if name != level.lower()]
     sample, shape = _image_input(path, inputs, names, options)
     prediction = options.pop("prediction", "sample" if in_sigma else "epsilon")
-    if prediction not in (("sample", "epsilon") if in_sigma else ("sample", "epsilon", "v")):
+    fitting = ("sample", "epsilon") if in_sigma else ("sample", "epsilon", "v", "flow")
+    if prediction not in fitting:
         raise UnsupportedError(
-            f"prediction {prediction!r} does not fit {path}: expected sample, epsilon"
-            + ("" if in_sigma else " or v")
+            f"prediction {prediction!r} does not fit {path}: expected one of {', '.join(fitting)}"
         )
     one_step = in_sigma and prediction == "sample"
     steps = int(options.pop("steps", 1 if one_step else 20))
@@ -175,14 +177,26 @@ def _diffusion_config(
     if in_sigma:
         noise |= {"kind": "sigma", "min": options.pop("sigma_min", 0.002)}
         noise["max"] = options.pop("sigma_max", 80.0)
+    elif prediction == "flow":
+        noise |= {"kind": "flow", "scale": options.pop("scale", 1000.0)}
+        noise["shift"] = options.pop("shift", 1.0)
     else:
         noise |= {"kind": "timestep", "schedule": options.pop("schedule", _VP_DEFAULT)}
+        noise |= {key: options.pop(key) for key in ("spacing", "offset") if key in options}
+        trained = schedules.trained(noise["schedule"])
+        schedules.spaced(trained, 1, noise.get("spacing", "linspace"))
+        if prediction == "epsilon" and trained[-1].alpha == 0:
+            raise UnsupportedError(
+                "prediction epsilon says nothing of the sample at zero signal-to-noise ratio: "
+                "expected v or sample, or a schedule without zero_terminal_snr"
+            )
     return {
         "sample": {"input": sample, "output": output, "shape": shape},
         "noise_level": noise,
         "prediction": prediction,
         "sampler": sampler,
         "steps": steps,
+        "guidance": options.pop("guidance", None),
         **_common(path, inputs, {sample, level}, options),
     }
 

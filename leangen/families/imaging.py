@@ -1,8 +1,9 @@
-"""What the image families share: conditions, noise per sample, layout of the output."""
+"""What the image families share: conditions, noise per sample, images in and out."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -72,3 +73,76 @@ def images(samples: list[Array]) -> Array:
 def rendering(config: Mapping[str, Any]) -> dict[str, Any]:
     """How a picture is made of the values, for `Output.extra`."""
     return {"range": config.get("range"), "render": config.get("render")}
+
+
+def picture(value: Any, shape: Sequence[int], limits: Sequence[float] | None) -> Array:
+    """An image as a sample float32 [1, c, h, w] of a model whose samples are `shape`, [c, h, w].
+
+    `value` is an array [h, w, c] (or [1, h, w, c], as outputs are) of the model's own values, or
+    the path of a .npy file of one or of a picture, whose black and white become `limits`. Raises
+    RequestError for a file that cannot be read and for another shape: nothing is resized.
+    """
+    channels, *size = shape
+    if isinstance(value, str | Path):
+        value = _read("image", Path(value), "L" if channels == 1 else "RGB", limits)
+    image = _numbers("image", value)
+    image = image[0] if image.ndim == 4 and len(image) == 1 else image
+    image = image[..., None] if image.ndim == 2 else image
+    if image.shape != (*size, channels):
+        raise RequestError(
+            f"image has shape {list(image.shape)}, expected {[*size, channels]}: "
+            "resize it to height, width and channels of the model's samples"
+        )
+    return np.moveaxis(image, -1, 0)[None].copy()
+
+
+def mask(value: Any, shape: Sequence[int]) -> Array:
+    """What to paint anew, float32 [1, 1, h, w]: 1 (white) where to, 0 (black) what to keep.
+
+    `value` is an array [h, w] or the path of a .npy file of one or of a picture.
+    """
+    if isinstance(value, str | Path):
+        value = _read("mask", Path(value), "L", (0.0, 1.0))
+    values = _numbers("mask", value)
+    if values.shape != tuple(shape[1:]):
+        raise RequestError(
+            f"mask has shape {list(values.shape)}, expected {list(shape[1:])}, like the image"
+        )
+    if values.min() < 0 or values.max() > 1:
+        raise RequestError(
+            f"mask goes from {values.min():g} to {values.max():g}, expected 0 (keep) to 1 (paint)"
+        )
+    return values[None, None]
+
+
+def _numbers(what: str, value: Any) -> Array:
+    try:
+        values = np.asarray(value, np.float32)
+    except (TypeError, ValueError) as error:
+        raise RequestError(f"{what} is not numeric ({error}): expected an array") from None
+    if not np.isfinite(values).all():
+        raise RequestError(f"{what} holds NaN or infinity: remove them")
+    return values
+
+
+def _read(what: str, path: Path, mode: str, limits: Sequence[float] | None) -> Array:
+    """A .npy file's values, or a picture's in a Pillow mode, its 0 to 255 as `limits`."""
+    try:
+        if path.suffix == ".npy":
+            values: Array = np.load(path, allow_pickle=False)
+            return values
+        if limits is None:
+            raise RequestError(
+                f"{what} is {path}, but this model does not say which values black and white are: "
+                "give the values as a .npy file"
+            )
+        from PIL import Image
+
+        with Image.open(path) as opened:
+            pixels = np.asarray(opened.convert(mode), np.float32)
+    except OSError as error:  # Pillow's UnidentifiedImageError is one
+        raise RequestError(f"cannot read {what} {path}: {error.strerror or error}") from error
+    except ValueError as error:  # a damaged or pickled .npy
+        raise RequestError(f"cannot read {what} {path} as .npy: {error}") from error
+    low, high = limits
+    return low + pixels / 255 * (high - low)
