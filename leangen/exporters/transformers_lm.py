@@ -153,7 +153,7 @@ class Tensors(Checkpoint):
             if error.name not in ("safetensors", "ml_dtypes"):
                 raise
             raise DependencyError(
-                f"{path} holds safetensors, which needs `pip install 'leangen[export]'`"
+                f"{path} holds safetensors: `pip install safetensors`"
             ) from None
         self.files = sorted(path.glob("*.safetensors"))
         if not self.files:
