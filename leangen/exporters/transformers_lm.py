@@ -152,9 +152,7 @@ class Tensors(Checkpoint):
         except ModuleNotFoundError as error:
             if error.name not in ("safetensors", "ml_dtypes"):
                 raise
-            raise DependencyError(
-                f"{path} holds safetensors: `pip install safetensors`"
-            ) from None
+            raise DependencyError(f"{path} holds safetensors: `pip install safetensors`") from None
         self.files = sorted(path.glob("*.safetensors"))
         if not self.files:
             raise SourceError(_no_weights(path))
