@@ -66,7 +66,8 @@ def close(y, expected, step, places=1e-5):
     off = np.abs(y - expected) - allowed
     assert np.isfinite(y).all()
     assert (off <= 2 * step).all(), (off / step).max()
-    assert (off <= 0).mean() > 0.98, (off <= 0).mean()
+    pixels = y.size // y.shape[1]  # one code on the other side moves all outputs of its pixel
+    assert (off <= 0).mean() > 0.98 - 8 / pixels, (off <= 0).mean()
 
 
 def check_conv(rng, shape, bits, block, scale=1.0):
