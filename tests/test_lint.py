@@ -71,6 +71,7 @@ def coarse(path):
 
 
 def hqq(path):
+    pytest.importorskip("torch", reason="ONNX Runtime's HQQ quantizer needs it")
     config = matmul_nbits_quantizer.HQQWeightOnlyQuantConfig(block_size=64, bits=4)
     return nbits(path, config)
 
