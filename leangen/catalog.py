@@ -87,13 +87,43 @@ class HubFiles:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Packaged:
+    """A file inside leangen's own package: a small model that the project has trained."""
+
+    filename: str
+    sha256: str
+    size_bytes: int
+    licence: str
+
+    @property
+    def path(self) -> Path:
+        """Where it is installed."""
+        return Path(__file__).parent / "assets" / self.filename
+
+    @property
+    def title(self) -> str:
+        """For messages."""
+        return f"{self.filename} of leangen itself"
+
+    def record(self) -> dict[str, Any]:
+        """What a bundle's manifest keeps of it."""
+        return {
+            "kind": "packaged",
+            "member": self.filename,
+            "sha256": self.sha256,
+            "size_bytes": self.size_bytes,
+            "licence": self.licence,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
     """A model that can be pulled."""
 
     name: str
     family: str
     summary: str
-    source: Wheel | HubFiles
+    source: Wheel | HubFiles | Packaged
     exporter: str
     """A name in `leangen.exporters.EXPORTERS`."""
     forms: Mapping[str, Mapping[str, Any]]
@@ -140,6 +170,19 @@ _ENTRIES = (
         ),
         exporter="gguf",
         **gguf_forms("Q4_1"),
+    ),
+    Entry(
+        name="smiles-lm",
+        family="language",
+        summary="molecules as SMILES, 5.6M parameters, trained by bench/train/smiles_lm.py",
+        source=Packaged(
+            filename="smiles-lm.gguf",
+            sha256="2a2e381d357c71668c761e602dea9c6c4962c95c5d75e0e72fc3d9521dc3e572",
+            size_bytes=11_305_760,
+            licence="MIT (weights; data MOSES, MIT)",
+        ),
+        exporter="gguf",
+        **gguf_forms("F16"),
     ),
     Entry(
         name="piper-joe",

