@@ -50,6 +50,13 @@ _ACTIVATIONS = {
 
 def _llama(json: Json, **special: Any) -> Layout:
     """Llama, and what differs from it in `special`."""
+    activation = _activation(json.get("hidden_activation") or json.get("hidden_act", "silu"))
+    own = {"epsilon": json.get("rms_norm_eps", 1e-6), "activation": activation}
+    return Layout(config=_config(json, **own | special), names=LLAMA, ropes={"rope": rope(json)})
+
+
+def _config(json: Json, **special: Any) -> DecoderConfig:
+    """The shape under the names that most configs have for it, and `special` beside or before."""
     heads = json["num_attention_heads"]
     config: dict[str, Any] = {
         "layers": json["num_hidden_layers"],
@@ -59,11 +66,9 @@ def _llama(json: Json, **special: Any) -> Layout:
         "head_dim": json.get("head_dim") or json["hidden_size"] // heads,
         "vocab": json["vocab_size"],
         "context": json["max_position_embeddings"],
-        "epsilon": json.get("rms_norm_eps", 1e-6),
         "tied_head": bool(json.get("tie_word_embeddings", False)),
-        "activation": _activation(json.get("hidden_activation") or json.get("hidden_act", "silu")),
     }
-    return Layout(config=DecoderConfig(**config | special), names=LLAMA, ropes={"rope": rope(json)})
+    return DecoderConfig(**config | special)
 
 
 def _activation(name: str) -> str:
@@ -265,15 +270,8 @@ def _gpt2(json: Json) -> Layout:
 
 
 def _opt(json: Json) -> Layout:
-    heads, width = json["num_attention_heads"], json["hidden_size"]
-    config = DecoderConfig(
-        layers=json["num_hidden_layers"],
-        width=width,
-        heads=heads,
-        kv_heads=heads,
-        head_dim=width // heads,
-        vocab=json["vocab_size"],
-        context=json["max_position_embeddings"],
+    config = _config(
+        json,
         epsilon=1e-5,
         tied_head=bool(json.get("tie_word_embeddings", True)),
         norm="layer",
@@ -302,17 +300,9 @@ def _opt(json: Json) -> Layout:
 def _gpt_neox(json: Json) -> Layout:
     parameters = dict(rope(json))
     share = parameters.pop("partial_rotary_factor", json.get("rotary_pct", 0.25))
-    heads, width = json["num_attention_heads"], json["hidden_size"]
-    config = DecoderConfig(
-        layers=json["num_hidden_layers"],
-        width=width,
-        heads=heads,
-        kv_heads=heads,
-        head_dim=width // heads,
-        vocab=json["vocab_size"],
-        context=json["max_position_embeddings"],
+    config = _config(
+        json,
         epsilon=json.get("layer_norm_eps", 1e-5),
-        tied_head=bool(json.get("tie_word_embeddings", False)),
         norm="layer",
         parallel=bool(json.get("use_parallel_residual", True)),
         activation=_activation(json.get("hidden_act", "gelu")),
