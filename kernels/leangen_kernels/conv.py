@@ -17,12 +17,12 @@ from leangen_kernels.conv_simd import (
     CENTER,
     ROUNDER,
     activation_dot,
-    high_signed,
+    centered,
     join_codes,
-    low_signed,
     smaller,
     store_bytes,
 )
+from leangen_kernels.dots import high_nibbles, low_nibbles
 from leangen_kernels.layout import CONV_OUTPUTS, ROWS
 from leangen_kernels.rows import TINY
 from leangen_kernels.simd import (
@@ -197,8 +197,8 @@ def unpack_nibbles(packed: int, codes: int, chunks: int) -> None:
     """Bytes of weights from nibbles: chunks of 64 bytes, low halves first, become 128."""
     for _ in range(chunks):
         both = load_bytes(packed, 0)
-        store_bytes(codes, low_signed(both))
-        store_bytes(codes + 64, high_signed(both))
+        store_bytes(codes, centered(low_nibbles(both)))
+        store_bytes(codes + 64, centered(high_nibbles(both)))
         packed += 64
         codes += 128
 

@@ -32,9 +32,14 @@ from leangen_kernels.vectors import (
 # Weight codes.
 
 
-def _four_for_all(b: Any, address: Any, offset: Any) -> Any:
+def four_for_all(b: Any, address: Any, offset: Any) -> Any:
     """Four bytes from memory, the same for every row."""
     return b.bitcast(repeated(b, load(b, b.add(address, offset), I32), ROWS), BYTES.llvm)
+
+
+def signed(b: Any, codes: Any) -> Any:
+    """Codes 0 to 255, less 128."""
+    return b.xor(codes, filled(BYTES.llvm, -128))
 
 
 @operation(BYTES, BYTES)
@@ -127,21 +132,19 @@ def _shorts_to_ints_avx2(b: Any, x: Any) -> Any:
     return piecewise(b, emit, 2, x)
 
 
-def _byte_dot_avx2(b: Any, total: Any, codes: Any, x: Any) -> Any:
+def _dot_avx2(b: Any, total: Any, weights: Any, x: Any) -> Any:
     # pmaddubsw saturates on full bytes, so move the sign of the weight over to the activation:
     # |w| * (sign(w) * x) sums to at most 2 * 128 * 127 < 2**15.
-    weights = b.xor(codes, filled(BYTES.llvm, -128))
     magnitude = call(b, "llvm.abs.v64i8", BYTES.llvm, weights, ir.IntType(1)(0))
 
     def emit(x: Any, w: Any) -> Any:
         return call(b, "llvm.x86.avx2.psign.b", x.type, x, w)
 
-    signed = piecewise(b, emit, 2, x, weights)
-    return b.add(total, _shorts_to_ints_avx2(b, _pairs_avx2(b, magnitude, signed)))
+    turned = piecewise(b, emit, 2, x, weights)
+    return b.add(total, _shorts_to_ints_avx2(b, _pairs_avx2(b, magnitude, turned)))
 
 
-def _byte_dot_portable(b: Any, total: Any, codes: Any, x: Any) -> Any:
-    weights = b.xor(codes, filled(BYTES.llvm, -128))
+def _dot_portable(b: Any, total: Any, weights: Any, x: Any) -> Any:
     return b.add(total, _shorts_to_ints_portable(b, _pairs_portable(b, weights, x, signed=True)))
 
 
@@ -168,19 +171,18 @@ def _dot_neon(b: Any, total: Any, weights: Any, x: Any) -> Any:
     return piecewise(b, emit, 4, total, weights, x)
 
 
-def _byte_dot_neon(b: Any, total: Any, codes: Any, x: Any) -> Any:
-    return _dot_neon(b, total, b.xor(codes, filled(BYTES.llvm, -128)), x)
-
-
 _SHORT_SUMS = VARIANT.dot in ("avx2", "portable")
 _TO_INTS = _shorts_to_ints_avx2 if VARIANT.dot == "avx2" else _shorts_to_ints_portable
-_BYTE_DOT = {
-    "avx2": _byte_dot_avx2,
-    "portable": _byte_dot_portable,
+UNSIGNED = VARIANT.dot.startswith("vnni")
+"""Whether DOT takes unsigned bytes on its left, else signed ones; they are signed on its right."""
+DOT = {
+    "avx2": _dot_avx2,
+    "portable": _dot_portable,
     "vnni256": _dot_vnni,
     "vnni512": _dot_vnni,
-    "neon": _byte_dot_neon,
+    "neon": _dot_neon,
 }[VARIANT.dot]
+"""(builder, total, left, right): adds four byte products per row."""
 SUMS = SHORTS if _SHORT_SUMS else INTS
 
 
@@ -196,7 +198,7 @@ def nibble_dot(b: Any, total: Any, codes: Any, address: Any, offset: Any) -> Any
 
     The four activations, from memory, are the same for every row.
     """
-    x = _four_for_all(b, address, offset)
+    x = four_for_all(b, address, offset)
     if VARIANT.dot == "avx2":
         return b.add(total, _pairs_avx2(b, codes, x))
     if VARIANT.dot == "portable":
@@ -214,11 +216,11 @@ def nibble_finish(b: Any, total: Any, start: Any) -> Any:
 @operation(INTS, types.int32)
 def byte_start(b: Any, start: Any) -> Any:
     """A sum of products of (code - 128); `start` is -128 times the sum of the activations."""
-    unsigned = VARIANT.dot.startswith("vnni")
-    return repeated(b, start, ROWS) if unsigned else filled(INTS.llvm, 0)
+    return repeated(b, start, ROWS) if UNSIGNED else filled(INTS.llvm, 0)
 
 
 @operation(INTS, INTS, BYTES, types.int64, types.int64)
 def byte_dot(b: Any, total: Any, codes: Any, address: Any, offset: Any) -> Any:
     """Add four products per row, codes 0 to 255, of activations from memory."""
-    return _BYTE_DOT(b, total, codes, _four_for_all(b, address, offset))
+    weights = codes if UNSIGNED else signed(b, codes)
+    return DOT(b, total, weights, four_for_all(b, address, offset))
