@@ -377,8 +377,5 @@ const CustomOp attention_op = {
     .output_type = output_type,
     .output_count = outputs,
     .input_characteristic = op_none,
-    .create_v2 = create,
-    .compute_v2 = compute,
-    .destroy = free,
     .infer_shape = infer,
 };

@@ -171,6 +171,14 @@ char *scratch(size_t bytes) {
 const char *op_provider(const CustomOp *op) { return (void)op, NULL; /* any CPU */ }
 int op_none(const CustomOp *op, size_t index) { return (void)op, (void)index, 0; }
 int op_one(const CustomOp *op) { return (void)op, 1; }
+int op_float(const CustomOp *op, size_t index) { return (void)op, (void)index, TENSOR_FLOAT; }
+size_t op_single(const CustomOp *op) { return (void)op, 1; }
+int op_packed_second(const CustomOp *op, size_t index) {
+  return (void)op, index == 1 ? TENSOR_UINT8 : TENSOR_FLOAT;
+}
+int op_two_required(const CustomOp *op, size_t index) {
+  return (void)op, index < 2 ? REQUIRED : OPTIONAL;
+}
 int op_newest(const CustomOp *op) { return (void)op, 0x7fffffff; }
 size_t op_no_map(int **from, int **to) { return *from = *to = NULL, 0; }
 void op_release_map(int *from, int *to) { (void)from, (void)to; }

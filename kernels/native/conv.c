@@ -477,24 +477,12 @@ static Status infer(const CustomOp *self, void *context) {
 
 static const char *name(const CustomOp *op) { return (void)op, "Conv"; }
 static const char *transpose_name(const CustomOp *op) { return (void)op, "ConvTranspose"; }
-static int input_type(const CustomOp *op, size_t index) {
-  return (void)op, index == 1 ? TENSOR_UINT8 : TENSOR_FLOAT;
-}
-static int output_type(const CustomOp *op, size_t index) {
-  return (void)op, (void)index, TENSOR_FLOAT;
-}
 static size_t inputs(const CustomOp *op) { return (void)op, 7; }
-static size_t outputs(const CustomOp *op) { return (void)op, 1; }
-static int input_characteristic(const CustomOp *op, size_t index) {
-  return (void)op, index < 2 ? REQUIRED : OPTIONAL;
-}
 
 #define CONV(name_) \
   { \
-    OP_COMMON, .name = name_, .input_type = input_type, .input_count = inputs, \
-    .output_type = output_type, .output_count = outputs, \
-    .input_characteristic = input_characteristic, .create_v2 = create, .compute_v2 = compute, \
-    .destroy = free, .infer_shape = infer, \
+    OP_COMMON, OP_WEIGHTED, .name = name_, .input_count = inputs, .output_type = op_float, \
+    .output_count = op_single, .infer_shape = infer, \
   }
 
 const CustomOp conv_op = CONV(name);

@@ -244,21 +244,14 @@ static Status infer(const CustomOp *self, void *context) {
 }
 
 static const char *name(const CustomOp *op) { return (void)op, "PixelAttention"; }
-static int float_type(const CustomOp *op, size_t index) {
-  return (void)op, (void)index, TENSOR_FLOAT;
-}
-static size_t one(const CustomOp *op) { return (void)op, 1; }
 
 const CustomOp pixel_attention_op = {
     OP_COMMON,
     .name = name,
-    .input_type = float_type,
-    .input_count = one,
-    .output_type = float_type,
-    .output_count = one,
+    .input_type = op_float,
+    .input_count = op_single,
+    .output_type = op_float,
+    .output_count = op_single,
     .input_characteristic = op_none,
-    .create_v2 = create,
-    .compute_v2 = compute,
-    .destroy = free,
     .infer_shape = infer,
 };

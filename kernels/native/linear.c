@@ -354,29 +354,15 @@ static Status infer(const CustomOp *self, void *context) {
 }
 
 static const char *name(const CustomOp *op) { return (void)op, "Linear"; }
-static int input_type(const CustomOp *op, size_t index) {
-  return (void)op, index == 1 ? TENSOR_UINT8 : TENSOR_FLOAT;
-}
-static int output_type(const CustomOp *op, size_t index) {
-  return (void)op, (void)index, TENSOR_FLOAT;
-}
 static size_t inputs(const CustomOp *op) { return (void)op, 6; }
-static size_t outputs(const CustomOp *op) { return (void)op, 1; }
-static int input_characteristic(const CustomOp *op, size_t index) {
-  return (void)op, index < 2 ? REQUIRED : OPTIONAL;
-}
 
 const CustomOp linear_op = {
     OP_COMMON,
     .name = name,
-    .input_type = input_type,
+    OP_WEIGHTED,
     .input_count = inputs,
-    .output_type = output_type,
-    .output_count = outputs,
-    .input_characteristic = input_characteristic,
-    .create_v2 = create,
-    .compute_v2 = compute,
-    .destroy = free,
+    .output_type = op_float,
+    .output_count = op_single,
     .infer_shape = infer,
 };
 
@@ -390,12 +376,8 @@ static size_t argmax_outputs(const CustomOp *op) { return (void)op, 2; }
 const CustomOp argmax_linear_op = {
     OP_COMMON,
     .name = argmax_name,
-    .input_type = input_type,
+    OP_WEIGHTED,
     .input_count = argmax_inputs,
     .output_type = argmax_output_type,
     .output_count = argmax_outputs,
-    .input_characteristic = input_characteristic,
-    .create_v2 = create,
-    .compute_v2 = compute,
-    .destroy = free,
 };

@@ -63,13 +63,22 @@ size_t op_no_map(int **, int **);
 void op_release_map(int *, int *);
 void *op_create_v1(const CustomOp *, const void *, const void *);
 void op_compute_v1(void *, void *);
+int op_float(const CustomOp *, size_t);
+size_t op_single(const CustomOp *);
+int op_packed_second(const CustomOp *, size_t);
+int op_two_required(const CustomOp *, size_t);
 
+/* A file's operators share its `create` and `compute`; what they make is one block of memory. */
 #define OP_COMMON \
   .version = ORT_ABI_VERSION, .create = op_create_v1, .compute = op_compute_v1, \
+  .create_v2 = create, .compute_v2 = compute, .destroy = free, \
   .provider = op_provider, .output_characteristic = op_none, .input_memory = op_none, \
   .variadic_input_min = op_one, .variadic_input_homogeneous = op_one, \
   .variadic_output_min = op_one, .variadic_output_homogeneous = op_one, .start_version = op_one, \
   .end_version = op_newest, .may_inplace = op_no_map, .release_may_inplace = op_release_map, \
   .alias_map = op_no_map, .release_alias_map = op_release_map
+
+/* Inputs of an operator on packed weights: x, the weights, then optional floats. */
+#define OP_WEIGHTED .input_type = op_packed_second, .input_characteristic = op_two_required
 
 #endif
