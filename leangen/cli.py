@@ -157,7 +157,7 @@ def demo(args: argparse.Namespace) -> int:
 
 
 def generate(args: argparse.Namespace) -> int:
-    from leangen import api, media, report
+    from leangen import api, families, media, report
 
     prompt, options = request(args)
     engine = api.load(
@@ -172,7 +172,8 @@ def generate(args: argparse.Namespace) -> int:
         meter=args.meter,
     )
     if args.output is not None:
-        media.suffix_for(engine.family.MEDIA, args.output)  # before the work, not after it
+        kind = families.media(engine.bundle, options)
+        media.suffix_for(kind, args.output)  # before the work, not after it
     stream = engine.stream(prompt, **options)
     sample = 0
     for step in stream:

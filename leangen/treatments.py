@@ -265,9 +265,9 @@ class Treatments:
             bias_scale = self._graph.add(f"{label}/bias_scale", step)
             nodes.append(make("DequantizeLinear", [bias_q, bias_scale], f"{label}/b", axis=0))
             conv.input[2] = f"{label}/b"
-        conv.output[0] = f"{label}/y"
+        conv.output[0] = f"{label}/unrounded"
         nodes.append(conv)
-        nodes += _qdq(f"{label}/y", target, shared(scale_y), shared(zero_y))
+        nodes += _qdq(f"{label}/unrounded", target, shared(scale_y), shared(zero_y))
         return nodes, packed.stored_bits
 
     def _unpacked(self, site: Site, form: Form) -> tuple[list[NodeProto], int]:
@@ -309,7 +309,8 @@ class Treatments:
         if site.swapped:
             order = [1, 0, *range(2, len(shape))]
             nodes.append(make("Transpose", [last], f"{label}/w", perm=order))
-        return [*nodes, _with_weight(site.node, 1, f"{label}/w")], packed.stored_bits + extra_bits
+        node = _with_weight(site.node, site.place, f"{label}/w")
+        return [*nodes, node], packed.stored_bits + extra_bits
 
     def _half(self, site: Site, form: Form) -> tuple[list[NodeProto], int]:
         label, name = site.node.name, f"{site.weight}/{form.scheme}"
@@ -329,7 +330,7 @@ class Treatments:
             widen = make("Cast", [gather.output[0]], site.node.output[0], to=TensorProto.FLOAT)
             return [gather, widen], bits
         cast = make("Cast", [half], f"{label}/w", to=TensorProto.FLOAT)
-        return [cast, _with_weight(site.node, 1, f"{label}/w")], bits
+        return [cast, _with_weight(site.node, site.place, f"{label}/w")], bits
 
     # Linear layers and embeddings
 
