@@ -102,8 +102,32 @@ def test_gptq_is_its_float64_twin():
     grid = schemes.get("int4").quantize(w, block_size=32, asymmetric=True)
     moment = moment_of(x)
     order = np.argsort(-np.diagonal(moment), kind="stable")
-    ours = gptq._rounded(w, grid, moment, order)
+    factor = gptq._factor(gptq._damped(moment)[np.ix_(order, order)])
+    ours = gptq._rounded(w.T.copy(), *gptq._grid(grid, slice(None)), 16, factor, order).T
     assert np.mean(ours == gptq_twin(w, grid, moment, order)) > 0.99  # float32 moves a tie or two
+
+
+def test_codes_set_one_by_one_only_ever_gain():
+    w, x = layer(n=8, k=160)
+    grid = schemes.get("int3").quantize(w, block_size=32)
+    moment = gptq._damped(moment_of(x)).astype(np.float32)
+    scales, zeros = gptq._grid(grid, slice(None))
+    codes, columns = grid.q.T.astype(np.float32), w.T.copy()
+
+    def loss(codes):
+        error = ((codes - zeros) * scales - columns).astype(np.float64)
+        return np.einsum("kn,kn->n", moment @ error, error)
+
+    losses = [loss(codes)]
+    for _ in range(8):
+        gptq._descend(columns, scales, zeros, 8, moment, codes)
+        losses.append(loss(codes))
+    assert np.all(np.diff(losses, axis=0) <= 1e-6 * losses[0])
+    for column in range(0, 160, 7):  # at rest, no neighbouring code is better
+        for step in (-1, 1):
+            other = codes.copy()
+            other[column] = np.clip(other[column] + step, 0, 7)
+            assert np.all(loss(other) >= losses[-1] * (1 - 1e-4))
 
 
 def test_gptq_bears_inputs_that_are_always_zero():
@@ -350,6 +374,6 @@ def test_a_precision_that_cannot_be_says_why(text, message):
 
 
 def test_a_method_is_named_once():
-    assert str(precision.parse("int4", method="rtn")) == "int4"
+    assert str(precision.parse("int4", method="rtn")) == "int4-rtn"
     with pytest.raises(UnknownSchemeError, match="names its method already"):
         precision.parse("int4-gptq", method="awq")

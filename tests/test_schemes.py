@@ -10,8 +10,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from leangen import schemes
 from leangen.errors import BundleError, UnknownSchemeError
-from leangen.treatments.packing import bnb_layout, nbits_layout, nbits_zero_points
 from leangen.schemes import SCHEMES
+from leangen.treatments.packing import bnb_layout, nbits_layout, nbits_zero_points
 
 INTEGERS = {"int8": 8, "int4": 4, "int3": 3, "int2": 2}
 TABLES = ("nf4", "fp4")

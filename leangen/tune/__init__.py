@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from leangen import families, quality, quantize
+from leangen import families, family_recipes, quality, quantize
 from leangen.bundle import Bundle
 from leangen.console import Progress, with_u
 from leangen.errors import RequestError
@@ -128,7 +128,7 @@ def tune(
         raise RequestError(f"given {bundle.name}:{bundle.scheme}, expected the fp32 bundle to tune")
     aim = costs.objective(minimize, meter)
     progress(0, 0, "calibrating")
-    calibration = quantize.Calibration(bundle)
+    calibration = quantize.Calibration(bundle, family_recipes.of(bundle).tuned_method)
     found = harms.measure(bundle, calibration, home, progress)
     prices = costs.measure(bundle, calibration, found, aim, progress)
     table = {
@@ -142,7 +142,7 @@ def tune(
         with tempfile.TemporaryDirectory(prefix="leangen-") as folder:
             made = quantize.replay(
                 bundle,
-                _recipe(bundle, solution),
+                _recipe(bundle, calibration, solution),
                 Path(folder) / "trial",
                 calibration=calibration,
             )
@@ -162,7 +162,7 @@ def tune(
         "trials": trials,
     }
     return Tuned(
-        recipe=_recipe(bundle, best, how),
+        recipe=_recipe(bundle, calibration, best, how),
         measures=measures,
         loss=loss,
         solution=best,
@@ -241,5 +241,11 @@ def _told(budget: Budget) -> str:
     return f"--{'min' if budget.kind == 'psnr' else 'max'}-{budget.kind} {budget.limit:g}"
 
 
-def _recipe(bundle: Bundle, solution: Solution, how: Mapping[str, Any] | None = None) -> NodeRecipe:
-    return NodeRecipe(bundle.name, bundle.digest, solution.choices, how or {})
+def _recipe(
+    bundle: Bundle,
+    calibration: quantize.Calibration,
+    solution: Solution,
+    how: Mapping[str, Any] | None = None,
+) -> NodeRecipe:
+    choices, method = solution.choices, calibration.method
+    return NodeRecipe(bundle.name, bundle.digest, choices, how or {}, method)
