@@ -2,6 +2,7 @@
 
     python bench/precision.py --model smiles-lm --tokens 16384 --rounds 5 --json smiles.json
     python bench/precision.py --model smollm2-135m --precisions int8 int4-g128 int4-g128-gptq
+    python bench/precision.py --precisions a-folder-that-quantize-or-tune-made
     python bench/precision.py --precisions llama-Q4_K_M --llama-python PYTHON --gguf FILE
 
 Perplexity, KL divergence from fp32 (± 2 standard errors, tokens taken as independent), top-1
@@ -34,7 +35,7 @@ from precision_peers import Llama, ort_bundle
 
 import leangen as lg
 from leangen import benchmark, calibration_data
-from leangen.bundle import Bundle
+from leangen.bundle import Bundle, open_bundle
 from leangen.console import say, table, with_u
 from leangen.families import language
 from leangen.graph_edit import Graph, attributes
@@ -92,7 +93,9 @@ def main() -> None:
                 bits = inner, whole
             else:
                 given = None if args.own_text else data
-                low = bundles[precision] = _make(exact, precision, folder / precision, given)
+                low = bundles[precision] = _make(
+                    exact, precision, folder / Path(precision).name, given
+                )
                 session = _session(low, precision, args.activations)
                 logits, bits = _logits(session, windows), _bits(exact, low)
             rows.append(row := _row(precision, bits, reference, logits, windows))
@@ -140,6 +143,8 @@ def _ftype(precision: str) -> str:
 
 
 def _make(exact: Bundle, precision: str, folder: Path, data: Path | None) -> Bundle:
+    if Path(precision).is_dir():
+        return open_bundle(Path(precision))
     if precision.startswith("ort-"):
         feeds = calibration_data.feeds(exact, data)[0]["model"] if "gptq" in precision else []
         return ort_bundle(exact, precision, folder, feeds)

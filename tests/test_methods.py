@@ -1,5 +1,9 @@
 """Methods of rounding, against plain twins in float64 and against the graph before rounding."""
 
+import signal
+import subprocess
+import sys
+
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -262,6 +266,48 @@ def test_a_language_model_is_quantized_on_its_own_text(lm, name, tmp_path, monke
     assert open_bundle(low.path).quantization["scheme"] == low.scheme
     again = quantize(lm, low.scheme, tmp_path / "again")
     assert again.files == low.files
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from leangen import calibration_data
+from leangen.bundle import open_bundle
+from leangen.methods import gptq
+from leangen.quantize import quantize
+
+calibration_data.WINDOW, rounds, left = 16, gptq._rounded, int(sys.argv[3])
+
+def dying(*args):
+    global left
+    left -= 1
+    if left < 0:
+        import os, signal
+        os.kill(os.getpid(), signal.SIGKILL)
+    return rounds(*args)
+
+gptq._rounded = dying
+quantize(open_bundle(Path(sys.argv[1])), "int4-g16-gptq", Path(sys.argv[2]))
+"""
+
+
+def test_killed_half_way_it_goes_on_and_makes_the_same(lm, tmp_path, monkeypatch):
+    monkeypatch.setattr(calibration_data, "WINDOW", 16)
+    whole = quantize(lm, "int4-g16-gptq", tmp_path / "whole")
+    layers = sum(e["treatment"] == "matmul4-g16" for e in whole.quantization["nodes"].values())
+    out = tmp_path / "q"
+    for _ in range(2):
+        command = [sys.executable, "-c", KILLED, str(lm.path), str(out), "1"]
+        assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+        assert not out.exists()
+    (kept,) = tmp_path.glob(".q.tmp-rounded-*")
+    assert len(list(kept.iterdir())) == 2
+    next(kept.glob("*.npz")).write_bytes(b"damaged")  # counts as missing
+    made, counted = [], gptq.quantize
+    monkeypatch.setattr(gptq, "quantize", lambda *a, **o: made.append(1) or counted(*a, **o))
+    low = quantize(lm, "int4-g16-gptq", out)
+    assert len(made) == layers - 1 and low.files == whole.files
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".q.tmp-rounded")]
 
 
 @every_method

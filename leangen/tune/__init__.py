@@ -22,6 +22,7 @@ from leangen.errors import RequestError
 from leangen.quality import Measure, Task
 from leangen.recipe import NodeRecipe
 from leangen.session import Session
+from leangen.treatments import read
 from leangen.tune import costs, harms, solve
 from leangen.tune.costs import Objective
 from leangen.tune.solve import Option, Solution, Table
@@ -96,13 +97,18 @@ class Tuned:
     trials: int
 
     def cost_of(self, bundle: Bundle) -> float | None:
-        """The modelled cost of another bundle of the model; None for treatments not looked at."""
-        total = 0.0
+        """The modelled cost of another bundle of the model; None for treatments not looked at.
+
+        Other unpacked forms than those looked at run as fp32 does too; of sizes, files tell.
+        """
+        total, sized = 0.0, self.objective.name == "size"
         nodes = {key.rpartition(":")[2]: e for key, e in bundle.quantization["nodes"].items()}
         for name, options in self.costs.items():
             treatment = nodes[name]["treatment"] if name in nodes else "fp32"
             if treatment not in options:
-                return None
+                if sized or read(treatment).kind != "w":
+                    return None
+                treatment = "fp32"
             total += options[treatment]
         return total
 

@@ -30,8 +30,8 @@ Harms = dict[str, dict[str, float]]
 TOKENS = 96
 """Of its own text that a language model reads while its nodes are tried."""
 _COARSE = 2
-"""A group of nodes that together does less harm than 2 nodes do on average at the fewest bits is
-not looked into: its nodes share the figure."""
+"""A group of nodes that together does less harm than 2 nodes do on average at 4 bits is not looked
+into: its nodes share the figure."""
 _LANGUAGE = ("matmul3", "matmul4-g128", "matmul4", "matmul4-asym-g16", "matmul8", "w16")
 _FP32_ARITHMETIC = ("w3", "w4-g128", "w4", "w4-asym-g16", "w8", "w16")
 _INT8_ARITHMETIC = ("w8a8", "matmul4", "matmul8")
@@ -94,7 +94,7 @@ def measure(
                 stand_ins = {site.node.name: treatments.apply(site, treatment) for site in chosen}
                 # One input puts the nodes in order; what they do together is checked end to end.
                 probe = Probe(graph, stand_ins, inputs[:1], distance)
-                if not negligible:  # of the treatment of the fewest bits, which harms most
+                if not negligible:  # of the first treatment
                     negligible = _COARSE * probe.error(stand_ins) / len(stand_ins)
                     kept[f"{role} negligible"] = {"": negligible}
                 kept[part] = isolate(list(stand_ins), probe.error, negligible)
@@ -105,8 +105,10 @@ def measure(
     return found
 
 
-def _order(treatment: str) -> tuple[int, str]:
-    return code_bits(treatment), treatment
+def _order(treatment: str) -> tuple[bool, int, str]:
+    """4 bits first, which say what is negligible: choices are made around there."""
+    bits = code_bits(treatment)
+    return bits != 4, bits, treatment
 
 
 def _only_logits(graph: Graph) -> None:
