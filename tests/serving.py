@@ -18,6 +18,7 @@ from leangen.serve.worker import Limits
 
 NAMES = {
     "language": "tiny-text",
+    "embedding": "tiny-vectors",
     "flow/speech": "tiny-voice",
     "flow/density": "tiny-flow",
     "diffusion": "tiny-image",
