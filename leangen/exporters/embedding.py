@@ -195,7 +195,7 @@ def _pooling(folder: Path) -> dict[str, Any]:
     if file.is_file():
         stated = _json(file)
         on = [key for key in stated if key.startswith("pooling_mode_") and stated[key]]
-        asked = [_POOLINGS.get(key, key) for key in on] or [stated.get("pooling_mode")]
+        asked: list[Any] = [_POOLINGS.get(key, key) for key in on] or [stated.get("pooling_mode")]
         if len(asked) != 1 or asked[0] not in ("mean", "cls", "last"):
             raise UnsupportedError(
                 f"{file} asks for pooling by {' and '.join(map(str, asked))}, expected one of "
