@@ -188,7 +188,10 @@ class Engine:
         meter: str | None = None,
         probes: Path | None = None,
         root: Path = Path("/"),
+        selection: meters.Selection | None = None,
+        baseline: energy.Baseline | None = None,
     ) -> None:
+        """`selection` and `baseline` are meters in use, and the idle power, where they are known."""
         self.session = session
         self.family = families.of(session.bundle)
         self.ledger = ledger
@@ -197,13 +200,13 @@ class Engine:
         self.guard = guard
         self.on_receipt: list[Callable[[Receipt], None]] = []
         """Called with each receipt after it went to the ledger, in the thread that generates."""
-        self.selection = meters.probed(
+        self.selection = selection or meters.probed(
             meters.select(root, meter=meter),
             boot_id=host.host(root=root).boot_id,
             cache=probes,
         )
         self._baseline_s = baseline_s
-        self._baseline: energy.Baseline | None = None
+        self._baseline = baseline
         self.family.prepare(session)
 
     @property
@@ -270,12 +273,6 @@ class Engine:
         if self.guard is not None:
             self.guard.before(self.tag)
         return Stream(self, request, repeats=repeats, aligned=aligned)
-
-    def share_meters(self, selection: meters.Selection, baseline: energy.Baseline | None) -> None:
-        """Take the meters, and the idle power, that all engines of this process share."""
-        self.selection = selection
-        self._baseline = baseline
-        self._baseline_s = 0.0
 
     def baseline(self) -> energy.Baseline | None:
         """Idle power with this model loaded: measured once, after the first generation.

@@ -215,6 +215,19 @@ def test_the_least_used_model_makes_room(tmp_path):
         assert loaded == [{"one"}, {"one", "two"}, {"one", "two"}, {"one", "three"}]
 
 
+def test_what_meter_it_is_stays_on_the_server(text_model, tmp_path):
+    lines = tmp_path / "meter.log"
+    lines.write_text("# unit=W\n1 20\n2 20\n3 20\n")
+    with serving.serving([text_model], meter=f"file:{lines}") as (address, _):
+        with client(address) as http:
+            reply = http.post("/v1/completions", json=LONG | {"max_tokens": 2})
+            [receipt_id] = reply.json()["usage"]["energy"]["receipts"]
+            receipt = http.get(f"/v1/receipts/{receipt_id}")
+        for text in (reply.text, receipt.text):
+            assert "a meter that the server was given" in text
+            assert str(tmp_path) not in text
+
+
 def test_models_that_do_not_fit_together_take_turns(tmp_path, monkeypatch):
     monkeypatch.setattr(room, "TURN_S", 0.05)
     names = ("one", "two", "three")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from leangen import families
@@ -69,15 +70,13 @@ class Models:
         memory_bytes: int | None = None,
         cap: PowerCap | None = None,
     ) -> None:
-        self._account = account
-        self._build = build
         room = Room(memory_bytes)
         self.by_name: dict[str, Served] = {}
         for name, bundle in bundles.items():
             need_bytes = bundle.size_bytes + cache_bytes(bundle, limits)
             worker = ModelWorker(
                 name,
-                self._loader(bundle),
+                partial(build, bundle),
                 room=room,
                 memory_bytes=need_bytes,
                 account=account,
@@ -128,14 +127,6 @@ class Models:
             thread.start()
         for thread in threads:
             thread.join()
-
-    def _loader(self, bundle: Bundle) -> Callable[[], Engine]:
-        def load_it() -> Engine:
-            engine = self._build(bundle)
-            engine.share_meters(self._account.selection, self._account.baseline)
-            return engine
-
-        return load_it
 
 
 def cache_bytes(bundle: Bundle, limits: Limits) -> int:
