@@ -142,21 +142,24 @@ class Soak:
             time.sleep(min(rng.expovariate(self.rate_hz / CLIENTS), max(0.0, self.left)))
             path, body, expected = asked(rng)
             vanishes = rng.random() < 0.1
-            begin = time.monotonic()
             try:
                 self.ask(path, body, expected, rng.uniform(0.05, 1) if vanishes else None)
-            except httpx.TransportError as error:
-                # A server that was ended may cut a connection; a pause of the machine too.
-                self.statuses[f"cut: {type(error).__name__}"] += 1
-                if time.monotonic() - begin > STUCK_S:
+            except httpx.ReadTimeout:
+                self.statuses["vanished"] += 1
+                if not vanishes:
                     self.problem(f"{path} had no end within {STUCK_S:g} s: {body}")
+            except httpx.TransportError as error:
+                self.statuses[f"cut: {type(error).__name__}"] += 1  # the server was ended
 
     def ask(
         self, path: str, body: dict[str, Any], expected: set[int], vanish_after_s: float | None
     ) -> None:
         """One request to its end, or to where the client vanishes."""
+        timeout = httpx.Timeout(STUCK_S, read=vanish_after_s)
+        if vanish_after_s is None:
+            timeout = httpx.Timeout(STUCK_S)
         with (
-            httpx.Client(base_url=self.address, trust_env=False, timeout=STUCK_S) as http,
+            httpx.Client(base_url=self.address, trust_env=False, timeout=timeout) as http,
             http.stream("POST", path, json=body) as reply,
         ):
             began = time.monotonic()

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
+from leangen.families import pages
 from leangen.session import Session
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
@@ -106,9 +107,8 @@ class _Cache:
         self._graph = session.graph("model")
         self._binding = self._graph.io_binding()
         self._vocab = config["vocab_size"]
-        # Zeroed pages are the kernel's until written: an unused tail takes no memory.
         shape = (config["layers"], 2, 1, config["kv_heads"], capacity, config["head_dim"])
-        self._buffers = np.zeros(shape, np.float32)
+        self._buffers = pages.zeros(shape)
         for layer, pair in enumerate(self._buffers):
             for kind, buffer in zip(("key", "value"), pair, strict=True):
                 value = ort.OrtValue.ortvalue_from_numpy(buffer)

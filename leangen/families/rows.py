@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
+from leangen.families import pages
 from leangen.families.decoder import Floats
 from leangen.session import Session
 
@@ -30,10 +31,9 @@ class Rows:
         self.rows = rows
         self._graph = session.graph("model")
         self._vocab = config["vocab_size"]
-        # Zeroed pages are the kernel's until written: rows that are not used take no memory.
         capacity = _whole(capacity)
         shape = (config["layers"], 2, rows, config["kv_heads"], capacity, config["head_dim"])
-        self._buffers = np.zeros(shape, np.float32)
+        self._buffers = pages.zeros(shape)
         self._bindings: dict[tuple[int, int], _Binding] = {}
 
     def prefill(self, row: int, tokens: Items[int], length: int) -> Floats:
