@@ -191,7 +191,7 @@ class Engine:
         selection: meters.Selection | None = None,
         baseline: energy.Baseline | None = None,
     ) -> None:
-        """`selection` and `baseline`: meters in use already, and the idle power where it is known."""
+        """`selection` and `baseline`: meters in use already, and the idle power if it is known."""
         self.session = session
         self.family = families.of(session.bundle)
         self.ledger = ledger

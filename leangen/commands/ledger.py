@@ -36,7 +36,7 @@ def _ledger_actions(ledger: argparse.ArgumentParser) -> None:
     for name in ("model", "scheme", "tag"):
         sub.add_argument(f"--{name}", help=f"only this {name}", default=argparse.SUPPRESS)
     sub = add("merge", "Take in the ledgers of other machines")
-    sub.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    sub.add_argument("files", nargs="+", metavar="FILE", help="or postgresql://...")
     sub = add("export", "Write all receipts to a file")
     sub.add_argument("--format", choices=("csv", "jsonl", "parquet", "codecarbon"), required=True)
     sub.add_argument("-o", "--output", type=Path, required=True, metavar="FILE")
