@@ -73,7 +73,7 @@ class Store:
 
     @property
     def ledger_path(self) -> Path | str:
-        """Where receipts are kept: `$LEANGEN_LEDGER`, a path or `postgresql://`; else in the store."""
+        """Where receipts are kept: `$LEANGEN_LEDGER` (path or `postgresql://`), or in the store."""
         return os.environ.get("LEANGEN_LEDGER") or self.home / "ledger.sqlite"
 
     def resolve(

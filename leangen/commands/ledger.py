@@ -57,16 +57,16 @@ def run(args: argparse.Namespace) -> int:
         for name in ("model", "scheme", "tag")
         if getattr(args, name) is not None
     }
-    book = Ledger(Store().ledger_path)
-    if args.action is not None:
-        from leangen.ledger import commands
+    with Ledger(Store().ledger_path) as book:
+        if args.action is not None:
+            from leangen.ledger import commands
 
-        args.filters = filters
-        return commands.run(book, args)
-    sums = book.summary(where=filters)
-    entries = book.entries(filters, limit=args.last)
-    if args.json:
-        print_json({"summary": [row.to_json() for row in sums], "entries": entries})
-    else:
-        ledger_tables(sums, entries)
-    return 0
+            args.filters = filters
+            return commands.run(book, args)
+        sums = book.summary(where=filters)
+        entries = book.entries(filters, limit=args.last)
+        if args.json:
+            print_json({"summary": [row.to_json() for row in sums], "entries": entries})
+        else:
+            ledger_tables(sums, entries)
+        return 0

@@ -71,9 +71,6 @@ class Connection:
         """Give up the connection."""
         self.raw.close()
 
-    def __del__(self) -> None:
-        self.raw.close()  # as SQLite's does by itself
-
 
 def _translated(sql: str, rules: Sequence[tuple[str, str]] = _WORDS) -> str:
     for pattern, words in rules:
