@@ -38,6 +38,7 @@ RECIPES = {
     "language": Recipe(measured=False),
     "seq2seq/text": Recipe(measured=False),
     "seq2seq/transcription": Recipe(measured=False),
+    "embedding": Recipe(measured=False),
     "flow/density": Recipe(
         caution=2.0,
         fp32_activations={"*": "rounded activations shift a log-density by tenths of a nat"},
