@@ -223,6 +223,7 @@ def _of_layers(layout: Layout, config: DecoderConfig, prefix: str) -> list[tuple
     """What each layer of a decoder or an encoder has."""
     width, q, kv = config.width, config.heads * config.head_dim, config.kv_heads * config.head_dim
     by_row = config.query_key_norm == "row"
+    source = width if layout.encoder is None else layout.encoder.width
     shapes: dict[str, Shape] = {
         "qkv": (q + 2 * kv, width),
         "q": (q, width),
@@ -230,9 +231,9 @@ def _of_layers(layout: Layout, config: DecoderConfig, prefix: str) -> list[tuple
         "v": (kv, width),
         "o": (width, q),
         "cross_q": (q, width),
-        "cross_k": (q, None),
-        "cross_v": (q, None),
-        "cross_kv": (2 * q, None),
+        "cross_k": (q, source),
+        "cross_v": (q, source),
+        "cross_kv": (2 * q, source),
         "cross_o": (width, q),
         "q_norm": (q if by_row else config.head_dim,),
         "k_norm": (kv if by_row else config.head_dim,),

@@ -130,5 +130,6 @@ class _Encoder(Stack):
         x = self.linears.linear(f"layers.{layer}", "cross", states, [f"cross_{kind[0]}"])
         x = node("Reshape", f"/{name}/by_head", [x, "by_head"])
         node("Transpose", f"/{name}", [x], [name], perm=[0, 2, 1, 3])
-        shape = ["batch", self.decoder.heads, "source", self.decoder.head_dim]
-        return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+        return helper.make_tensor_value_info(
+            name, TensorProto.FLOAT, ["batch", self.decoder.heads, "source", self.decoder.head_dim]
+        )

@@ -6,6 +6,8 @@ sequences of any length.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from onnx import TensorProto
 
@@ -13,11 +15,12 @@ from leangen.exporters.decoder import Relative, Weights
 from leangen.exporters.gguf_blocks import Floats
 from leangen.exporters.onnx_writer import GraphWriter
 
+Places = np.ndarray[Any, np.dtype[np.int64]]
 NAME = "relative_bias"
 """The tensor [1, heads, queries, keys]."""
 
 
-def buckets(distances: np.ndarray, relative: Relative, *, both_ways: bool) -> np.ndarray:
+def buckets(distances: Places, relative: Relative, *, both_ways: bool) -> Places:
     """The bucket of each key's place less its query's (Raffel et al., 1910.10683, section 2.1).
 
     Near distances have buckets of their own, further ones share them logarithmically; with
@@ -31,7 +34,8 @@ def buckets(distances: np.ndarray, relative: Relative, *, both_ways: bool) -> np
     share = np.log(np.maximum(away, 1).astype(np.float32) / np.float32(exact))
     share /= np.float32(np.log(relative.most / exact))
     far = exact + (share * np.float32(count - exact)).astype(np.int64)
-    return base + np.where(away < exact, away, np.minimum(far, count - 1))
+    found: Places = base + np.where(away < exact, away, np.minimum(far, count - 1))
+    return found
 
 
 def causal(writer: GraphWriter, relative: Relative, weights: Weights) -> str:
@@ -65,7 +69,7 @@ def _scalars(writer: GraphWriter) -> tuple[str, str]:
     )
 
 
-def _table(weights: Weights, name: str, found: np.ndarray) -> Floats:
+def _table(weights: Weights, name: str, found: Places) -> Floats:
     by_bucket = weights.matrix(name)
     assert isinstance(by_bucket, np.ndarray)  # no checkpoint holds it in low-bit blocks
     return np.ascontiguousarray(by_bucket[found].T)

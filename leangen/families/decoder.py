@@ -173,6 +173,12 @@ class _Cache:
         self._binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
 
 
+def cross_names(config: Mapping[str, Any]) -> list[str]:
+    """What an encoder's graph makes for its decoder, by layer."""
+    layers = range(config["layers"])
+    return [f"cross_{kind}_{layer}" for layer in layers for kind in ("key", "value")]
+
+
 def _shared(held: Sequence[int], prefix: Sequence[int]) -> int:
     """How many tokens the two begin with alike."""
     return next(

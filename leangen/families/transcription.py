@@ -24,7 +24,7 @@ import numpy as np
 from leangen import audio
 from leangen.errors import RequestError
 from leangen.families import language, whisper_mel
-from leangen.families.decoder import Decoder, Floats
+from leangen.families.decoder import Decoder, Floats, cross_names
 from leangen.families.reply import Reply
 from leangen.families.sampling import Chooser, Sampling, check, is_whole
 from leangen.families.text_stream import TextStream
@@ -34,7 +34,7 @@ from leangen.session import Session
 UNIT = "audio-second"
 MEDIA: Media = "text"
 INPUTS = ("audio",)
-EXAMPLE = {"audio": str(Path(__file__).parent.parent / "assets" / "spoken.wav")}
+EXAMPLE: Mapping[str, Any] = {"audio": str(Path(__file__).parent.parent / "assets" / "spoken.wav")}
 
 TASKS = ("transcribe", "translate")
 _PAUSE = 5 * whisper_mel.RATE_HZ
@@ -119,7 +119,7 @@ def run(session: Session, request: Request) -> Generator[Step, None, Output]:
         before, seconds = len(text), len(sound) / config["sample_rate_hz"]
         with Decoder(session, config["context_length"], role="decoder", beside=states) as decoder:
             spoken = spoken or _listen(config, decoder)
-            prompt = _prompt(config, request, spoken)
+            prompt = first_tokens(config, request, spoken)
             reply = _reply(session, request, prompt)
             sampling = Sampling(temperature=request.temperature, seed=request.seed + len(windows))
             chooser = Chooser(sampling, prompt, constraint=_Spoken(config))
@@ -130,7 +130,8 @@ def run(session: Session, request: Request) -> Generator[Step, None, Output]:
                 done = reply.stop_reason is not None
                 yield replace(step, units=seconds if done else 0, text=piece)
         tokens += reply.tokens
-        reason = reply.stop_reason if reply.stop_reason != "eos" else reason
+        if reply.stop_reason == "length":
+            reason = "length"
         windows.append((begin_s, text[before:].strip()))
         begin_s += seconds
     return Output(
@@ -157,13 +158,16 @@ def cut(samples: Floats, window: int) -> Iterator[Floats]:
 def encoded(session: Session, sound: Floats) -> dict[str, Floats]:
     """What the decoder hears of a window's samples: its inputs, by name."""
     config = session.bundle.config
+    names = cross_names(config)
+    made = session.run("encoder", {"features": features(config, sound)}, names)
+    return dict(zip(names, made, strict=True))
+
+
+def features(config: Mapping[str, Any], sound: Floats) -> Floats:
+    """The picture [1, mels, frames] of a window's samples, silence after them."""
     padded = np.zeros(config["window_samples"], np.float32)
     padded[: len(sound)] = sound
-    features = whisper_mel.log_mel(padded, config["mels"])[None]
-    names = [
-        f"cross_{kind}_{layer}" for layer in range(config["layers"]) for kind in ("key", "value")
-    ]
-    return dict(zip(names, session.run("encoder", {"features": features}, names), strict=True))
+    return whisper_mel.log_mel(padded, config["mels"])[None]
 
 
 def _check_spoken(session: Session, request: Request) -> None:
@@ -188,7 +192,7 @@ def _listen(config: Mapping[str, Any], decoder: Decoder) -> str:
     return max(languages, key=lambda name: float(logits[languages[name]]))
 
 
-def _prompt(config: Mapping[str, Any], request: Request, spoken: str) -> list[int]:
+def first_tokens(config: Mapping[str, Any], request: Request, spoken: str) -> list[int]:
     """What the decoder begins with; the tokens of language and task are multilingual models'."""
     asked = []
     if config["languages"]:

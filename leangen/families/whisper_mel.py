@@ -45,7 +45,8 @@ def mel_filters(bands: int) -> Array:
     bins = np.fft.rfftfreq(WINDOW, 1 / RATE_HZ)
     low, peak, high = edges[:-2, None], edges[1:-1, None], edges[2:, None]
     triangles = np.minimum((bins - low) / (peak - low), (high - bins) / (high - peak))
-    return np.maximum(0, triangles) * (2 / (high - low))
+    filters: Array = np.maximum(0, triangles) * (2 / (high - low))
+    return filters
 
 
 _BREAK_HZ, _BREAK_MEL, _STEP = 1000.0, 15.0, np.log(6.4) / 27
