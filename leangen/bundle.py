@@ -35,7 +35,7 @@ class Bundle:
     name: str
     """The model's name, without scheme: `smollm2-135m`."""
     family: str
-    """`language`, `flow`, `diffusion` or `oneshot`."""
+    """`language`, `embedding`, `flow`, `diffusion` or `oneshot`."""
     scheme: str
     """`fp32`, `gguf`, `int8`, `int4`, ..."""
     graphs: Mapping[str, str]

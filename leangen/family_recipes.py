@@ -36,6 +36,7 @@ class Recipe:
 
 RECIPES = {
     "language": Recipe(measured=False),
+    "embedding": Recipe(measured=False),
     "flow/density": Recipe(
         caution=2.0,
         fp32_activations={"*": "rounded activations shift a log-density by tenths of a nat"},

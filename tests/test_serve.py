@@ -209,6 +209,22 @@ def test_many_at_once_say_what_each_says_alone(running, models):
     assert all(r["begin_boottime_ns"] is None for r in shared if "shared" in r["energy"]["reason"])
 
 
+def test_embeddings(client, http, running):
+    texts = ["w1 w2 w3", "w4"]
+    reply = client.embeddings.create(model="tiny-vectors", input=texts)  # as base64
+    assert [entry.index for entry in reply.data] == [0, 1]
+    assert reply.usage.prompt_tokens == reply.usage.total_tokens == 4
+    receipt = kept(running, reply.usage.energy["receipts"][0])
+    assert receipt["family"] == "embedding"
+    assert receipt["units"]["count"] == 4
+    assert "w1" not in json.dumps(receipt)
+    for given in (texts[0], [[1, 2, 3]], [1, 2, 3]):
+        asked = {"model": "tiny-vectors", "input": given, "encoding_format": "float"}
+        [plain] = http.post("/v1/embeddings", json=asked).json()["data"]
+        assert plain["embedding"] == pytest.approx(reply.data[0].embedding, abs=1e-6)
+        assert sum(value**2 for value in plain["embedding"]) == pytest.approx(1, abs=1e-5)
+
+
 def test_images(client, running):
     for model in ("tiny-image", "tiny-shot"):
         reply = client.images.generate(model=model, prompt="", n=2, extra_body={"seed": 5})
@@ -343,6 +359,18 @@ def test_json_that_is_sent_as_something_else_is_told_apart(http):
             {"model": "tiny-text", "messages": CHAT, "tools": [{"type": "function"}]},
             400,
             "tools is not supported",
+        ),
+        ("/v1/completions", {"model": "tiny-vectors", "prompt": "a"}, 400, "family embedding"),
+        ("/v1/embeddings", {"model": "tiny-text", "input": "a"}, 400, "family language"),
+        ("/v1/embeddings", {"model": "tiny-vectors", "input": []}, 400, "input"),
+        ("/v1/embeddings", {"model": "tiny-vectors", "input": ["a", 1]}, 400, "input"),
+        ("/v1/embeddings", {"model": "tiny-vectors", "input": "w1 " * 99}, 400, "99 tokens"),
+        ("/v1/embeddings", {"model": "tiny-vectors", "input": [999]}, 400, "vocabulary"),
+        (
+            "/v1/embeddings",
+            {"model": "tiny-vectors", "input": "a", "dimensions": 8},
+            400,
+            "have 64",
         ),
         ("/v1/images/generations", {"model": "tiny-image", "prompt": "a cat"}, 400, "no prompt"),
         ("/v1/images/generations", {"model": "tiny-text"}, 400, "family language"),

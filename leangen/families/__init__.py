@@ -60,6 +60,7 @@ class Family(Protocol):
 
 FAMILIES = {
     "language": "leangen.families.language",
+    "embedding": "leangen.families.embedding",
     "flow/speech": "leangen.families.speech",
     "flow/density": "leangen.families.density",
     "diffusion": "leangen.families.diffusion",

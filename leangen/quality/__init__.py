@@ -21,6 +21,7 @@ from leangen.session import Session
 
 FAMILIES = {
     "language": "leangen.quality.language",
+    "embedding": "leangen.quality.embedding",
     "flow/density": "leangen.quality.density",
     "flow/speech": "leangen.quality.speech",
     "diffusion": "leangen.quality.imaging",

@@ -20,6 +20,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 MOST_REPLIES = 16
 MOST_TOKENS = 1_000_000
+MOST_TEXTS = 2048
 
 
 class Body(BaseModel):
@@ -223,6 +224,28 @@ class ChatBody(TextBody):
         super().refuse_unsupported()
         refuse("tools", self.tools)
         refuse("reasoning_effort", self.reasoning_effort)
+
+
+Text = Annotated[str, Field(min_length=1)]
+
+
+class EmbeddingBody(Body):
+    """POST /v1/embeddings."""
+
+    input: (
+        Text
+        | Annotated[list[Text], Field(min_length=1, max_length=MOST_TEXTS)]
+        | Tokens
+        | Annotated[list[Tokens], Field(min_length=1, max_length=MOST_TEXTS)]
+    )
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: Annotated[int, Field(ge=1)] | None = None
+
+    def texts(self) -> dict[str, Any]:
+        """The family's `prompt` or `tokens`."""
+        if isinstance(self.input, str) or isinstance(self.input[0], str):
+            return {"prompt": self.input}
+        return {"tokens": [self.input] if isinstance(self.input[0], int) else self.input}
 
 
 class ImageBody(Body):
