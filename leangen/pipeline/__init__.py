@@ -30,7 +30,8 @@ from pathlib import Path
 
 from leangen.engine import Engine
 from leangen.errors import LeangenError
-from leangen.pipeline.atoms import Atom
+from leangen.pipeline.atoms import Atom, Runner
+from leangen.pipeline.retrieval import Retriever
 from leangen.pipeline.running import Pipeline, PipelineResult, PipelineStream
 from leangen.pipeline.spec import Spec, find, read, shipped
 
@@ -53,12 +54,12 @@ def load(path: Path, open_model: Callable[[str], Engine]) -> Pipeline:
     `open_model` raises, with the part's name before it.
     """
     spec = read(path)
-    atoms: dict[str, Atom] = {}
+    atoms: dict[str, Runner] = {}
     for part in spec.parts:
         try:
             engine = open_model(part.model)
         except LeangenError as error:
             raise type(error)(f"{spec.name}: parts.{part.name}: {error}") from error
         engine.tag = engine.tag or spec.name
-        atoms[part.name] = Atom(engine)
+        atoms[part.name] = Retriever(engine) if part.retrieve else Atom(engine)
     return Pipeline(spec, atoms)

@@ -4,11 +4,44 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Generator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from leangen.engine import Engine
 from leangen.pipeline import ports
+from leangen.pipeline.ports import Ports
 from leangen.records import Media, Output, Step
+
+
+class Runner(Protocol):
+    """What a pipeline knows of a part."""
+
+    @property
+    def engine(self) -> Engine:
+        """Its model, which accounts for what it spends."""
+        ...
+
+    @property
+    def ports(self) -> Ports:
+        """What it takes and gives."""
+        ...
+
+    @property
+    def media(self) -> Media:
+        """What it makes."""
+        ...
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The options of its request."""
+        ...
+
+    def request(self, options: Mapping[str, Any]) -> Any:
+        """Its validated request; RequestError for one that cannot be met."""
+        ...
+
+    def run(self, request: Any) -> Generator[Step, None, Output]:
+        """Carry a request out."""
+        ...
 
 
 class Atom:

@@ -6,16 +6,22 @@ from collections.abc import Mapping
 
 from leangen.errors import RequestError
 from leangen.pipeline import ports, template
-from leangen.pipeline.atoms import Atom
+from leangen.pipeline.atoms import Runner
 from leangen.pipeline.ports import TEXT
 from leangen.pipeline.spec import Spec
 from leangen.pipeline.template import INPUT, Reference
 
 
-def check(spec: Spec, atoms: Mapping[str, Atom]) -> None:
+def check(spec: Spec, atoms: Mapping[str, Runner]) -> None:
     """RequestError where an option is unknown, or a part gives not what the next one takes."""
     for part in spec.parts:
         atom = atoms[part.name]
+        digest = atom.engine.bundle.digest
+        if part.bundle is not None and part.bundle != digest:
+            raise RequestError(
+                f"{spec.name}: parts.{part.name}: {part.model} is the bundle {digest[:19]}..., "
+                f"the pipeline was written for {part.bundle[:19]}...: it was swapped or made anew"
+            )
         for field, value in part.request.items():
             where = f"{spec.name}: parts.{part.name}.{field}"
             if field not in atom.fields:
@@ -32,8 +38,8 @@ def _check(
     reference: Reference,
     inside: bool,
     field: str,
-    atom: Atom,
-    atoms: Mapping[str, Atom],
+    atom: Runner,
+    atoms: Mapping[str, Runner],
 ) -> None:
     giver = atoms[reference.part]
     gives, takes = giver.ports.gives, atom.ports.takes
@@ -56,5 +62,5 @@ def _check(
         )
 
 
-def _title(atom: Atom) -> str:
+def _title(atom: Runner) -> str:
     return f"{atom.engine.bundle.name}:{atom.engine.bundle.scheme}"

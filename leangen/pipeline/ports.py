@@ -89,6 +89,11 @@ def _language(session: Session) -> Ports:
     )
 
 
+def _embedding(session: Session) -> Ports:
+    vectors = Port(kind="vectors", shape=(None, session.bundle.config["dimensions"]))
+    return Ports({"vectors": vectors}, {"prompt": TEXT})
+
+
 def _speech(session: Session) -> Ports:
     rate_hz = int(session.bundle.config["sample_rate_hz"])
     audio = Port(kind="audio", dtype="float32", range=(-1.0, 1.0), rate_hz=rate_hz)
@@ -128,6 +133,7 @@ def _image(session: Session, shape: tuple[int | None, ...]) -> Port:
 
 PORTS: Mapping[str, Callable[[Session], Ports]] = {
     "language": _language,
+    "embedding": _embedding,
     "flow/speech": _speech,
     "flow/density": _density,
     "diffusion": _diffusion,

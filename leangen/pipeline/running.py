@@ -13,7 +13,7 @@ from leangen.errors import RequestError
 from leangen.ledger import Ticket
 from leangen.pipeline import accounts, ports, template
 from leangen.pipeline.accounts import Leg
-from leangen.pipeline.atoms import Atom
+from leangen.pipeline.atoms import Runner
 from leangen.pipeline.fitting import check
 from leangen.pipeline.spec import Spec
 from leangen.pipeline.template import INPUT, Reference
@@ -33,7 +33,7 @@ class Pipeline:
     Raises RequestError where what one part gives is not what the next takes.
     """
 
-    def __init__(self, spec: Spec, atoms: Mapping[str, Atom]) -> None:
+    def __init__(self, spec: Spec, atoms: Mapping[str, Runner]) -> None:
         self.spec = spec
         self.atoms = atoms
         check(spec, atoms)
@@ -160,7 +160,7 @@ class PipelineStream(Iterator[Step]):
     def _run(self, pipeline: Pipeline, inputs: Mapping[str, Any]) -> Generator[Step]:
         marks: dict[int, int] = {}
         done: dict[str, Output] = {}
-        count = 0
+        count, talker = 0, ""
         started_at = clock.utc_now()
         window = meters.begin(pipeline.selection)
         begin_ns = clock.monotonic_ns()
@@ -185,7 +185,12 @@ class PipelineStream(Iterator[Step]):
                         if meters.keep_up(window) and (spent_uj := window.energy_uj) is not None:
                             marks[count] = spent_uj
                         count += 1
-                        yield dataclasses.replace(step, kind=f"{part.name}/{step.kind}")
+                        # The parts' texts stand one below the other.
+                        between = "\n" if step.text and talker not in ("", part.name) else ""
+                        talker = part.name if step.text else talker
+                        yield dataclasses.replace(
+                            step, kind=f"{part.name}/{step.kind}", text=between + step.text
+                        )
                 finally:
                     running.close()
         finally:

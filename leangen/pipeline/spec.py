@@ -16,7 +16,7 @@ from leangen.pipeline.template import INPUT
 FOLDER = Path(__file__).parent.parent / "assets" / "pipelines"
 _NAME = re.compile(r"[A-Za-z][\w-]*")
 _KEYS = {"summary", "inputs", "parts"}
-_PART_KEYS = {"model", "request", "retrieve"}
+_PART_KEYS = {"model", "bundle", "request", "retrieve"}
 _INPUT_KEYS = {"about", "default"}
 
 
@@ -38,6 +38,8 @@ class Part:
     """NAME, NAME:SCHEME, or a bundle's folder."""
     request: Mapping[str, Any]
     """Options of its family's request; strings may hold references to earlier parts."""
+    bundle: str | None = None
+    """The digest that the bundle must have, as `leangen verify` prints it; None takes any."""
     retrieve: bool = False
     """Whether it looks passages up with its model's embeddings (`retrieval`)."""
 
@@ -115,7 +117,7 @@ def _part(path: Path, name: str, entry: Any) -> Part:
     request = entry.get("retrieve", entry.get("request", {}))
     if not isinstance(request, dict):
         raise RequestError(f"{path}: parts.{name}.request is {request!r}, expected a table")
-    return Part(name, model, request, "retrieve" in entry)
+    return Part(name, model, request, entry.get("bundle"), "retrieve" in entry)
 
 
 def _check_references(path: Path, spec: Spec) -> None:
