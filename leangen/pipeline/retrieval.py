@@ -20,13 +20,14 @@ import numpy as np
 
 from leangen.engine import Engine
 from leangen.errors import DependencyError, RequestError
+from leangen.families.language import tokenizer
 from leangen.files import atomic_folder, default_home
 from leangen.pipeline.ports import TEXT, Ports
 from leangen.records import Media, Output, Step
 
 SUFFIXES = (".txt", ".md", ".rst")
 WORDS = 100
-"""Of a passage at most: some 130 tokens, which every embedding model reads."""
+"""Of a passage at most: some 130 tokens of prose."""
 BATCH = 32
 """Passages of one step."""
 
@@ -95,7 +96,9 @@ class Retriever:
 
     def run(self, request: Request) -> Generator[Step, None, Output]:
         """Bring the index up to date (`index` steps), embed the question, and search."""
-        found = passages(Path(request.documents))
+        found = [
+            part for whole in passages(Path(request.documents)) for part in self._fitting(whole)
+        ]
         folder = self._folder(Path(request.documents))
         known = _stored(folder)
         missing = [passage for passage in found if passage.id not in known]
@@ -116,6 +119,19 @@ class Retriever:
             text="\n\n".join(passage.text for passage in chosen),
             extra={"sources": sources},
         )
+
+    def _fitting(self, passage: Passage) -> list[Passage]:
+        """The passage, in halves where it has more tokens than the model reads."""
+        tokens = len(tokenizer(self.engine.session).encode(passage.text).ids)
+        words = passage.text.split()
+        if tokens <= self.engine.bundle.config["context_length"] or len(words) < 2:
+            return [passage]
+        middle = len(words) // 2
+        return [
+            part
+            for half in (words[:middle], words[middle:])
+            for part in self._fitting(Passage(passage.source, " ".join(half)))
+        ]
 
     def _embed(self, texts: Sequence[str]) -> tuple[Array, float]:
         """Vectors [n, d], and the tokens that were read for them."""
