@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
+from leangen.families import key_values
 from leangen.session import Session
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
@@ -99,21 +100,14 @@ class _Cache:
     """Key and value buffers, and the binding of them and of the other inputs and outputs."""
 
     def __init__(self, session: Session, capacity: int) -> None:
-        config = session.bundle.config
         self.capacity = capacity
         self.tokens: list[int] = []
         """What the buffers hold the keys and values of."""
         self._graph = session.graph("model")
         self._binding = self._graph.io_binding()
-        self._vocab = config["vocab_size"]
-        # Zeroed pages are the kernel's until written: an unused tail takes no memory.
-        shape = (config["layers"], 2, 1, config["kv_heads"], capacity, config["head_dim"])
-        self._buffers = np.zeros(shape, np.float32)
-        for layer, pair in enumerate(self._buffers):
-            for kind, buffer in zip(("key", "value"), pair, strict=True):
-                value = ort.OrtValue.ortvalue_from_numpy(buffer)
-                self._binding.bind_ortvalue_input(f"past_{kind}_{layer}", value)
-                self._binding.bind_ortvalue_output(f"present_{kind}_{layer}", value)
+        self._vocab = session.bundle.config["vocab_size"]
+        self._buffers = key_values.allocate(session, 1, capacity)
+        key_values.bind(self._binding, self._buffers)
         self._last = np.zeros(1, np.int32)
         self._total = np.zeros((), np.int32)
         self._logits_from = np.zeros(1, np.int64)
