@@ -109,6 +109,14 @@ def request_options(sub: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--condition", dest="conditions", action="append", type=_condition, metavar="NAME=VALUE"
     )
+    group.add_argument(
+        "--input",
+        dest="inputs",
+        action="append",
+        type=_named,
+        metavar="NAME=VALUE",
+        help="pipelines: an input by name; may be repeated",
+    )
 
 
 _REQUEST_FIELDS = (
@@ -149,6 +157,18 @@ def _condition(text: str) -> tuple[str, float]:
     return name, float(value)
 
 
+def _named(text: str) -> tuple[str, str | int | float]:
+    name, sign, value = text.partition("=")
+    if not (name and sign):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    for number in (int, float):
+        try:
+            return name, number(value)
+        except ValueError:
+            pass
+    return name, value
+
+
 def _embodied(text: str) -> tuple[float, float]:
     try:
         total_kg, lifetime_years = map(float, text.split(","))
@@ -173,6 +193,7 @@ def request(args: argparse.Namespace) -> tuple[str | None, dict[str, Any]]:
     for name, path in (("json_schema", args.json_schema), ("lark", args.grammar)):
         if path is not None:
             options[name] = _file(f"--{name.replace('lark', 'grammar').replace('_', '-')}", path)
+    options |= dict(args.inputs or ())
     if args.chat:
         if args.prompt is None:
             raise RequestError("--chat needs a --prompt: the user's message")
