@@ -16,7 +16,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from leangen import calibrate, calibration_data, family_recipes, methods, plan, recorded, schemes
+from leangen import (
+    calibrate,
+    calibration_data,
+    family_recipes,
+    methods,
+    plan,
+    probe,
+    recorded,
+    schemes,
+)
 from leangen.bundle import Bundle, create, open_bundle
 from leangen.calibrate import Feeds
 from leangen.console import Progress
@@ -218,7 +227,7 @@ def _make(
                 f"{scheme} fits no weight of bundle {bundle.path}: use it as it is, in fp32"
             )
     report(total, total, "done")
-    return open_bundle(out)
+    return probe.attach(open_bundle(out), base=bundle)
 
 
 def _feeds(bundle: Bundle, precision: Precision, data: Path | None) -> Inputs:
@@ -411,13 +420,13 @@ def _describe(
 
 
 def _copy_assets(bundle: Bundle, folder: Path) -> None:
-    """Every file but the graphs and their weights: tokenizer, phoneme map ..."""
-    weights = {
+    """Every file but the graphs, their weights and the probe: tokenizer, phoneme map ..."""
+    left = {probe.FILE, *bundle.graphs.values()} | {
         str((Path(name).parent / location).as_posix())
         for role, name in bundle.graphs.items()
         for location in Graph(bundle.graph(role)).external_files()
     }
     for name in bundle.files:
-        if name not in weights and name not in bundle.graphs.values():
+        if name not in left:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(bundle.path / name, folder / name)

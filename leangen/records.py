@@ -329,10 +329,12 @@ class Receipt:
     tag: str | None = None
     begin_boottime_ns: int | None = None
     """When the measured window began, since boot: tells which windows of one machine overlap."""
+    parts: tuple[Receipt, ...] = ()
+    """Of a pipeline: the receipts of its parts, whose energies add up to this one's exactly."""
 
     def to_json(self) -> dict[str, Any]:
         """The receipt as plain JSON types, schema `leangen.receipt/1`."""
-        return {
+        document = {
             "schema": RECEIPT_SCHEMA,
             "id": self.id,
             "started_at": self.started_at,
@@ -352,6 +354,7 @@ class Receipt:
             "memory": {"peak_rss_bytes": self.peak_rss_bytes},
             "runtime": self.runtime.to_json(),
         }
+        return document | ({"parts": [part.to_json() for part in self.parts]} if self.parts else {})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
