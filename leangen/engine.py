@@ -189,9 +189,8 @@ class Engine:
         probes: Path | None = None,
         root: Path = Path("/"),
         selection: meters.Selection | None = None,
-        baseline: energy.Baseline | None = None,
     ) -> None:
-        """`selection` and `baseline`: meters in use already, and the idle power if it is known."""
+        """`selection`: meters that are in use already, in place of `meter`."""
         self.session = session
         self.family = families.of(session.bundle)
         self.ledger = ledger
@@ -206,7 +205,7 @@ class Engine:
             cache=probes,
         )
         self._baseline_s = baseline_s
-        self._baseline = baseline
+        self._baseline: energy.Baseline | None = None
         self.family.prepare(session)
 
     @property
@@ -283,6 +282,12 @@ class Engine:
         if self.guard is not None:
             self.guard.before(self.tag)
         return Stream(self, request, repeats=repeats, aligned=aligned)
+
+    def share_meters(self, selection: meters.Selection, baseline: energy.Baseline | None) -> None:
+        """Take the meters, and the idle power, that all engines of this process share."""
+        self.selection = selection
+        self._baseline = baseline
+        self._baseline_s = 0.0
 
     def baseline(self) -> energy.Baseline | None:
         """Idle power with this model loaded: measured once, after the first generation.

@@ -70,8 +70,8 @@ def build(options: Options) -> tuple[Any, Server]:
             guard=guard,
             baseline_s=0.0,
             selection=selection,
-            baseline=account.baseline,
         )
+        engine.share_meters(selection, account.baseline)
         if options.otel:
             engine.on_receipt.append(otel.record)
         return engine
