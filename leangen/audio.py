@@ -54,6 +54,7 @@ def read_wav(path: Path | BinaryIO) -> tuple[Array, int]:
 
     PCM of 8 to 32 bits; several channels are averaged. Raises RequestError for anything else.
     """
+    name = path if isinstance(path, Path) else "the file"
     try:
         with wave.open(str(path) if isinstance(path, Path) else path, "rb") as file:
             channels, width = file.getnchannels(), file.getsampwidth()
@@ -62,7 +63,7 @@ def read_wav(path: Path | BinaryIO) -> tuple[Array, int]:
         raise RequestError(f"there is no {path}: give the path of a WAV file") from None
     except (OSError, EOFError, wave.Error) as error:
         raise RequestError(
-            f"cannot read {path if isinstance(path, Path) else 'the file'} as PCM WAV ({error}): convert it, for example with "
+            f"cannot read {name} as PCM WAV ({error}): convert it, for example with "
             "`ffmpeg -i FILE -ac 1 -ar 16000 -c:a pcm_s16le out.wav`"
         ) from error
     data = data[: len(data) // (channels * width) * channels * width]  # a cut file ends anywhere
