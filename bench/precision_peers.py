@@ -27,6 +27,7 @@ def ort_bundle(
     from onnxruntime.quantization import CalibrationDataReader
     from onnxruntime.quantization import matmul_nbits_quantizer as ort_quantizer
 
+    from leangen import probe
     from leangen.bundle import create, open_bundle
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
@@ -53,7 +54,7 @@ def ort_bundle(
     with create(folder, replace=True) as draft:
         quantizer.model.save_model_to_file(str(draft.folder / "model.onnx"), True)
         for asset in exact.files:
-            if not asset.startswith("model.onnx"):
+            if not asset.startswith("model.onnx") and asset != probe.FILE:
                 shutil.copyfile(exact.path / asset, draft.folder / asset)
         draft.name, draft.family, draft.scheme = exact.name, exact.family, name
         draft.graphs, draft.config = {"model": "model.onnx"}, dict(exact.config)

@@ -40,6 +40,9 @@ class Recipe:
 
 RECIPES = {
     "language": Recipe(measured=False, tuned_method="gptq"),
+    "seq2seq/text": Recipe(measured=False),
+    "seq2seq/transcription": Recipe(measured=False),
+    "embedding": Recipe(measured=False),
     "flow/density": Recipe(
         caution=2.0,
         method="gptq",

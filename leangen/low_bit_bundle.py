@@ -10,7 +10,7 @@ from math import sqrt
 from pathlib import Path
 from typing import Any
 
-from leangen import calibrate, family_recipes
+from leangen import calibrate, family_recipes, probe
 from leangen.bundle import Bundle, create, open_bundle
 from leangen.calibrate import Feeds
 from leangen.console import Progress
@@ -104,7 +104,7 @@ def write(
                 f"{scheme} fits no weight of bundle {bundle.path}: use it as it is, in fp32"
             )
     report(total, total, "done")
-    return open_bundle(out)
+    return probe.attach(open_bundle(out), base=bundle)
 
 
 def _note(report: Progress, done: int, total: int, role: str, what: str) -> None:
@@ -199,13 +199,13 @@ def _describe(
 
 
 def _copy_assets(bundle: Bundle, folder: Path) -> None:
-    """Every file but the graphs and their weights: tokenizer, phoneme map ..."""
-    weights = {
+    """Every file but the graphs, their weights and the probe: tokenizer, phoneme map ..."""
+    left = {probe.FILE, *bundle.graphs.values()} | {
         str((Path(name).parent / location).as_posix())
         for role, name in bundle.graphs.items()
         for location in Graph(bundle.graph(role)).external_files()
     }
     for name in bundle.files:
-        if name not in weights and name not in bundle.graphs.values():
+        if name not in left:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(bundle.path / name, folder / name)
