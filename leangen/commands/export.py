@@ -64,7 +64,7 @@ def _option(text: str) -> tuple[str, Any]:
 
 def run(args: argparse.Namespace) -> int:
     """Export, and compare with torch when asked; 2 where they differ."""
-    from leangen import exporters, host
+    from leangen import exporters, host, probe
 
     given = {name: getattr(args, name) for name in ("form", "family", "weights")}
     options = {name: value for name, value in given.items() if value is not None}
@@ -73,6 +73,7 @@ def run(args: argparse.Namespace) -> int:
         args.source, args.output, name=args.name, replace=args.force, **options
     )
     peak_bytes = host.peak_rss_bytes()
+    bundle = probe.attach(bundle)
     found = exporters.check(args.source, bundle, **options) if args.check else []
     if args.json:
         print_json(

@@ -32,6 +32,9 @@ EXPORTERS = {
     "piper": "leangen.exporters.piper",
     "pzflow": "leangen.exporters.pzflow",
     "onnx": "leangen.exporters.onnx_file",
+    "ctranslate2": "leangen.exporters.ctranslate2",
+    "seq2seq": "leangen.exporters.transformers_seq2seq",
+    "embedding": "leangen.exporters.embedding",
     "transformers": "leangen.exporters.transformers_lm",
 }
 """Modules by kind, the more particular first: a Piper voice is an ONNX file too."""

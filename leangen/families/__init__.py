@@ -12,7 +12,7 @@ A family is one module with
     run(session, request)    a generator: yields a Step as each is done, returns an Output
 
 and, where bundles of it can be calibrated without data, `calibration_requests(session)`; where what
-comes out depends on the bundle or on what is asked, `media(config, options)`.
+comes out depends on the bundle, `media(config)`.
 `Request.describe()` gives the options that the receipt keeps, never the prompt's text. The engine
 times every family the same way. The flow family has a module per task, each with its own unit.
 """
@@ -61,6 +61,9 @@ class Family(Protocol):
 
 FAMILIES = {
     "language": "leangen.families.language",
+    "seq2seq/text": "leangen.families.text_to_text",
+    "seq2seq/transcription": "leangen.families.transcription",
+    "embedding": "leangen.families.embedding",
     "flow/speech": "leangen.families.speech",
     "flow/density": "leangen.families.density",
     "diffusion": "leangen.families.diffusion",
@@ -85,9 +88,9 @@ def of(bundle: Bundle) -> Family:
     return cast(Family, import_module(FAMILIES[name]))
 
 
-def media(bundle: Bundle, options: Mapping[str, Any]) -> Media:
-    """What a generation with these options puts out."""
+def media(bundle: Bundle) -> Media:
+    """What a bundle's generations put out."""
     family = of(bundle)
     if hasattr(family, "media"):
-        return cast(Media, family.media(bundle.config, options))
+        return cast(Media, family.media(bundle.config))
     return family.MEDIA

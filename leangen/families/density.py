@@ -73,9 +73,9 @@ class Request:
         return {"mode": mode, "count": self.count, "seed": self.seed}
 
 
-def media(config: Mapping[str, Any], options: Mapping[str, Any]) -> Media:
-    """Images where the rows are images, but for their scores."""
-    return "image" if "image" in config and options.get("data") is None else MEDIA
+def media(config: Mapping[str, Any]) -> Media:
+    """Samples are images where the rows are images; scores are a table all the same."""
+    return "image" if "image" in config else MEDIA
 
 
 def prepare(session: Session) -> None:

@@ -57,7 +57,7 @@ class Request:
         return {"count": self.count, "seed": self.seed, "conditions": conditions} | given
 
 
-def media(config: Mapping[str, Any], options: Mapping[str, Any]) -> Media:
+def media(config: Mapping[str, Any]) -> Media:
     """Encoders put out latents."""
     return "table" if "image" in config else MEDIA
 
