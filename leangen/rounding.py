@@ -30,6 +30,10 @@ MOST_BITS = 4
 """Codes of more bits are rounded to the nearest by every method."""
 
 
+MASKED_SHARE = 0.01
+"""A weight with more zeros than this has a mask."""
+
+
 class Kept(Protocol):
     """Packed weights by a name that says how they came about: a dict, or a `Folder`."""
 
@@ -61,7 +65,8 @@ class Rounder:
     ) -> Packed:
         """Codes of `w` [n, k]: by the method where bits are few, else to the nearest."""
         packed: Packed | None
-        if scheme.BITS > MOST_BITS or (self._method.NEEDS_DATA and self._moments is None):
+        blind = self._method.NEEDS_DATA and self._moments is None
+        if scheme.BITS > MOST_BITS or blind or _masked(w):
             packed = scheme.quantize(w, **options)
         elif self._moments is None or not self._method.NEEDS_DATA:
             packed = self._method.quantize(w, scheme, None, **options)
@@ -77,6 +82,15 @@ class Rounder:
             self._kept[key] = packed
         assert packed is not None
         return packed
+
+
+def _masked(w: Array) -> bool:
+    """Whether a weight has zeros that stand for what an output must not depend on.
+
+    Rounded to the nearest they stay zeros; methods that spread errors would fill them in, and an
+    autoregressive flow would be none any more.
+    """
+    return float(np.mean(w == 0)) > MASKED_SHARE
 
 
 def trial(precision: Precision, site: Site, w: Array, importance: Array) -> Array:

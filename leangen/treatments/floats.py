@@ -56,7 +56,10 @@ def unpacked(weights: Weights, site: Site, form: Form) -> tuple[list[NodeProto],
     if site.swapped:
         order = [1, 0, *range(2, len(shape))]
         nodes.append(make("Transpose", [last], f"{label}/w", perm=order))
-    return [*nodes, with_weight(site.node, site.place, f"{label}/w")], packed.stored_bits + extra_bits
+    return [
+        *nodes,
+        with_weight(site.node, site.place, f"{label}/w"),
+    ], packed.stored_bits + extra_bits
 
 
 def half(weights: Weights, site: Site, form: Form) -> tuple[list[NodeProto], int]:
