@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
+from leangen.errors import RequestError
 from leangen.session import Session
 
 Array = np.ndarray[Any, Any]
@@ -21,6 +22,11 @@ def allocate(session: Session, rows: int, capacity: int, role: str = "model") ->
     written: a tail or a row that is not used takes no memory.
     """
     config = session.bundle.config
+    if "io" in config:
+        raise RequestError(
+            f"{session.bundle.name} wraps a graph of another program, whose cache holds one "
+            "sequence and no calibration data: export the model from its own weights instead"
+        )
     inputs = session.graph(role).get_inputs()
     kept = next(_TYPES[given.type] for given in inputs if given.name.startswith("past_key_"))
     shape = (config["layers"], 2, rows, config["kv_heads"], capacity, config["head_dim"])
