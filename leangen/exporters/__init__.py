@@ -29,6 +29,7 @@ EXPORTERS = {
     "piper": "leangen.exporters.piper",
     "pzflow": "leangen.exporters.pzflow",
     "onnx": "leangen.exporters.onnx_file",
+    "annalog": "leangen.exporters.annalog",
     "onnx-lm": "leangen.exporters.onnx_lm",
     "ctranslate2": "leangen.exporters.ctranslate2",
     "seq2seq": "leangen.exporters.transformers_seq2seq",
