@@ -97,6 +97,7 @@ def request_options(sub: argparse.ArgumentParser) -> None:
     group.add_argument("--audio", metavar="WAV", help="transcription: what to write down")
     group.add_argument("--language", metavar="CODE", help="transcription: what is spoken, like en")
     group.add_argument("--task", help="transcription: `transcribe`, or `translate` into English")
+    group.add_argument("--seconds", type=float, help="sound: how much to make")
     group.add_argument("--count", type=int, help="samples or images to draw")
     group.add_argument("--data", help="flow: rows (.npy, .csv) whose log-density is wanted")
     group.add_argument("--steps", type=int, help="diffusion steps")
@@ -124,7 +125,7 @@ _REQUEST_FIELDS = (
     *("ignore_eos", "phonemes", "phoneme_ids", "length_scale", "noise_scale", "count", "data"),
     *("steps", "conditions", "min_p", "presence_penalty", "frequency_penalty", "logit_bias", "n"),
     *("beams", "logprobs", "regex", "speculate", "sampler", "guidance", "guidance_rescale"),
-    *("image", "strength", "mask", "audio", "language", "task"),
+    *("image", "strength", "mask", "audio", "language", "task", "seconds"),
 )
 
 

@@ -34,6 +34,8 @@ EXPORTERS = {
     "ctranslate2": "leangen.exporters.ctranslate2",
     "seq2seq": "leangen.exporters.transformers_seq2seq",
     "embedding": "leangen.exporters.embedding",
+    "imagegpt": "leangen.exporters.imagegpt",
+    "wavenet": "leangen.exporters.wavenet",
     "transformers": "leangen.exporters.transformers_lm",
 }
 """Modules by kind, the more particular first: a Piper voice is an ONNX file too."""
