@@ -121,6 +121,8 @@ def run(options: Options) -> None:
     guarded, server = build(options)
     import uvicorn
 
+    from leangen.serve.connections import Connection
+
     class Graceful(uvicorn.Server):
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
             if self.should_exit:
@@ -133,6 +135,8 @@ def run(options: Options) -> None:
 
     config = uvicorn.Config(
         guarded,
+        http=Connection,
+        ws="none",
         host=options.host,
         port=options.port,
         log_config=None,
