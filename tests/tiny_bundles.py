@@ -7,13 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import seq2seq_fixtures
 from flow_models import coupling_info, flow_state, write_voice
 from gguf_fixtures import Tiny, write
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from leangen.bundle import Bundle
+from leangen.exporters import ctranslate2, gguf, onnx_file, piper, pzflow
 from leangen.exporters import embedding as embedding_folder
-from leangen.exporters import gguf, onnx_file, piper, pzflow
 
 
 def language(folder: Path) -> Bundle:
@@ -101,8 +102,15 @@ def embedding(folder: Path) -> Bundle:
     return embedding_folder.export(folder, folder / "bundle", context=48)
 
 
+def transcription(folder: Path) -> Bundle:
+    """A Whisper that hears 1.2 seconds at once."""
+    return ctranslate2.export(seq2seq_fixtures.ctranslate2(folder / "saved"), folder / "bundle")
+
+
 BUILDERS = {
     "language": language,
+    "seq2seq/text": seq2seq_fixtures.text_to_text,
+    "seq2seq/transcription": transcription,
     "embedding": embedding,
     "flow/speech": speech,
     "flow/density": density,
@@ -112,6 +120,8 @@ BUILDERS = {
 OPTIONS = {
     "language": {"tokens": [3, 4, 5], "max_new_tokens": 6, "ignore_eos": True},
     "embedding": {"prompt": ["w1 w2 w3", "w4", "w5 w6"]},
+    "seq2seq/text": {"tokens": [3, 4, 5, 2], "max_new_tokens": 6, "ignore_eos": True},
+    "seq2seq/transcription": {"audio": [0.1, -0.1] * 12_000, "max_new_tokens": 6},
     "flow/speech": {"phonemes": "abc ab."},
     "flow/density": {"count": 20},
     "diffusion": {"steps": 3, "conditions": {"wetness": 0.2}},

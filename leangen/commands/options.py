@@ -94,6 +94,9 @@ def request_options(sub: argparse.ArgumentParser) -> None:
     group.add_argument("--phoneme-ids", type=_integers, metavar="IDS", help="speech: `1 20 59 2`")
     group.add_argument("--length-scale", type=float, help="speech: above 1 is slower")
     group.add_argument("--noise-scale", type=float, help="speech: 0 is monotone")
+    group.add_argument("--audio", metavar="WAV", help="transcription: what to write down")
+    group.add_argument("--language", metavar="CODE", help="transcription: what is spoken, like en")
+    group.add_argument("--task", help="transcription: `transcribe`, or `translate` into English")
     group.add_argument("--count", type=int, help="samples or images to draw")
     group.add_argument("--data", help="flow: rows (.npy, .csv) whose log-density is wanted")
     group.add_argument("--steps", type=int, help="diffusion steps")
@@ -121,7 +124,7 @@ _REQUEST_FIELDS = (
     *("ignore_eos", "phonemes", "phoneme_ids", "length_scale", "noise_scale", "count", "data"),
     *("steps", "conditions", "min_p", "presence_penalty", "frequency_penalty", "logit_bias", "n"),
     *("beams", "logprobs", "regex", "speculate", "sampler", "guidance", "guidance_rescale"),
-    *("image", "strength", "mask"),
+    *("image", "strength", "mask", "audio", "language", "task"),
 )
 
 

@@ -29,6 +29,8 @@ EXPORTERS = {
     "piper": "leangen.exporters.piper",
     "pzflow": "leangen.exporters.pzflow",
     "onnx": "leangen.exporters.onnx_file",
+    "ctranslate2": "leangen.exporters.ctranslate2",
+    "seq2seq": "leangen.exporters.transformers_seq2seq",
     "embedding": "leangen.exporters.embedding",
     "transformers": "leangen.exporters.transformers_lm",
 }
