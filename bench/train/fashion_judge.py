@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from shared import DEVICE, batches, export_onnx, fashion, parameters, train, write_card
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 BATCH, RATE = 128, 2e-3
 
