@@ -6,7 +6,7 @@ import io
 import math
 import wave
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -49,20 +49,21 @@ def wav_bytes(samples: Array, sample_rate_hz: int) -> bytes:
     return buffer.getvalue()
 
 
-def read_wav(path: Path) -> tuple[Array, int]:
-    """The samples of a WAV file as mono float32 in [-1, 1], and its rate in Hz.
+def read_wav(path: Path | BinaryIO) -> tuple[Array, int]:
+    """The samples of a WAV file, or of an open one, as mono float32 in [-1, 1], and its rate in Hz.
 
     PCM of 8 to 32 bits; several channels are averaged. Raises RequestError for anything else.
     """
+    name = path if isinstance(path, Path) else "the file"
     try:
-        with wave.open(str(path), "rb") as file:
+        with wave.open(str(path) if isinstance(path, Path) else path, "rb") as file:
             channels, width = file.getnchannels(), file.getsampwidth()
             rate_hz, data = file.getframerate(), file.readframes(file.getnframes())
     except FileNotFoundError:
         raise RequestError(f"there is no {path}: give the path of a WAV file") from None
     except (OSError, EOFError, wave.Error) as error:
         raise RequestError(
-            f"cannot read {path} as PCM WAV ({error}): convert it, for example with "
+            f"cannot read {name} as PCM WAV ({error}): convert it, for example with "
             "`ffmpeg -i FILE -ac 1 -ar 16000 -c:a pcm_s16le out.wav`"
         ) from error
     data = data[: len(data) // (channels * width) * channels * width]  # a cut file ends anywhere

@@ -188,7 +188,9 @@ class Engine:
         meter: str | None = None,
         probes: Path | None = None,
         root: Path = Path("/"),
+        selection: meters.Selection | None = None,
     ) -> None:
+        """`selection`: meters that are in use already, in place of `meter`."""
         self.session = session
         self.family = families.of(session.bundle)
         self.ledger = ledger
@@ -197,7 +199,7 @@ class Engine:
         self.guard = guard
         self.on_receipt: list[Callable[[Receipt], None]] = []
         """Called with each receipt after it went to the ledger, in the thread that generates."""
-        self.selection = meters.probed(
+        self.selection = selection or meters.probed(
             meters.select(root, meter=meter),
             boot_id=host.host(root=root).boot_id,
             cache=probes,

@@ -371,6 +371,8 @@ class Step:
     """The tokens that this step produced (language); several where guesses came true."""
     sample: int = 0
     """Which of the samples that were asked for it continues."""
+    logprobs: Sequence[Mapping[str, Any]] = ()
+    """Of `tokens`, where they were asked for of a batch: as in its output's `extra["logprobs"]`."""
     counts: Mapping[str, int] = field(default_factory=dict)
     """What only one family counts, by name; the receipt sums them. Language: prompt tokens
     `reused` from the sequence before, next tokens `guessed`, and guesses `accepted`."""

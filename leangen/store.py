@@ -7,6 +7,7 @@ it all lies on the disk.
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -73,9 +74,9 @@ class Store:
         return self._home.path
 
     @property
-    def ledger_path(self) -> Path:
-        """Where receipts are kept."""
-        return self.home / "ledger.sqlite"
+    def ledger_path(self) -> Path | str:
+        """Where receipts are kept: `$LEANGEN_LEDGER` (path or `postgresql://`), or in the store."""
+        return os.environ.get("LEANGEN_LEDGER") or self.home / "ledger.sqlite"
 
     def resolve(
         self,

@@ -18,6 +18,7 @@ from leangen.serve.worker import Limits
 
 NAMES = {
     "language": "tiny-text",
+    "seq2seq/transcription": "tiny-ears",
     "embedding": "tiny-vectors",
     "flow/speech": "tiny-voice",
     "flow/density": "tiny-flow",
