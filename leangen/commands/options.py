@@ -45,6 +45,16 @@ def run_options(sub: argparse.ArgumentParser, *, as_json: bool = True) -> None:
     )
 
 
+def on_every_machine(sub: argparse.ArgumentParser) -> None:
+    """`--ray`, of commands that measure."""
+    sub.add_argument(
+        "--ray",
+        dest="on_every_machine",
+        action="store_true",
+        help="on every machine of a Ray cluster, one at a time on each (leangen[ray])",
+    )
+
+
 def speculate(sub: argparse._ActionsContainer, default: int | None = None) -> None:
     """`--speculate [N]`."""
     sub.add_argument(
