@@ -125,7 +125,7 @@ OPTIONS = {
     "embedding": {"prompt": ["w1 w2 w3", "w4", "w5 w6"]},
     "seq2seq/text": {"tokens": [3, 4, 5, 2], "max_new_tokens": 6, "ignore_eos": True},
     "seq2seq/transcription": {"audio": [0.1, -0.1] * 12_000, "max_new_tokens": 6},
-    "autoregressive/image": {"count": 2, "seed": 3},
+    "autoregressive/image": {"count": 2},
     "autoregressive/audio": {"seconds": 0.5},
     "flow/speech": {"phonemes": "abc ab."},
     "flow/density": {"count": 20},
