@@ -43,6 +43,7 @@ RECIPES = {
     "seq2seq/text": Recipe(measured=False),
     "seq2seq/transcription": Recipe(measured=False),
     "embedding": Recipe(measured=False),
+    "autoregressive/image": Recipe(measured=False),
     "flow/density": Recipe(
         caution=2.0,
         keep_fp32={

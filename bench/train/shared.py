@@ -7,7 +7,8 @@ import hashlib
 import json
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,26 @@ def train(
     return curve, ema.weights
 
 
+def export_onnx(
+    model: nn.Module, inputs: Mapping[str, Tensor], outputs: Sequence[str], path: Path
+) -> None:
+    """An ONNX file of a model; the first size of every input and output is left open."""
+    names = [*inputs, *outputs]
+    with warnings.catch_warnings():
+        # The tracing exporter is enough for these models, and writes no copy of each shape.
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            model.eval(),
+            tuple(inputs.values()),
+            str(path),
+            input_names=list(inputs),
+            output_names=list(outputs),
+            dynamic_axes={name: {0: "n"} for name in names},
+            opset_version=18,
+            dynamo=False,
+        )
+
+
 def batches(count: int, size: int) -> Iterator[slice]:
     """Slices of `size` over `count` rows."""
     return (slice(start, start + size) for start in range(0, count, size))
@@ -141,7 +162,7 @@ def parameters(model: nn.Module) -> int:
     return sum(weight.numel() for weight in model.parameters())
 
 
-def write_card(path: Path, card: dict[str, Any], say_without: Sequence[str] = ()) -> None:
-    """The card as JSON beside the model, and on standard output without its long entries."""
+def write_card(path: Path, card: dict[str, Any]) -> None:
+    """The card as JSON beside the model, and on standard output without its loss curve."""
     path.write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps({key: value for key, value in card.items() if key not in say_without}))
+    print(json.dumps({key: value for key, value in card.items() if key != "loss_curve"}))

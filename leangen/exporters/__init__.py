@@ -32,9 +32,13 @@ EXPORTERS = {
     "piper": "leangen.exporters.piper",
     "pzflow": "leangen.exporters.pzflow",
     "onnx": "leangen.exporters.onnx_file",
+    "annalog": "leangen.exporters.annalog",
+    "onnx-lm": "leangen.exporters.onnx_lm",
     "ctranslate2": "leangen.exporters.ctranslate2",
     "seq2seq": "leangen.exporters.transformers_seq2seq",
     "embedding": "leangen.exporters.embedding",
+    "imagegpt": "leangen.exporters.imagegpt",
+    "wavenet": "leangen.exporters.wavenet",
     "transformers": "leangen.exporters.transformers_lm",
 }
 """Modules by kind, the more particular first: a Piper voice is an ONNX file too."""

@@ -66,6 +66,8 @@ FAMILIES = {
     "embedding": "leangen.families.embedding",
     "flow/speech": "leangen.families.speech",
     "flow/density": "leangen.families.density",
+    "autoregressive/image": "leangen.families.image_tokens",
+    "autoregressive/audio": "leangen.families.waveform",
     "diffusion": "leangen.families.diffusion",
     "oneshot": "leangen.families.oneshot",
 }

@@ -89,6 +89,12 @@ def _language(session: Session) -> Ports:
     )
 
 
+def _transcription(session: Session) -> Ports:
+    rate_hz = int(session.bundle.config["sample_rate_hz"])
+    audio = Port(kind="audio", dtype="float32", range=(-1.0, 1.0), rate_hz=rate_hz)
+    return Ports(_language(session).gives, {"audio": audio})
+
+
 def _embedding(session: Session) -> Ports:
     vectors = Port(kind="vectors", shape=(None, session.bundle.config["dimensions"]))
     return Ports({"vectors": vectors}, {"prompt": TEXT})
@@ -133,6 +139,8 @@ def _image(session: Session, shape: tuple[int | None, ...]) -> Port:
 
 PORTS: Mapping[str, Callable[[Session], Ports]] = {
     "language": _language,
+    "seq2seq/text": _language,
+    "seq2seq/transcription": _transcription,
     "embedding": _embedding,
     "flow/speech": _speech,
     "flow/density": _density,
