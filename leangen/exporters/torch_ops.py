@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from leangen.errors import UnsupportedError
-from leangen.exporters.torch_graph import Array, Emitter, aten
+from leangen.exporters.torch_emitter import Array, Emitter, aten
 from leangen.exporters.torch_trace import Batch, Constant, Op, Tensor, Value
 
 Arguments = Mapping[str, Any]

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from onnx import NodeProto, TensorProto, helper
 
-from leangen.exporters.torch_graph import OPS, Array, Emitter, Writer, aten
+from leangen.exporters.torch_emitter import OPS, Array, Emitter, Writer, aten
 from leangen.exporters.torch_sequential import (
     ELEMENTWISE,
     LINEAR,

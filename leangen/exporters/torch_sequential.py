@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from leangen.errors import UnsupportedError
-from leangen.exporters.torch_graph import Array, values
+from leangen.exporters.torch_emitter import Array, values
 from leangen.exporters.torch_trace import Constant, Op, Trace, Value, trace
 
 

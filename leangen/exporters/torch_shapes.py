@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from leangen.errors import UnsupportedError
-from leangen.exporters.torch_graph import Emitter, aten
+from leangen.exporters.torch_emitter import Emitter, aten
 from leangen.exporters.torch_trace import Batch, Constant, Op, Size, Tensor, Value
 
 Arguments = Mapping[str, Any]
