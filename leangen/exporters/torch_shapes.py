@@ -9,10 +9,11 @@ import numpy as np
 import torch
 
 from leangen.errors import UnsupportedError
-from leangen.exporters.torch_emitter import Emitter, aten
+from leangen.exporters.torch_emitter import Emitter, registry
 from leangen.exporters.torch_trace import Batch, Constant, Op, Size, Tensor, Value
 
 Arguments = Mapping[str, Any]
+CONVERSIONS, aten = registry()
 _TO_THE_END = 2**63 - 1
 
 
