@@ -247,6 +247,9 @@ class Soak:
             terrain.rename(away)
 
         def model_back() -> None:
+            if terrain.exists():
+                self.problem("something was put where the model had been")
+                shutil.rmtree(terrain)
             away.rename(terrain)
             self.served_again()
             self.excused.discard("model_unavailable")

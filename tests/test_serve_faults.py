@@ -349,6 +349,9 @@ def test_a_model_whose_file_is_gone_is_named_without_its_path(tmp_path):
         assert reply.json()["error"]["code"] == "model_unavailable"
         assert str(tmp_path) not in reply.text
         assert http.get("/ready").status_code == 200
+        assert not bundle.path.exists()  # nothing was put in its place
+        tiny_bundles.language(tmp_path / "again").path.rename(bundle.path)
+        assert http.post("/v1/completions", json=LONG | {"model": "gone"}).status_code == 200
 
 
 def test_asking_too_often(text_model):

@@ -155,6 +155,11 @@ class Router:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI; raises LeangenErrors, which the guard answers."""
+        if scope["type"] != "http":  # Ray Serve starts and ends an app as a web server does
+            for event in ("startup", "shutdown"):
+                await receive()
+                await send({"type": f"lifespan.{event}.complete"})
+            return
         path, body = scope["path"], (await receive()).get("body", b"")
         if path in ("/health", "/ready"):
             status = "ok" if path == "/health" else "ready"
