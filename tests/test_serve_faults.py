@@ -156,6 +156,15 @@ def test_a_deadline_ends_a_request(text_model, slowly):
         assert len(server.ledger.entries()) == 2  # what it cost is on the account all the same
 
 
+def test_a_request_may_have_a_deadline_of_its_own(text_model, slowly):
+    with serving.serving([text_model]) as (address, _), client(address) as http:
+        reply = http.post("/v1/completions", json=LONG | {"deadline_s": 0.3})
+        assert reply.status_code == 504
+        assert http.post("/v1/completions", json=LONG | {"deadline_s": 0}).status_code == 400
+        asked = LONG | {"max_tokens": 2, "deadline_s": 20}
+        assert http.post("/v1/completions", json=asked).status_code == 200
+
+
 def test_unused_models_leave_the_memory(text_model):
     limits = Limits(max_batch=2, context=64, idle_release_s=0.2)
     with serving.serving([text_model], limits=limits) as (address, server), client(address) as http:
