@@ -276,6 +276,11 @@ def test_speech(client, running):
         assert file.getnframes() > 0
         assert file.getnchannels() == 1
     assert float(headers["x-leangen-energy-joules"]) > 0
+    asked = {"model": "tiny-voice", "input": "abc ab.", "extra_body": {"phonemes": True, "seed": 1}}
+    named = client.audio.speech.create(**asked, voice="alloy", response_format="wav")
+    assert named.content == sound
+    with pytest.raises(openai.BadRequestError, match="expected one of default"):
+        client.audio.speech.create(**asked, voice="bob", response_format="wav")
     assert kept(running, headers["x-leangen-receipt"])["family"] == "flow"
 
 
