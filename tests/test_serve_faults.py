@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 import signal
@@ -236,6 +237,35 @@ def test_what_meter_it_is_stays_on_the_server(text_model, tmp_path):
         for text in (reply.text, receipt.text):
             assert "a meter that the server was given" in text
             assert str(tmp_path) not in text
+
+
+def test_what_has_not_ended_within_the_grace_is_handed_back():
+    told = []
+
+    async def endless(scope, receive, send):
+        await asyncio.Event().wait()
+
+    async def receive():
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message):
+        told.append(message)
+
+    async def stopped():
+        guard = access.Access(
+            endless, keys=None, local=True, max_body_bytes=9, per_minute=None, refused=told.append
+        )
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "client": None}
+        task = asyncio.ensure_future(
+            guard(scope | {"headers": [(b"host", b"localhost")]}, receive, send)
+        )
+        await asyncio.sleep(0.01)
+        task.cancel()
+        await task
+
+    asyncio.run(stopped())
+    assert told[0]["status"] == 503
+    assert json.loads(told[1]["body"])["error"]["code"] == "shutting_down"
 
 
 def sent(address, *parts, wait_s=0.0):

@@ -304,7 +304,9 @@ def run(options: Options) -> None:
     refs = {ref.rpartition("=")[2]: ref for ref in options.models}
     found = models.find(options.models, Store(), say)
     names = dict(zip(found, refs, strict=True))
-    serve.start(http_options={"host": options.host, "port": options.port})
+    serve.start(
+        proxy_location="HeadOnly", http_options={"host": options.host, "port": options.port}
+    )
     over = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: over.set())
