@@ -527,12 +527,8 @@ def test_a_huge_body_is_refused_before_it_is_read(http):
 def test_curl(running):
     def curl(path, body, *options):
         command = ["curl", "-sN", f"{running[0]}{path}", "-H", "content-type: application/json"]
-        done = subprocess.run(
-            [*command, "-d", json.dumps(body), *options],
-            capture_output=True,
-            check=True,
-            timeout=60,
-        )
+        command += ["-d", json.dumps(body), *options]
+        done = subprocess.run(command, capture_output=True, check=True, timeout=60)
         return done.stdout.decode()
 
     asked = {"model": "tiny-text", "messages": CHAT, "max_tokens": 5, "temperature": 0}
