@@ -15,8 +15,8 @@ def declare(add: Callable[..., argparse.ArgumentParser]) -> None:
     sub = add(
         "export",
         run,
-        "Turn a GGUF, a folder of transformers, a Piper voice, a pzflow file or a plain ONNX into"
-        " a bundle",
+        "Turn a GGUF, a folder of transformers or diffusers, a Piper voice, a pzflow file or a"
+        " plain ONNX into a bundle",
         "leangen export voice.onnx -o my-voice",
     )
     sub.add_argument("source", type=Path)
@@ -27,7 +27,7 @@ def declare(add: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument(
         "--check",
         action="store_true",
-        help="transformers: compare with torch; exit 2 if it differs",
+        help="transformers, diffusers: compare with torch; exit 2 if it differs",
     )
     sub.add_argument("--force", action="store_true", help="replace DIR")
     sub.add_argument("--json", action="store_true")
@@ -61,9 +61,5 @@ def run(args: argparse.Namespace) -> int:
         print(f"{bundle.name}:{bundle.scheme} {human_bytes(bundle.size_bytes)} {bundle.path}")
         say(f"peak memory {human_bytes(peak_bytes)}")
         for difference in found:
-            print(
-                f"{difference.input}: logits of {difference.tokens} tokens differ from torch by at"
-                f" most {difference.largest:.2g} (the largest is {difference.scale:.3g})"
-                f"{'' if difference.passed else ': too much'}"
-            )
+            print(difference.text + ("" if difference.passed else ": too much"))
     return 0 if all(difference.passed for difference in found) else 2

@@ -42,6 +42,7 @@ def router(server: Server) -> APIRouter:
         }
         if served.key == "diffusion":
             options |= {"steps": body.steps, "sampler": body.sampler}
+            options |= {"prompt": body.prompt or None}
         elif body.steps is not None or body.sampler is not None:
             raise RequestError(f"{served.name} draws in one step: leave steps and sampler out")
         call = _call(server, served, request, body, options)
@@ -126,7 +127,7 @@ async def _choose_images(server: Server, body: ImageBody) -> tuple[Served, str |
     served, reason = await server.choose(
         body.model, family if family in ("diffusion", "oneshot") else "diffusion"
     )
-    if body.prompt:
+    if body.prompt and not served.bundle.config.get("text"):
         raise RequestError(
             f"{served.name} draws from noise and conditions and reads no prompt: send an empty "
             "one, and conditions if it has any"
