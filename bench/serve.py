@@ -161,7 +161,7 @@ def main() -> None:
     root = Path(__file__).resolve().parent.parent
     with contextlib.ExitStack() as stack:
         port = free_port()
-        command = [sys.executable, "-m", "leangen.cli", "serve", f"served={args.model}"]
+        command = [sys.executable, "-m", "leangen", "serve", f"served={args.model}"]
         command += ["--port", str(port), "--max-batch", str(args.streams), "--context", "512"]
         path = os.pathsep.join([str(root), str(root / "kernels")])
         ours = stack.enter_context(

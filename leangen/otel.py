@@ -55,7 +55,8 @@ _HARDWARE = (("gpu", "gpu"), ("nvml", "gpu"), ("dram", "memory"), ("rapl", "cpu"
 
 def operation(family: str) -> str:
     """`gen_ai.operation.name` of a family."""
-    return "text_completion" if family == "language" else "generate_content"
+    names = {"language": "text_completion", "embedding": "embeddings"}
+    return names.get(family, "generate_content")
 
 
 def hardware_type(sensor: str) -> str:

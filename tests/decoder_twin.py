@@ -11,7 +11,7 @@ from leangen.exporters.gguf_checkpoint import Checkpoint, GgufFile
 
 
 class Twin:
-    """`int8` activations are rounded per block before every matrix.
+    """`int8` activations are rounded per block before every matrix, keys and values to fp16.
 
     exact_last_mlp: but not in the last layer's MLP, as the exporter asks where it has 4 bits.
     """
@@ -60,6 +60,8 @@ class Twin:
                 for name in "qkv"
             )
             q, k = (reference.rotate(rows, cosines, sines) for rows in (q, k))
+            if self.activations == "int8":
+                k, v = (rows.astype(np.float16).astype(np.float64) for rows in (k, v))
             k, v = (np.repeat(rows, config.heads // config.kv_heads, axis=0) for rows in (k, v))
             scores = q @ k.swapaxes(1, 2) / np.sqrt(config.head_dim) + later
             shares = np.exp(scores - scores.max(-1, keepdims=True))

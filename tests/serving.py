@@ -18,6 +18,8 @@ from leangen.serve.worker import Limits
 
 NAMES = {
     "language": "tiny-text",
+    "seq2seq/transcription": "tiny-ears",
+    "embedding": "tiny-vectors",
     "flow/speech": "tiny-voice",
     "flow/density": "tiny-flow",
     "diffusion": "tiny-image",
@@ -57,7 +59,7 @@ def serving(models, **options):
 @contextlib.contextmanager
 def process(models, home, *options):
     """(address, Popen) of `leangen serve` as a process."""
-    command = [sys.executable, "-m", "leangen.cli", "serve", *models, "--port", "0", *options]
+    command = [sys.executable, "-m", "leangen", "serve", *models, "--port", "0", *options]
     child = subprocess.Popen(
         command,
         env=os.environ | {"LEANGEN_HOME": str(home)},

@@ -155,7 +155,7 @@ def test_chat_is_for_language_models(bundles, capsys):
 
 def test_a_conversation(bundles):
     done = subprocess.run(
-        [sys.executable, "-m", "leangen.cli", "chat", bundles["language"]]
+        [sys.executable, "-m", "leangen", "chat", bundles["language"]]
         + ["--max-new-tokens", "5", "--system", "ab"],
         input="ab\n/reset\n\nab\n/quit\n",
         capture_output=True,

@@ -23,7 +23,7 @@ from leangen import cli, lowering
 from leangen.engine import Engine
 from leangen.errors import BundleError, RequestError, UnknownSchemeError
 from leangen.exporters import gguf
-from leangen.families import language
+from leangen.families import key_values, language
 from leangen.families.decoder import Decoder
 from leangen.lowering import cache
 from leangen.quantize import quantize
@@ -90,6 +90,15 @@ def test_a_decoder_is_linear_and_attention_alone(tmp_path):
     assert found.count("Linear") == 2 * 4 + 1 and found.count("Attention") == 2
     assert len(found) == found.count("Linear") + found.count("Attention") + 3  # embedding, slices
     assert session.reasons["kernels"].endswith("nodes replaced: 9 by linear, 2 by language")
+
+
+def test_keys_and_values_are_kept_in_fp16_unless_activations_are_exact(tmp_path):
+    bundle = export(tmp_path)
+    for activations, kept in (("int8", np.float16), ("fp32", np.float32)):
+        session = Session(bundle, threads=1, activations=activations)
+        caches = key_values.allocate(session, rows=2, capacity=32)
+        assert caches.dtype == kept
+        assert caches.shape == (2, 2, 2, Q4_1.kv_heads, 32, Q4_1.head_dim)
 
 
 def test_a_bundle_that_leangen_quantized_is_lowered_whole(tmp_path):
@@ -190,7 +199,7 @@ def test_a_warm_start_imports_no_onnx(tmp_path):
 import sys
 from pathlib import Path
 from leangen.bundle import open_bundle
-from leangen.families import language
+from leangen.families import key_values, language
 from leangen.session import Session
 session = Session(open_bundle(Path({str(bundle.path)!r})))
 list(language.run(session, language.Request(tokens=[5], max_new_tokens=2)))
@@ -332,7 +341,8 @@ def test_the_store_counts_verifies_and_removes_it(tmp_path, home, capsys):
         return capsys.readouterr().out
 
     rows = {row["what"]: row["bytes"] for row in json.loads(run("du", "--json"))}
-    on_disk = bundle.size_bytes + (bundle.path / bundles.MANIFEST).stat().st_size
+    beside = (bundles.MANIFEST, bundles.CHECKSUM)
+    on_disk = bundle.size_bytes + sum((bundle.path / name).stat().st_size for name in beside)
     assert rows["mine:gguf"] == on_disk
     assert rows["mine:gguf (lowered)"] > on_disk / 2
     assert "3 lowered ones as they were written" in run("verify", str(bundle.path))

@@ -17,6 +17,7 @@ import tiny_bundles
 from leangen import budget, clock
 from leangen.families.batch import Batch
 from leangen.ledger import Ledger
+from leangen.serve import room
 from leangen.serve.worker import Limits
 
 LONG = {"model": "tiny-text", "prompt": "hello", "max_tokens": 60, "ignore_eos": True, "seed": 1}
@@ -201,7 +202,7 @@ def test_the_least_used_model_makes_room(tmp_path):
     ]
     limits = Limits(max_batch=2, context=64)
     with serving.serving(models, limits=limits) as (address, server):
-        need = server.models.get("one").memory_bytes
+        need = server.models.get("one").worker.memory_bytes
     with (
         serving.serving(models, limits=limits, memory_bytes=2 * need + 10) as (address, server),
         client(address) as http,
@@ -212,6 +213,74 @@ def test_the_least_used_model_makes_room(tmp_path):
             assert reply.status_code == 200
             loaded.append({n for n, s in server.models.by_name.items() if s.worker.loaded})
         assert loaded == [{"one"}, {"one", "two"}, {"one", "two"}, {"one", "three"}]
+
+
+def test_what_meter_it_is_stays_on_the_server(text_model, tmp_path):
+    lines = tmp_path / "meter.log"
+    lines.write_text("# unit=W\n1 20\n2 20\n3 20\n")
+    with serving.serving([text_model], meter=f"file:{lines}") as (address, _):
+        with client(address) as http:
+            reply = http.post("/v1/completions", json=LONG | {"max_tokens": 2})
+            [receipt_id] = reply.json()["usage"]["energy"]["receipts"]
+            receipt = http.get(f"/v1/receipts/{receipt_id}")
+        for text in (reply.text, receipt.text):
+            assert "a meter that the server was given" in text
+            assert str(tmp_path) not in text
+
+
+def test_models_that_do_not_fit_together_take_turns(tmp_path, monkeypatch):
+    monkeypatch.setattr(room, "TURN_S", 0.05)
+    names = ("one", "two", "three")
+    models = [f"{name}={tiny_bundles.language(tmp_path / name).path}" for name in names]
+    limits = Limits(max_batch=2, context=64)
+    with serving.serving(models, limits=limits) as (address, server):
+        need = server.models.get("one").worker.memory_bytes
+    with serving.serving(models, limits=limits, memory_bytes=need + 10) as (address, server):
+        statuses = []
+
+        def ask(name):
+            with client(address) as http:
+                for _ in range(6):
+                    asked = LONG | {"model": name, "max_tokens": 4}
+                    statuses.append(http.post("/v1/completions", json=asked).status_code)
+                    loaded = [s.worker.loaded for s in server.models.by_name.values()]
+                    assert sum(loaded) <= 1
+
+        threads = [threading.Thread(target=ask, args=(name,)) for name in names * 2]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert statuses == [200] * 36
+
+
+def test_who_gives_up_waiting_for_room_is_in_nobodys_way(tmp_path, slowly):
+    names = ("one", "two", "three")
+    models = [f"{name}={tiny_bundles.language(tmp_path / name).path}" for name in names]
+    limits = Limits(max_batch=2, context=64)
+    with serving.serving(models, limits=limits) as (address, server):
+        need = server.models.get("one").worker.memory_bytes
+    with (
+        serving.serving(models, limits=limits, memory_bytes=need + 10) as (address, server),
+        client(address) as http,
+    ):
+        first = threading.Thread(
+            target=lambda: httpx.post(
+                f"{address}/v1/completions",
+                json=LONG | {"model": "one"},
+                trust_env=False,
+                timeout=30,
+            )
+        )
+        first.start()
+        assert until(lambda: not server.models.get("one").worker.idle)
+        with pytest.raises(httpx.ReadTimeout):
+            http.post("/v1/completions", json=LONG | {"model": "two"}, timeout=0.3)
+        asked = LONG | {"model": "three", "max_tokens": 2}
+        assert http.post("/v1/completions", json=asked).status_code == 200
+        first.join()
+        assert server.models.get("two").worker.idle
+        assert not server.models.get("two").worker.loaded
 
 
 def test_a_model_whose_file_is_gone_is_named_without_its_path(tmp_path):

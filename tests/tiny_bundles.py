@@ -7,11 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import seq2seq_fixtures
 from flow_models import coupling_info, flow_state, write_voice
 from gguf_fixtures import Tiny, write
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from leangen.bundle import Bundle
-from leangen.exporters import gguf, onnx_file, piper, pzflow
+from leangen.exporters import ctranslate2, gguf, onnx_file, piper, pzflow
+from leangen.exporters import embedding as embedding_folder
 
 
 def language(folder: Path) -> Bundle:
@@ -79,8 +82,36 @@ def oneshot(folder: Path) -> Bundle:
     return onnx_file.export(path, folder / "bundle", family="oneshot")
 
 
+def embedding(folder: Path) -> Bundle:
+    """An encoder of two dense layers over a vocabulary of 32 words, as an ONNX file."""
+    text = """
+    encoder (int64[n, t] input_ids, int64[n, t] attention_mask)
+        => (float[n, t, 64] token_embeddings) {
+        x = Gather (w0, input_ids)
+        h = MatMul (x, w1)
+        a = Tanh (h)
+        y = MatMul (a, w2)
+        token_embeddings = Add (y, x)
+    }"""
+    _graph(text, folder / "model.onnx", w0=(32, 64), w1=(64, 64), w2=(64, 64))
+    words = {f"w{index}": index for index in range(31)} | {"?": 31}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.enable_padding(length=8)  # which an export is to take off
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return embedding_folder.export(folder, folder / "bundle", context=48)
+
+
+def transcription(folder: Path) -> Bundle:
+    """A Whisper that hears 1.2 seconds at once."""
+    return ctranslate2.export(seq2seq_fixtures.ctranslate2(folder / "saved"), folder / "bundle")
+
+
 BUILDERS = {
     "language": language,
+    "seq2seq/text": seq2seq_fixtures.text_to_text,
+    "seq2seq/transcription": transcription,
+    "embedding": embedding,
     "flow/speech": speech,
     "flow/density": density,
     "diffusion": diffusion,
@@ -88,6 +119,9 @@ BUILDERS = {
 }
 OPTIONS = {
     "language": {"tokens": [3, 4, 5], "max_new_tokens": 6, "ignore_eos": True},
+    "embedding": {"prompt": ["w1 w2 w3", "w4", "w5 w6"]},
+    "seq2seq/text": {"tokens": [3, 4, 5, 2], "max_new_tokens": 6, "ignore_eos": True},
+    "seq2seq/transcription": {"audio": [0.1, -0.1] * 12_000, "max_new_tokens": 6},
     "flow/speech": {"phonemes": "abc ab."},
     "flow/density": {"count": 20},
     "diffusion": {"steps": 3, "conditions": {"wetness": 0.2}},

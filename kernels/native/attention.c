@@ -33,7 +33,10 @@ typedef struct {
   attend_fn attend;
 } Tile;
 
+enum { QKV, KEY, VALUE, LENGTHS, COSINES, SINES, INPUTS };
+
 typedef struct {
+  Tensor constants[INPUTS];
   int64_t heads, kv_heads, window;
   float scale;
   int type, size, scaled; /* of the cache */
@@ -51,6 +54,7 @@ typedef struct {
   const int32_t *last;
   char *keys, *values;
   float *y, *q, *states, *work;
+  float scale;
   int64_t batch, new, capacity, width, parts, tiles, chunks, work_floats, state_floats;
   int64_t block_bytes, head_bytes; /* of 16 positions, of all positions of a head */
 } Job;
@@ -99,7 +103,7 @@ static void append(void *given, size_t part) {
     int64_t sines = (int64_t)(job->sines + position * (width / 2));
     for (int64_t head = 0; head < op->heads; head++, from += width) {
       CALL_KERNEL(op->rotate, (int64_t)from, (int64_t)turned, cosines, sines, width / 2,
-                  (double)op->scale);
+                  (double)job->scale);
       int64_t row = token * group + head % group;
       int64_t tile = (sequence * op->kv_heads + head / group) * job->tiles + row / queries;
       float *to = job->q + tile * queries * width + row % queries;
@@ -257,24 +261,24 @@ static const Tile *tile_for(const Attention *op, int64_t rows, int64_t width) {
 }
 
 static Status compute(void *self, void *context) {
-  Attention op = *(Attention *)self;
-  Tensor in[6];
-  for (size_t i = 0; i < 6; i++) TRY(get_input(context, i, &in[i]));
-  TRY(check(&op, in));
+  const Attention *op = self;
+  Tensor in[INPUTS];
+  TRY(get_inputs(context, op->constants, INPUTS, in));
+  TRY(check(op, in));
   int64_t batch = in[0].dims[0], new = in[0].dims[1], columns = in[1].dims[3];
-  int64_t width = columns - (op.scaled ? 4 : 0), rows = new * (op.heads / op.kv_heads);
-  if (op.scale == 0) op.scale = 1 / sqrtf((float)width);
-  Job job = {.op = &op, .qkv = in[0].data, .last = in[3].data, .cosines = in[4].data,
+  int64_t width = columns - (op->scaled ? 4 : 0), rows = new * (op->heads / op->kv_heads);
+  Job job = {.op = op, .qkv = in[0].data, .last = in[3].data, .cosines = in[4].data,
              .sines = in[5].data, .batch = batch, .new = new, .capacity = in[1].dims[2],
-             .width = width, .tile = tile_for(&op, rows, width),
-             .block_bytes = ROWS * columns * op.size};
-  int64_t dims[] = {batch, new, op.heads * width}, queries = job.tile->queries;
+             .width = width, .tile = tile_for(op, rows, width),
+             .scale = op->scale != 0 ? op->scale : 1 / sqrtf((float)width),
+             .block_bytes = ROWS * columns * op->size};
+  int64_t dims[] = {batch, new, op->heads * width}, queries = job.tile->queries;
   job.tiles = (rows + queries - 1) / queries;
   job.head_bytes = job.capacity / ROWS * job.block_bytes;
   TRY(get_output(context, 0, dims, 3, (void **)&job.y));
   TRY(get_output(context, 1, in[1].dims, 4, (void **)&job.keys));
   TRY(get_output(context, 2, in[2].dims, 4, (void **)&job.values));
-  size_t cache_bytes = (size_t)(in[1].count * op.size);
+  size_t cache_bytes = (size_t)(in[1].count * op->size);
   if (job.keys != in[1].data) memcpy(job.keys, in[1].data, cache_bytes);
   if (job.values != in[2].data) memcpy(job.values, in[2].data, cache_bytes);
   if (!batch || !new) return NULL;
@@ -285,7 +289,7 @@ static Status compute(void *self, void *context) {
     if (end > seen) seen = end;
   }
   job.chunks = (seen + CHUNK - 1) / CHUNK;
-  int64_t tiles = batch * op.kv_heads * job.tiles;
+  int64_t tiles = batch * op->kv_heads * job.tiles;
   int split = tiles < FEW_TILES && job.chunks > 1;
   int64_t units = split ? tiles * job.chunks : tiles;
   job.state_floats = up_to(queries * (width + 2), ROWS);
@@ -299,7 +303,7 @@ static Status compute(void *self, void *context) {
                            sizeof(float));
   if (!job.q) return fail("Attention: out of memory for %lld tokens", (long long)new);
   job.states = job.q + q_floats, job.work = job.states + states_floats;
-  for (int64_t i = 0; i < batch * op.kv_heads; i++) { /* rows beyond the last are computed too */
+  for (int64_t i = 0; i < batch * op->kv_heads; i++) { /* rows beyond the last are computed too */
     float *end = job.q + (i + 1) * job.tiles * queries * width;
     memset(end - queries * width, 0, (size_t)(queries * width) * sizeof(float));
   }
@@ -349,6 +353,8 @@ static Status create(const CustomOp *self, const void *api, const void *info, vo
     free(op);
     return fail("Attention: the library has no kernel %s", kernel_name);
   }
+  Status status = read_constants(info, INPUTS, op->constants);
+  if (status) return free(op), status;
   *kernel = op;
   return NULL;
 }
@@ -366,7 +372,7 @@ static int input_type(const CustomOp *op, size_t index) {
 static int output_type(const CustomOp *op, size_t index) {
   return (void)op, index ? ANY_TYPE : TENSOR_FLOAT;
 }
-static size_t inputs(const CustomOp *op) { return (void)op, 6; }
+static size_t inputs(const CustomOp *op) { return (void)op, INPUTS; }
 static size_t outputs(const CustomOp *op) { return (void)op, 3; }
 
 const CustomOp attention_op = {

@@ -19,18 +19,12 @@ Status fail(const char *format, ...) {
   return ORT(CreateStatus)(ORT_INVALID_ARGUMENT, message);
 }
 
-Status get_input(void *context, size_t index, Tensor *tensor) {
-  size_t inputs = 0;
-  void *value = NULL, *info;
-  memset(tensor, 0, sizeof *tensor);
-  TRY(ORT(KernelContext_GetInputCount)(context, &inputs));
-  if (index >= inputs) return NULL;
-  TRY(ORT(KernelContext_GetInput)(context, index, &value));
-  if (!value) return NULL;
+static Status read_tensor(void *value, Tensor *tensor) {
+  void *info;
   TRY(ORT(GetTensorTypeAndShape)(value, &info));
   Status status = ORT(GetDimensionsCount)(info, &tensor->rank);
   if (!status && tensor->rank > MAX_RANK)
-    status = fail("input %zu has rank %zu, expected at most %d", index, tensor->rank, MAX_RANK);
+    status = fail("an input has rank %zu, expected at most %d", tensor->rank, MAX_RANK);
   if (!status) status = ORT(GetDimensions)(info, tensor->dims, tensor->rank);
   if (!status) status = ORT(GetTensorElementType)(info, &tensor->type);
   ORT(ReleaseTensorTypeAndShapeInfo)(info);
@@ -38,6 +32,30 @@ Status get_input(void *context, size_t index, Tensor *tensor) {
   tensor->count = 1;
   for (size_t i = 0; i < tensor->rank; i++) tensor->count *= tensor->dims[i];
   return ORT(GetTensorMutableData)(value, &tensor->data);
+}
+
+Status read_constants(const void *info, size_t count, Tensor *constants) {
+  memset(constants, 0, count * sizeof *constants);
+  for (size_t i = 0; i < count; i++) {
+    int constant = 0;
+    void *value = NULL;
+    TRY(ORT(KernelInfoGetConstantInput_tensor)(info, i, &constant, &value));
+    if (constant && value) TRY(read_tensor(value, &constants[i]));
+  }
+  return NULL;
+}
+
+Status get_inputs(void *context, const Tensor *constants, size_t count, Tensor *inputs) {
+  size_t given = 0;
+  memcpy(inputs, constants, count * sizeof *inputs);
+  TRY(ORT(KernelContext_GetInputCount)(context, &given));
+  for (size_t i = 0; i < count && i < given; i++) {
+    void *value = NULL;
+    if (inputs[i].data) continue;
+    TRY(ORT(KernelContext_GetInput)(context, i, &value));
+    if (value) TRY(read_tensor(value, &inputs[i]));
+  }
+  return NULL;
 }
 
 Status get_output(void *context, size_t index, const int64_t *dims, size_t rank, void **data) {

@@ -31,7 +31,10 @@ enum { LANES = 16, OUTPUTS = 4, VECTORS = 2, MAX_PARTS = 64, UNIT = 128 };
 enum { IMAGE_BYTES = 512 << 10, PART_WORK = 1 << 20, STRIP_PIXELS = 512, SPLIT_GROUPS = 12 };
 enum { NORM_WORK = 64 << 10 }; /* floats */
 
+enum { X, WEIGHTS, BIAS, RESIDUAL, GAIN, SHIFT, FILM, INPUTS };
+
 typedef struct {
+  Tensor constants[INPUTS];
   const char *name;
   int64_t n, bits, block, rank, norm_groups;
   int64_t kernel[2], before[2], after[2], dilations[2];
@@ -123,6 +126,7 @@ static Status create(const CustomOp *self, const void *api, const void *info, vo
   op.unpack = leangen_kernels_find(variant, "unpack_nibbles");
   op.multiply[0] = leangen_kernels_find(variant, "conv_1");
   op.multiply[1] = leangen_kernels_find(variant, "conv_2");
+  TRY(read_constants(info, INPUTS, op.constants));
   *kernel = malloc(sizeof op);
   if (!*kernel) return fail("%s: out of memory", op.name);
   memcpy(*kernel, &op, sizeof op);
@@ -321,8 +325,9 @@ static void cut(Job *job) {
   job->work_bytes = up_to(job->work_bytes + 64, 64);
 }
 
-static Status check(const Conv *op, const Tensor *x, const Tensor *weights, const Tensor *bias,
-                    const Tensor *gain, const Tensor *shift, const Tensor *film) {
+static Status check(const Conv *op, const Tensor *in) {
+  const Tensor *x = &in[X], *weights = &in[WEIGHTS], *bias = &in[BIAS], *gain = &in[GAIN];
+  const Tensor *shift = &in[SHIFT], *film = &in[FILM];
   if (x->rank != (size_t)op->rank + 2)
     return fail("%s: x has rank %zu, expected %lld", op->name, x->rank, (long long)op->rank + 2);
   int64_t channels = x->dims[1];
@@ -391,20 +396,15 @@ static Status measure(Job *job, const Tensor *x, const Tensor *residual, int64_t
 
 static Status compute(void *self, void *context) {
   const Conv *op = self;
-  Tensor x, weights, bias, residual, gain, shift, film;
-  TRY(get_input(context, 0, &x));
-  TRY(get_input(context, 1, &weights));
-  TRY(get_input(context, 2, &bias));
-  TRY(get_input(context, 3, &residual));
-  TRY(get_input(context, 4, &gain));
-  TRY(get_input(context, 5, &shift));
-  TRY(get_input(context, 6, &film));
-  TRY(check(op, &x, &weights, &bias, &gain, &shift, &film));
-  Job job = {.op = op, .x = x.data, .bias = bias.data, .residual = residual.data,
-             .gain = gain.data, .shift = shift.data, .film = film.data, .codes = weights.data};
+  Tensor in[INPUTS];
+  TRY(get_inputs(context, op->constants, INPUTS, in));
+  TRY(check(op, in));
+  Job job = {.op = op, .x = in[X].data, .bias = in[BIAS].data, .residual = in[RESIDUAL].data,
+             .gain = in[GAIN].data, .shift = in[SHIFT].data, .film = in[FILM].data,
+             .codes = in[WEIGHTS].data};
   int64_t dims[MAX_RANK];
-  TRY(measure(&job, &x, &residual, dims));
-  TRY(get_output(context, 0, dims, x.rank, (void **)&job.y));
+  TRY(measure(&job, &in[X], &in[RESIDUAL], dims));
+  TRY(get_output(context, 0, dims, in[X].rank, (void **)&job.y));
   if (!job.batch) return NULL;
 
   int64_t parts = job.batch * job.strips * job.splits, slots = smaller(parts, MAX_PARTS);
@@ -418,10 +418,10 @@ static Status compute(void *self, void *context) {
   if (!memory) return fail("%s: out of memory", op->name);
   job.biases = (float *)memory, memory += biases;
   if (codes) {
-    CALL_KERNEL(op->unpack, (int64_t)weights.data, (int64_t)memory, codes / UNIT);
+    CALL_KERNEL(op->unpack, (int64_t)in[WEIGHTS].data, (int64_t)memory, codes / UNIT);
     job.codes = memory, memory += codes;
   }
-  job.numbers = (const float *)((char *)weights.data + code_bytes * op->bits / 8);
+  job.numbers = (const float *)((char *)in[WEIGHTS].data + code_bytes * op->bits / 8);
   job.moments = (float *)memory, memory += moments;
   job.gains = (float *)memory, memory += gains;
   job.offsets = (int32_t *)memory, memory += offsets;
@@ -432,7 +432,7 @@ static Status compute(void *self, void *context) {
   make_offsets(&job);
   if (job.gain) {
     int64_t all = job.batch * op->norm_groups;
-    job.norm_parts = smaller(smaller(all, 8), x.count / NORM_WORK);
+    job.norm_parts = smaller(smaller(all, 8), in[X].count / NORM_WORK);
     if (job.norm_parts < 2)
       job.norm_parts = 1, norm(&job, 0);
     else
@@ -477,7 +477,7 @@ static Status infer(const CustomOp *self, void *context) {
 
 static const char *name(const CustomOp *op) { return (void)op, "Conv"; }
 static const char *transpose_name(const CustomOp *op) { return (void)op, "ConvTranspose"; }
-static size_t inputs(const CustomOp *op) { return (void)op, 7; }
+static size_t inputs(const CustomOp *op) { return (void)op, INPUTS; }
 
 #define CONV(name_) \
   { \

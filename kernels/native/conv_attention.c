@@ -185,8 +185,9 @@ static void attend(void *given, size_t part) {
 
 static Status compute(void *self, void *context) {
   const PixelAttention *op = self;
+  static const Tensor unknown;
   Tensor x;
-  TRY(get_input(context, 0, &x));
+  TRY(get_inputs(context, &unknown, 1, &x));
   if (x.rank < 3 || x.dims[1] < 1 || x.dims[1] % (3 * op->heads))
     return fail("PixelAttention: qkv has rank %zu and %lld channels, expected 3 times %lld heads",
                 x.rank, (long long)(x.rank > 1 ? x.dims[1] : 0), (long long)op->heads);

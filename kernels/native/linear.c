@@ -41,7 +41,10 @@ enum { PART_WORK = 32 << 10 };
 /* Rows whose products are held at once where only the largest is kept. */
 enum { ARGMAX_CHUNK = 8 };
 
+enum { X, WEIGHTS, GAIN, BIAS, RESIDUAL, SHIFT, INPUTS }; /* of Linear */
+
 typedef struct {
+  Tensor constants[INPUTS];
   int64_t k, n, outputs, center, wide, gated, argmax, block_bytes;
   int64_t blocks, groups, row_block_bytes, row_bytes;
   double epsilon;
@@ -160,6 +163,8 @@ static Status create(const CustomOp *self, const void *api, const void *info, vo
     free(op);
     return fail("Linear: the library has no kernels for form '%s'", form_name);
   }
+  Status status = read_constants(info, INPUTS - argmax, op->constants);
+  if (status) return free(op), status;
   *kernel = op;
   return NULL;
 }
@@ -236,8 +241,9 @@ static void multiply(void *given, size_t part) {
   }
 }
 
-static Status check(const Linear *op, const Tensor *x, const Tensor *weights, const Tensor *gain,
-                    const Tensor *shift, const Tensor *bias, const Tensor *residual) {
+static Status check(const Linear *op, const Tensor *in) {
+  const Tensor *x = &in[X], *weights = &in[WEIGHTS], *gain = &in[GAIN], *shift = &in[SHIFT];
+  const Tensor *bias = &in[BIAS], *residual = &in[RESIDUAL];
   if (!x->data && x->count) return fail("Linear: x is missing");
   if (!x->rank || x->dims[x->rank - 1] != op->k)
     return fail("Linear: the last dimension of x is %lld, expected k = %lld",
@@ -309,30 +315,26 @@ static Status multiply_all(void *context, Job *job, int64_t elements) {
 
 static Status compute(void *self, void *context) {
   const Linear *op = self;
-  Tensor x, weights, gain, bias, residual = {0}, shift;
-  TRY(get_input(context, 0, &x));
-  TRY(get_input(context, 1, &weights));
-  TRY(get_input(context, 2, &gain));
-  TRY(get_input(context, 3, &bias));
-  if (!op->argmax) TRY(get_input(context, 4, &residual));
-  TRY(get_input(context, op->argmax ? 4 : 5, &shift));
-  TRY(check(op, &x, &weights, &gain, &shift, &bias, &residual));
+  Tensor in[INPUTS], *x = &in[X];
+  TRY(get_inputs(context, op->constants, INPUTS - op->argmax, in));
+  if (op->argmax) in[SHIFT] = in[RESIDUAL], in[RESIDUAL] = (Tensor){0};
+  TRY(check(op, in));
   int64_t dims[MAX_RANK];
-  memcpy(dims, x.dims, sizeof dims);
-  dims[x.rank - 1] = op->outputs;
-  Job job = {.op = op, .x = x.data, .weights = weights.data, .gain = gain.data,
-             .shift = shift.data, .bias = bias.data, .residual = residual.data,
-             .tokens = x.count / op->k};
+  memcpy(dims, x->dims, sizeof dims);
+  dims[x->rank - 1] = op->outputs;
+  Job job = {.op = op, .x = x->data, .weights = in[WEIGHTS].data, .gain = in[GAIN].data,
+             .shift = in[SHIFT].data, .bias = in[BIAS].data, .residual = in[RESIDUAL].data,
+             .tokens = x->count / op->k};
   int64_t *indices = NULL;
   float *values = NULL;
   if (op->argmax) {
-    TRY(get_output(context, 0, dims, x.rank - 1, (void **)&indices));
-    TRY(get_output(context, 1, dims, x.rank - 1, (void **)&values));
+    TRY(get_output(context, 0, dims, x->rank - 1, (void **)&indices));
+    TRY(get_output(context, 1, dims, x->rank - 1, (void **)&values));
   } else {
-    TRY(get_output(context, 0, dims, x.rank, (void **)&job.y));
+    TRY(get_output(context, 0, dims, x->rank, (void **)&job.y));
   }
   if (!job.tokens) return NULL;
-  TRY(multiply_all(context, &job, x.count));
+  TRY(multiply_all(context, &job, x->count));
   for (int64_t i = 0; indices && i < job.tokens; i++) {
     Largest found = job.largest[i];
     for (int64_t part = 1; part < job.parts; part++) {
@@ -354,7 +356,7 @@ static Status infer(const CustomOp *self, void *context) {
 }
 
 static const char *name(const CustomOp *op) { return (void)op, "Linear"; }
-static size_t inputs(const CustomOp *op) { return (void)op, 6; }
+static size_t inputs(const CustomOp *op) { return (void)op, INPUTS; }
 
 const CustomOp linear_op = {
     OP_COMMON,
@@ -370,7 +372,7 @@ static const char *argmax_name(const CustomOp *op) { return (void)op, "ArgmaxLin
 static int argmax_output_type(const CustomOp *op, size_t index) {
   return (void)op, index ? TENSOR_FLOAT : TENSOR_INT64;
 }
-static size_t argmax_inputs(const CustomOp *op) { return (void)op, 5; }
+static size_t argmax_inputs(const CustomOp *op) { return (void)op, INPUTS - 1; }
 static size_t argmax_outputs(const CustomOp *op) { return (void)op, 2; }
 
 const CustomOp argmax_linear_op = {

@@ -26,7 +26,10 @@ typedef struct {
   int64_t count; /* of elements */
 } Tensor;
 
-Status get_input(void *context, size_t index, Tensor *tensor);
+/* Those of the first `count` inputs that are constants of the graph: read once, not at each run. */
+Status read_constants(const void *info, size_t count, Tensor *constants);
+/* The first `count` inputs of this run, those in `constants` as they are there. */
+Status get_inputs(void *context, const Tensor *constants, size_t count, Tensor *inputs);
 Status get_output(void *context, size_t index, const int64_t *dims, size_t rank, void **data);
 
 int64_t attribute_int(const void *info, const char *name, int64_t otherwise);

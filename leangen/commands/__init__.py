@@ -1,4 +1,4 @@
-"""Subcommands with a file of their own.
+"""The subcommands, one file each.
 
 Each module offers `declare(add)`, which adds its parser with `add(name, command, summary, example)`
 and its options, and the command itself, which takes the parsed arguments and returns the exit code.
@@ -11,16 +11,24 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from leangen.commands import (
+    bench,
     budget,
+    chat,
     compare,
+    demo,
     doctor,
     export,
+    generate,
     ledger,
     lint,
+    meters,
     metrics,
+    pipelines,
+    pull,
     quantize,
     report,
     serve,
+    store,
     tune,
     verify,
 )
@@ -35,17 +43,26 @@ class Module(Protocol):
 
 
 MODULES: tuple[Module, ...] = (
+    demo,
+    generate,
+    chat,
+    serve,
+    bench,
+    compare,
+    eval_,
     export,
     quantize,
     tune,
     lint,
     verify,
-    eval_,
-    compare,
-    serve,
+    pipelines,
+    pull,
+    store,
+    meters,
     ledger,
     budget,
     report,
     metrics,
     doctor,
 )
+"""In the order of `leangen --help`."""

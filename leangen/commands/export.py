@@ -35,7 +35,7 @@ def declare(add: Callable[..., argparse.ArgumentParser]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Export, and compare with torch when asked; 2 where they differ."""
-    from leangen import exporters, host
+    from leangen import exporters, host, probe
 
     given = {name: getattr(args, name) for name in ("form", "family")}
     options = {name: value for name, value in given.items() if value is not None}
@@ -43,6 +43,7 @@ def run(args: argparse.Namespace) -> int:
         args.source, args.output, name=args.name, replace=args.force, **options
     )
     peak_bytes = host.peak_rss_bytes()
+    bundle = probe.attach(bundle)
     found = exporters.check(args.source, bundle) if args.check else []
     if args.json:
         print_json(

@@ -95,6 +95,9 @@ def request_options(sub: argparse.ArgumentParser) -> None:
     group.add_argument("--phoneme-ids", type=_integers, metavar="IDS", help="speech: `1 20 59 2`")
     group.add_argument("--length-scale", type=float, help="speech: above 1 is slower")
     group.add_argument("--noise-scale", type=float, help="speech: 0 is monotone")
+    group.add_argument("--audio", metavar="WAV", help="transcription: what to write down")
+    group.add_argument("--language", metavar="CODE", help="transcription: what is spoken, like en")
+    group.add_argument("--task", help="transcription: `transcribe`, or `translate` into English")
     group.add_argument("--count", type=int, help="samples or images to draw")
     group.add_argument("--data", help="flow: rows (.npy, .csv) whose log-density is wanted")
     group.add_argument("--steps", type=int, help="diffusion steps")
@@ -114,6 +117,14 @@ def request_options(sub: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE",
         help="diffusion: `class=3`, `class=otter`, `crop=0,0`; may be repeated",
     )
+    group.add_argument(
+        "--input",
+        dest="inputs",
+        action="append",
+        type=_named,
+        metavar="NAME=VALUE",
+        help="pipelines: an input by name; may be repeated",
+    )
 
 
 _REQUEST_FIELDS = (
@@ -121,7 +132,7 @@ _REQUEST_FIELDS = (
     *("ignore_eos", "phonemes", "phoneme_ids", "length_scale", "noise_scale", "count", "data"),
     *("steps", "conditions", "min_p", "presence_penalty", "frequency_penalty", "logit_bias", "n"),
     *("beams", "logprobs", "regex", "speculate", "sampler", "guidance", "guidance_rescale"),
-    *("image", "strength", "mask", "negative_prompt"),
+    *("image", "strength", "mask", "negative_prompt", "audio", "language", "task"),
 )
 
 
@@ -159,6 +170,18 @@ def _condition(text: str) -> tuple[str, Any]:
     return name, numbers if len(numbers) > 1 else numbers[0]
 
 
+def _named(text: str) -> tuple[str, str | int | float]:
+    name, sign, value = text.partition("=")
+    if not (name and sign):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    for number in (int, float):
+        try:
+            return name, number(value)
+        except ValueError:
+            pass
+    return name, value
+
+
 def _embodied(text: str) -> tuple[float, float]:
     try:
         total_kg, lifetime_years = map(float, text.split(","))
@@ -183,6 +206,7 @@ def request(args: argparse.Namespace) -> tuple[str | None, dict[str, Any]]:
     for name, path in (("json_schema", args.json_schema), ("lark", args.grammar)):
         if path is not None:
             options[name] = _file(f"--{name.replace('lark', 'grammar').replace('_', '-')}", path)
+    options |= dict(args.inputs or ())
     if args.chat:
         if args.prompt is None:
             raise RequestError("--chat needs a --prompt: the user's message")

@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     store = Store()
     with progress_bar() as progress:
         bundle = store.resolve(args.model, notify=say, progress=progress)
-        task = task_of(args, store, bundle, progress)
+        task = task_of(args, store, bundle, progress, recogniser="none")
         found = tune.tune(
             bundle,
             tune.Budget(kind, getattr(args, kind)),

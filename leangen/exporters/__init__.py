@@ -30,6 +30,9 @@ EXPORTERS = {
     "pzflow": "leangen.exporters.pzflow",
     "onnx": "leangen.exporters.onnx_file",
     "diffusers": "leangen.exporters.diffusers_folder",
+    "ctranslate2": "leangen.exporters.ctranslate2",
+    "seq2seq": "leangen.exporters.transformers_seq2seq",
+    "embedding": "leangen.exporters.embedding",
     "transformers": "leangen.exporters.transformers_lm",
 }
 """Modules by kind, the more particular first: a Piper voice is an ONNX file too."""

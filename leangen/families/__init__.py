@@ -60,6 +60,9 @@ class Family(Protocol):
 
 FAMILIES = {
     "language": "leangen.families.language",
+    "seq2seq/text": "leangen.families.text_to_text",
+    "seq2seq/transcription": "leangen.families.transcription",
+    "embedding": "leangen.families.embedding",
     "flow/speech": "leangen.families.speech",
     "flow/density": "leangen.families.density",
     "diffusion": "leangen.families.diffusion",

@@ -79,12 +79,12 @@ def plan(
     there is nothing to guide by.
     """
     chosen = wanted(config, scale)
+    if chosen is None:
+        return None
     if scale is not None and not free:
         raise RequestError(
             f"guidance is {scale:g}, but no condition of this model has an unconditional value "
             f"(its conditions: {', '.join(config.get('conditions', {})) or 'none'}): leave it out"
         )
-    if chosen is None:
-        return None
     batched = all(shape and not isinstance(shape[0], int) for shape in inputs.values())
     return Guidance(chosen, rescale, free, batched)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
+from leangen.families import key_values
 from leangen.families.decoder import Floats
 from leangen.session import Session
 
@@ -26,14 +27,10 @@ class Rows:
     """The caches of all rows, and a binding for each set of rows that runs together."""
 
     def __init__(self, session: Session, rows: int, capacity: int) -> None:
-        config = session.bundle.config
         self.rows = rows
         self._graph = session.graph("model")
-        self._vocab = config["vocab_size"]
-        # Zeroed pages are the kernel's until written: rows that are not used take no memory.
-        capacity = _whole(capacity)
-        shape = (config["layers"], 2, rows, config["kv_heads"], capacity, config["head_dim"])
-        self._buffers = np.zeros(shape, np.float32)
+        self._vocab = session.bundle.config["vocab_size"]
+        self._buffers = key_values.allocate(session, rows, _whole(capacity))
         self._bindings: dict[tuple[int, int], _Binding] = {}
 
     def prefill(self, row: int, tokens: Items[int], length: int) -> Floats:
@@ -60,15 +57,11 @@ class Rows:
 class _Binding:
     """Some neighbouring rows bound as past and present, with inputs and logits of their own."""
 
-    def __init__(self, graph: ort.InferenceSession, buffers: Floats, vocab: int) -> None:
+    def __init__(self, graph: ort.InferenceSession, buffers: key_values.Array, vocab: int) -> None:
         self._graph = graph
         self._binding = graph.io_binding()
         rows = buffers.shape[2]
-        for layer, pair in enumerate(buffers):
-            for kind, buffer in zip(("key", "value"), pair, strict=True):
-                value = ort.OrtValue.ortvalue_from_numpy(buffer)
-                self._binding.bind_ortvalue_input(f"past_{kind}_{layer}", value)
-                self._binding.bind_ortvalue_output(f"present_{kind}_{layer}", value)
+        key_values.bind(self._binding, buffers)
         self._last = np.zeros(rows, np.int32)
         self._total = np.zeros((), np.int32)
         self._logits_from = np.full(1, -1, np.int64)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
+from leangen.families import key_values
 from leangen.session import Session
 
 Tokens = np.ndarray[Any, np.dtype[np.int64]]
@@ -28,18 +29,12 @@ def draw(session: Session, sequences: int, length: int, *, seed: int) -> Tokens:
     tokens[:, 0] = (
         start if start is not None else rng.integers(config["vocab_size"], size=sequences)
     )
-    shape = (config["layers"], 2, sequences, config["kv_heads"], length, config["head_dim"])
-    caches = np.zeros(shape, np.float32)
     logits = np.zeros((sequences, 1, config["vocab_size"]), np.float32)
     ids, last = np.zeros((sequences, 1), np.int64), np.zeros(sequences, np.int32)
     total, logits_from = np.zeros((), np.int32), np.array([-1], np.int64)
     binding = graph.io_binding()
+    key_values.bind(binding, key_values.allocate(session, sequences, length))
     # OrtValues are windows on the arrays' memory: what is written to an array later is seen.
-    for layer, pair in enumerate(caches):
-        for kind, cache in zip(("key", "value"), pair, strict=True):
-            value = ort.OrtValue.ortvalue_from_numpy(cache)
-            binding.bind_ortvalue_input(f"past_{kind}_{layer}", value)
-            binding.bind_ortvalue_output(f"present_{kind}_{layer}", value)
     for name, array in (
         ("input_ids", ids),
         ("seqlens_k", last),

@@ -28,7 +28,7 @@ from leangen.bundle import Bundle
 from leangen.errors import StorageError
 from leangen.lowering import cache
 
-VERSION = 5
+VERSION = 6
 """To be raised when a rule or a packed layout changes, so that lowered models are made again."""
 
 RULES = {
@@ -41,7 +41,7 @@ RULES = {
 
 
 MODEL, FP32_MODEL = "model.onnx", "model.fp32.onnx"
-"""The lowered graph, and the form whose low-bit layers do not round activations."""
+"""The lowered graph, and the form that rounds no activations, keys or values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,7 @@ def _lower(path: Path, folder: Path) -> Mapping[str, int]:
     """Write the lowered graph in both forms, over the same weights; nothing if no rule matches."""
     import onnx
 
-    from leangen.lowering import activations
+    from leangen.lowering import activations, caches
     from leangen.lowering.draft import Draft
 
     graph = Draft(path)
@@ -101,7 +101,9 @@ def _lower(path: Path, folder: Path) -> Mapping[str, int]:
     if replaced:
         graph.finish()
         graph.save(folder / MODEL)
-        model = onnx.load(folder / MODEL, load_external_data=False)
-        activations.use_fp32(model)
-        (folder / FP32_MODEL).write_bytes(model.SerializeToString())
+        usual, exact = (onnx.load(folder / MODEL, load_external_data=False) for _ in range(2))
+        caches.use_fp16(usual)
+        activations.use_fp32(exact)
+        for model, name in ((usual, MODEL), (exact, FP32_MODEL)):
+            (folder / name).write_bytes(model.SerializeToString())
     return replaced

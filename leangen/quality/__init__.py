@@ -21,6 +21,9 @@ from leangen.session import Session
 
 FAMILIES = {
     "language": "leangen.quality.language",
+    "embedding": "leangen.quality.embedding",
+    "seq2seq/text": "leangen.quality.seq2seq",
+    "seq2seq/transcription": "leangen.quality.seq2seq",
     "flow/density": "leangen.quality.density",
     "flow/speech": "leangen.quality.speech",
     "diffusion": "leangen.quality.imaging",

@@ -48,7 +48,7 @@ class Server:
         Raises UnknownModelError, RequestError for a model of another family, BudgetError.
         """
         served = self.models.get(name)
-        if not (served.key == family or served.bundle.family == family):
+        if served.key != family:
             raise RequestError(
                 f"{name} is of the family {served.key}: this address is for {family} models"
             )

@@ -5,23 +5,21 @@ from __future__ import annotations
 import asyncio
 import base64
 import math
-import secrets
 from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
 import numpy as np
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
 
 from leangen import audio, clock
 from leangen import media as files
 from leangen.errors import RequestError
 from leangen.records import Output
-from leangen.serve import calls
-from leangen.serve.calls import Call, Server
+from leangen.serve import calls, single
+from leangen.serve.calls import Server
 from leangen.serve.models import Served
-from leangen.serve.schemas import Body, FlowDensityBody, FlowSampleBody, ImageBody, SpeechBody
+from leangen.serve.schemas import FlowDensityBody, FlowSampleBody, ImageBody, SpeechBody
 
 PCM_HZ = 24_000
 """OpenAI's rate of raw `pcm`; a voice of another rate says its own in the header."""
@@ -37,7 +35,7 @@ def router(server: Server) -> APIRouter:
         served, reason = await _choose_images(server, body)
         options: dict[str, Any] = {
             "count": body.n or 1,
-            "seed": _seed(body),
+            "seed": single.seed(body),
             "conditions": body.conditions,
         }
         if served.key == "diffusion":
@@ -45,10 +43,10 @@ def router(server: Server) -> APIRouter:
             options |= {"prompt": body.prompt or None}
         elif body.steps is not None or body.sampler is not None:
             raise RequestError(f"{served.name} draws in one step: leave steps and sampler out")
-        call = _call(server, served, request, body, options)
-        output = await _output(call, request, served)
+        call = single.call(server, served, request, body, options)
+        output = await single.output(call, request, served)
         if output is None:
-            return _nobody()
+            return single.nobody()
         pictures = await asyncio.to_thread(_pngs, output)
         height, width = np.asarray(output.array).shape[1:3]
         if body.size not in (None, "auto", f"{width}x{height}"):
@@ -59,9 +57,9 @@ def router(server: Server) -> APIRouter:
             "output_format": "png",
             "size": f"{width}x{height}",
             "data": [{"b64_json": base64.b64encode(png).decode()} for png in pictures],
-            "usage": _usage(call),
+            "usage": single.usage(call),
         }
-        return _json(call, content, reason)
+        return single.answer(call, content, reason)
 
     @routes.post("/v1/audio/speech", response_class=Response)
     async def speech(body: SpeechBody, request: Request) -> Response:
@@ -70,13 +68,13 @@ def router(server: Server) -> APIRouter:
             "phonemes" if body.phonemes else "text": body.input,
             "length_scale": served.bundle.config["length_scale"] / body.speed,
             "noise_scale": body.noise_scale,
-            "seed": _seed(body),
+            "seed": single.seed(body),
             "speaker": _speaker(served, body.voice),
         }
-        call = _call(server, served, request, body, options)
-        output = await _output(call, request, served)
+        call = single.call(server, served, request, body, options)
+        output = await single.output(call, request, served)
         if output is None:
-            return _nobody()
+            return single.nobody()
         rate_hz = int(output.sample_rate_hz or PCM_HZ)
         sound = await asyncio.to_thread(audio.wav_bytes, np.asarray(output.array), rate_hz)
         headers = calls.energy_headers(call.receipts) | {"x-leangen-model": served.name}
@@ -89,35 +87,35 @@ def router(server: Server) -> APIRouter:
     @routes.post("/v1/flows/sample")
     async def sample(body: FlowSampleBody, request: Request) -> Response:
         served, reason = await server.choose(body.model, "flow/density")
-        options = {"count": body.count, "seed": _seed(body)}
-        call = _call(server, served, request, body, options)
-        output = await _output(call, request, served)
+        options = {"count": body.count, "seed": single.seed(body)}
+        call = single.call(server, served, request, body, options)
+        output = await single.output(call, request, served)
         if output is None:
-            return _nobody()
+            return single.nobody()
         rows = np.asarray(output.array)
         content = {
             "model": served.name,
             "columns": list(output.extra["columns"]),
             "rows": [[_finite(value) for value in row] for row in rows.tolist()],
-            "usage": _usage(call),
+            "usage": single.usage(call),
         }
-        return _json(call, content, reason)
+        return single.answer(call, content, reason)
 
     @routes.post("/v1/flows/log_density")
     async def log_density(body: FlowDensityBody, request: Request) -> Response:
         """In nats; null outside the flow's support, where the density is 0."""
         served, reason = await server.choose(body.model, "flow/density")
-        call = _call(server, served, request, body, {"data": body.rows})
-        output = await _output(call, request, served)
+        call = single.call(server, served, request, body, {"data": body.rows})
+        output = await single.output(call, request, served)
         if output is None:
-            return _nobody()
+            return single.nobody()
         values = np.asarray(output.array).tolist()
         content = {
             "model": served.name,
             "log_density": [_finite(value) for value in values],
-            "usage": _usage(call),
+            "usage": single.usage(call),
         }
-        return _json(call, content, reason)
+        return single.answer(call, content, reason)
 
     return routes
 
@@ -133,49 +131,6 @@ async def _choose_images(server: Server, body: ImageBody) -> tuple[Served, str |
             "one, and conditions if it has any"
         )
     return served, reason
-
-
-def _call(
-    server: Server, served: Served, request: Request, body: Body, options: dict[str, Any]
-) -> Call:
-    told = request.scope.get("leangen")
-    return Call(
-        server,
-        served,
-        [served.family.Request(**options)],
-        client=told["client"] if told else "",
-        priority=body.priority,
-        defer=body.defer,
-    )
-
-
-async def _output(call: Call, request: Request, served: Served) -> Output | None:
-    """The job's output; None when the client has gone."""
-    async with call:
-        results = await calls.unless_gone(request.receive, call.results())
-    if results is None:
-        return None
-    calls.note(request.scope.get("leangen"), call.receipts, model=served.name)
-    return results[0].output
-
-
-def _seed(body: Body) -> int:
-    return secrets.randbits(31) if body.seed is None else body.seed
-
-
-def _usage(call: Call) -> dict[str, Any]:
-    units = call.receipts[0].units
-    return {"units": units.to_json(), "energy": calls.energy_usage(call.receipts)}
-
-
-def _json(call: Call, content: dict[str, Any], reason: str | None) -> Response:
-    if reason is not None:
-        content = content | {"leangen": {"reason": reason}}
-    return JSONResponse(content, headers=calls.energy_headers(call.receipts))
-
-
-def _nobody() -> Response:
-    return Response(status_code=499)  # the client has gone: nobody reads it
 
 
 def _pngs(output: Output) -> list[bytes]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from dataclasses import replace
 from types import FrameType
 from typing import Any
 
@@ -52,6 +53,9 @@ def build(options: Options) -> tuple[Any, Server]:
         boot_id=host().boot_id,
         cache=store.home / "probes.json",
     )
+    if options.meter is not None and meters.is_external(options.meter):
+        # Clients see the reason: a path or a command of this machine is not for them.
+        selection = replace(selection, reason="a meter that the server was given")
     account = Account(selection)
     account.measure_baseline()
     metrics = Metrics()
@@ -65,8 +69,7 @@ def build(options: Options) -> tuple[Any, Server]:
             footprint=footprint,
             guard=guard,
             baseline_s=0.0,
-            meter=options.meter,
-            probes=store.home / "probes.json",
+            selection=selection,
         )
         engine.share_meters(selection, account.baseline)
         if options.otel:

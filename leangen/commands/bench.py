@@ -1,0 +1,51 @@
+"""`leangen bench`: models side by side, in random order."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+from leangen.commands.options import request, request_options, run_options, share
+
+
+def declare(add: Callable[..., argparse.ArgumentParser]) -> None:
+    """Add the parser."""
+    sub = add(
+        "bench",
+        run,
+        "Repeat generations of several models in random order; medians and intervals",
+        "leangen bench smollm2-135m:int4 smollm2-135m:int8 --repeats 10",
+    )
+    sub.add_argument("models", nargs="+", metavar="MODEL")
+    sub.add_argument("--repeats", type=int, default=10, help="measured windows per model")
+    sub.add_argument(
+        "--precision",
+        type=share,
+        default=0.05,
+        metavar="5%",
+        help="wanted ± of a window's edges: plans how many generations one window holds",
+    )
+    request_options(sub)
+    run_options(sub)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print a row for each model, or one JSON document."""
+    from leangen import benchmark
+
+    prompt, options = request(args)
+    return benchmark.run(
+        args.models,
+        prompt=prompt,
+        options=options,
+        repeats=args.repeats,
+        precision=args.precision,
+        threads=args.threads,
+        activations=args.activations,
+        kernels=args.kernels,
+        region=args.region,
+        meter=args.meter,
+        intensity=args.intensity,
+        embodied=args.embodied,
+        as_json=args.json,
+    )

@@ -1,0 +1,85 @@
+"""`leangen generate`: one generation and its receipt."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from leangen.commands.options import request, request_options, run_options
+from leangen.console import print_json, say
+
+
+def declare(add: Callable[..., argparse.ArgumentParser]) -> None:
+    """Add the parser."""
+    sub = add(
+        "generate",
+        run,
+        "Generate once and print the receipt",
+        'leangen generate smollm2-135m:int4 --prompt "The capital of France is" --max-new-tokens 8',
+    )
+    sub.add_argument(
+        "model", metavar="MODEL", help="NAME, NAME:SCHEME, hf:org/name, a folder, PIPELINE.toml"
+    )
+    request_options(sub)
+    sub.add_argument("-o", "--output", type=Path, help=".txt, .wav, .png, .csv or .npy")
+    sub.add_argument("--tag", help="a word to find this generation by in the ledger")
+    run_options(sub)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Stream the text, save what else came, and print the receipt."""
+    from leangen import api, media, report
+
+    prompt, options = request(args)
+    engine = api.load(
+        args.model,
+        threads=args.threads,
+        region=args.region,
+        intensity=args.intensity,
+        embodied=args.embodied,
+        tag=args.tag,
+        activations=args.activations,
+        kernels=args.kernels,
+        meter=args.meter,
+    )
+    if args.output is not None:
+        media.suffix_for(engine.media, args.output)  # before the work, not after it
+    stream = engine.stream(prompt, **options)
+    sample = 0
+    for step in stream:
+        if not args.json:
+            print("\n---\n" * (step.sample - sample) + step.text, end="", flush=True)
+            sample = step.sample
+    result = stream.result
+    saved = None
+    if args.output is not None:
+        saved = result.save(args.output)
+    elif result.output.media != "text":
+        suffix = media.SUFFIXES[result.output.media][0]
+        saved = result.save(_unused(engine.name, suffix))
+    if args.json:
+        document: dict[str, Any] = {"text": result.text}
+        if "samples" in result.output.extra:
+            document["samples"] = [reply.to_json() for reply in result.output.extra["samples"]]
+        if saved is not None:
+            document["path"] = str(saved)
+        print_json(document | {"receipt": result.receipt.to_json()})
+        return 0
+    if result.text is not None:
+        print()
+    if saved is not None:
+        print(saved)
+    say(report.summary(result.receipt))
+    return 0
+
+
+def _unused(stem: str, suffix: str) -> Path:
+    """A name in the current folder that nothing has yet."""
+    path = Path(f"{stem}{suffix}")
+    number = 1
+    while path.exists():
+        number += 1
+        path = Path(f"{stem}-{number}{suffix}")
+    return path

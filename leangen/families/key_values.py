@@ -1,0 +1,37 @@
+"""Keys and values of past tokens: memory that a language model's graph reads and appends to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from leangen.families import pages
+from leangen.session import Session
+
+Array = np.ndarray[Any, Any]
+
+_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+
+
+def allocate(session: Session, rows: int, capacity: int, role: str = "model") -> Array:
+    """Room for `rows` sequences of `capacity` tokens, in the numbers that the graph keeps.
+
+    [layers, 2, rows, kv_heads, capacity, head_dim]. A tail or a row that is not used takes no
+    memory.
+    """
+    config = session.bundle.config
+    inputs = session.graph(role).get_inputs()
+    kept = next(_TYPES[given.type] for given in inputs if given.name.startswith("past_key_"))
+    shape = (config["layers"], 2, rows, config["kv_heads"], capacity, config["head_dim"])
+    return pages.zeros(shape, kept)
+
+
+def bind(binding: ort.IOBinding, caches: Array) -> None:
+    """Bind each layer's keys and values as past and present, so that a run appends in place."""
+    for layer, pair in enumerate(caches):
+        for kind, cache in zip(("key", "value"), pair, strict=True):
+            value = ort.OrtValue.ortvalue_from_numpy(cache)
+            binding.bind_ortvalue_input(f"past_{kind}_{layer}", value)
+            binding.bind_ortvalue_output(f"present_{kind}_{layer}", value)

@@ -1,0 +1,63 @@
+"""One job, one answer: what the routes of all families but text generation share."""
+
+from __future__ import annotations
+
+import secrets
+from typing import Any
+
+from fastapi import Request, Response
+from fastapi.responses import JSONResponse
+
+from leangen.records import Output
+from leangen.serve import calls
+from leangen.serve.calls import Call, Server
+from leangen.serve.models import Served
+from leangen.serve.schemas import Body
+
+
+def call(
+    server: Server, served: Served, request: Request, body: Body, options: dict[str, Any]
+) -> Call:
+    """The call that carries out one request of the family, with `options`."""
+    told = request.scope.get("leangen")
+    return Call(
+        server,
+        served,
+        [served.family.Request(**options)],
+        client=told["client"] if told else "",
+        priority=body.priority,
+        defer=body.defer,
+    )
+
+
+async def output(call: Call, request: Request, served: Served) -> Output | None:
+    """The job's output; None when the client has gone."""
+    async with call:
+        results = await calls.unless_gone(request.receive, call.results())
+    if results is None:
+        return None
+    calls.note(request.scope.get("leangen"), call.receipts, model=served.name)
+    return results[0].output
+
+
+def seed(body: Body) -> int:
+    """The body's, or one that is drawn."""
+    return secrets.randbits(31) if body.seed is None else body.seed
+
+
+def usage(call: Call) -> dict[str, Any]:
+    """Units of work and energy."""
+    units = call.receipts[0].units
+    return {"units": units.to_json(), "energy": calls.energy_usage(call.receipts)}
+
+
+def answer(call: Call, content: dict[str, Any], reason: str | None) -> Response:
+    """The JSON response; `reason` says why another model than the named one answers."""
+    if reason is not None:
+        content = content | {"leangen": {"reason": reason}}
+    return JSONResponse(content, headers=calls.energy_headers(call.receipts))
+
+
+def nobody() -> Response:
+    """For a client that has gone: nobody reads it."""
+    return Response(status_code=499)
