@@ -253,7 +253,7 @@ def autoencoder(model: nn.Module, use: Use) -> dict[str, Form]:
     The latents are those that the denoiser knows, shifted and scaled.
     """
     config: Any = model.config
-    scale, shift = _latent_scale(config)
+    scale, shift = latent_scale(config)
     levels = 2 ** (len(_widths(config)) - 1)
     channels, size = config.latent_channels, _pair(config.get("sample_size") or 64 * levels)
     latent = Input((channels, size[0] // levels, size[1] // levels), traced=(channels, 4, 4))
@@ -277,7 +277,7 @@ def autoencoder(model: nn.Module, use: Use) -> dict[str, Form]:
     }
 
 
-def _latent_scale(config: Any) -> tuple[Any, Any]:
+def latent_scale(config: Any) -> tuple[Any, Any]:
     """Latents are (mean - shift) * scale."""
     mean, std = config.get("latents_mean"), config.get("latents_std")
     scale = config.get("scaling_factor") or 1.0
