@@ -41,9 +41,7 @@ class Difference:
         """Whether it is within `TOLERANCE`."""
         return self.largest <= TOLERANCE * max(1.0, self.scale)
 
-    @property
-    def text(self) -> str:
-        """In words."""
+    def __str__(self) -> str:
         return (
             f"{self.part} on {self.input} input differs from torch by at most {self.largest:.2g} "
             f"(the largest value is {self.scale:.3g})"

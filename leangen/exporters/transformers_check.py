@@ -37,9 +37,7 @@ class Difference:
         """Whether it is within `TOLERANCE`."""
         return self.largest <= TOLERANCE * max(1.0, self.scale)
 
-    @property
-    def text(self) -> str:
-        """In words."""
+    def __str__(self) -> str:
         return (
             f"{self.input}: logits of {self.tokens} tokens differ from torch by at most "
             f"{self.largest:.2g} (the largest is {self.scale:.3g})"

@@ -24,7 +24,7 @@ Text as a condition is `families.prompting`'s, latents and images as conditions 
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -197,7 +197,7 @@ def calibration_requests(session: Session) -> list[Request]:
     for index, share in enumerate((0.5, 0.0, 1.0)):
         image = mask = strength = None
         if "upscale" in config or "encoder" in session.bundle.graphs:
-            image = np.moveaxis(_smooth(rng, shape), 0, -1)
+            image = np.moveaxis(imaging.smooth_noise(rng, shape, config.get("range"))[0], 0, -1)
         if "inpainting" in config:
             mask = np.zeros(shape[1:], np.float32)
             mask[: shape[1] // 2] = 1
@@ -215,13 +215,6 @@ def calibration_requests(session: Session) -> list[Request]:
             )
         )
     return requests
-
-
-def _smooth(rng: np.random.Generator, shape: Sequence[int]) -> Array:
-    """A picture [c, h, w] of smooth colours within -1 to 1."""
-    coarse = rng.uniform(-1, 1, (1, shape[0], 4, 4)).astype(np.float32)
-    smooth: Array = latents.enlarged(coarse, shape[1:])[0]
-    return smooth
 
 
 def show(session: Session, images: Array, *, levels: int) -> None:
