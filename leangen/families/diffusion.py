@@ -123,7 +123,8 @@ def run(session: Session, request: Request) -> Generator[Step, None, Output]:
     config = session.bundle.config
     steps = len(_levels(config, request)) - 1
     given = Given.of(session, request)
-    if prompting.reads_text(config) or given.image is not None:
+    pictured = request.image is not None and "encoder" in session.bundle.graphs
+    if prompting.reads_text(config) or pictured:
         yield Step(kind="encode", units=0)
     decodes = "decoder" in session.bundle.graphs
     drawn = []
