@@ -223,6 +223,25 @@ _ENTRIES = (
         forms={"fp32": {"pooling": "mean"}},
     ),
     Entry(
+        name="annalog",
+        family="seq2seq",
+        summary="molecules like a given one, as SMILES; 4M parameters, full precision",
+        source=Wheel(
+            package="annalog",
+            version="1.0.6",
+            filename="annalog-1.0.6-py3-none-any.whl",
+            sha256="49cf13abf67b5cfed1b8b9071bfebe357964583ea1e22d6ed17a1310deaf54d8",
+            size_bytes=15_200_144,
+            members=(
+                "annalog/ckpt_and_vocab/Lev_extended.pt",
+                "annalog/ckpt_and_vocab/stereo_experiment_vocab_ttf.pkl",
+            ),
+            licence="MIT",
+        ),
+        exporter="annalog",
+        forms={"fp32": {}},
+    ),
+    Entry(
         name="piper-joe",
         family="flow",
         summary="Piper en_US-joe-medium, VITS speech at 22.05 kHz",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import socket
 import threading
 import time
 from datetime import datetime, timedelta
@@ -17,7 +18,7 @@ import tiny_bundles
 from leangen import budget, clock
 from leangen.families.batch import Batch
 from leangen.ledger import Ledger
-from leangen.serve import room
+from leangen.serve import access, connections, room
 from leangen.serve.worker import Limits
 
 LONG = {"model": "tiny-text", "prompt": "hello", "max_tokens": 60, "ignore_eos": True, "seed": 1}
@@ -226,6 +227,62 @@ def test_what_meter_it_is_stays_on_the_server(text_model, tmp_path):
         for text in (reply.text, receipt.text):
             assert "a meter that the server was given" in text
             assert str(tmp_path) not in text
+
+
+def sent(address, *parts, wait_s=0.0):
+    """What comes back on a connection that sends these bytes one after the other, till its end."""
+    host, port = address.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        answer = b""
+        try:
+            for part in parts:
+                connection.sendall(part)
+                time.sleep(wait_s)
+            while chunk := connection.recv(65536):
+                answer += chunk
+        except ConnectionError:
+            pass  # closed while we still sent
+    return answer
+
+
+def test_slow_senders_are_cut_off_and_harm_nobody(text_model, monkeypatch):
+    monkeypatch.setattr(connections, "HEAD_S", 0.4)
+    monkeypatch.setattr(access, "BODY_S", 0.4)
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 90\r\n"
+    head += b"content-type: application/json\r\n\r\n"
+    with serving.serving([text_model]) as (address, _), client(address) as http:
+        slow = [
+            (b"",),
+            (b"GET /health HTTP/1.1\r\n", *[b"x-a: b\r\n"] * 30),
+            tuple(bytes([byte]) for byte in head[:20]),
+            (head, b" ", b" "),
+        ]
+        answers = [None] * len(slow)
+
+        def send(number):
+            answers[number] = sent(address, *slow[number], wait_s=0.05)
+
+        begin_ns = clock.monotonic_ns()
+        threads = [threading.Thread(target=send, args=(number,)) for number in range(len(slow))]
+        for thread in threads:
+            thread.start()
+        asked = LONG | {"max_tokens": 2}
+        assert http.post("/v1/completions", json=asked).status_code == 200
+        for thread in threads:
+            thread.join()
+        assert (clock.monotonic_ns() - begin_ns) / 1e9 < 5
+        assert answers[:3] == [b""] * 3
+        assert answers[3].startswith(b"HTTP/1.1 504") and b"deadline_exceeded" in answers[3]
+        # A second request on a kept connection has its time too; a quick one after it has none.
+        twice = b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n"
+        assert sent(address, twice, twice, b"GET /hea", wait_s=0.2).count(b'"ok"') == 2
+
+
+def test_what_is_not_http_gets_the_shape_of_every_error(text_model):
+    with serving.serving([text_model]) as (address, _):
+        answer = sent(address, b"\x16\x03\x01 nonsense\r\n\r\n")
+        assert answer.startswith(b"HTTP/1.1 400")
+        assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "invalid_http"
 
 
 def test_models_that_do_not_fit_together_take_turns(tmp_path, monkeypatch):

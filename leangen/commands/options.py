@@ -45,6 +45,16 @@ def run_options(sub: argparse.ArgumentParser, *, as_json: bool = True) -> None:
     )
 
 
+def on_every_machine(sub: argparse.ArgumentParser) -> None:
+    """`--ray`, of commands that measure."""
+    sub.add_argument(
+        "--ray",
+        dest="on_every_machine",
+        action="store_true",
+        help="on every machine of a Ray cluster, one at a time on each (leangen[ray])",
+    )
+
+
 def speculate(sub: argparse._ActionsContainer, default: int | None = None) -> None:
     """`--speculate [N]`."""
     sub.add_argument(
@@ -97,13 +107,15 @@ def request_options(sub: argparse.ArgumentParser) -> None:
     group.add_argument("--audio", metavar="WAV", help="transcription: what to write down")
     group.add_argument("--language", metavar="CODE", help="transcription: what is spoken, like en")
     group.add_argument("--task", help="transcription: `transcribe`, or `translate` into English")
+    group.add_argument("--seconds", type=float, help="sound: how much to make")
     group.add_argument("--count", type=int, help="samples or images to draw")
     group.add_argument("--data", help="flow: rows (.npy, .csv) whose log-density is wanted")
     group.add_argument("--steps", type=int, help="diffusion steps")
     group.add_argument("--sampler", help="diffusion: ddim, heun, dpmpp_2m, unipc, ...")
     group.add_argument("--guidance", type=float, metavar="SCALE", help="diffusion: 1 is none")
     group.add_argument("--guidance-rescale", type=float, metavar="SHARE", help="diffusion: 0 to 1")
-    group.add_argument("--image", metavar="FILE", help="diffusion: picture or .npy to start from")
+    group.add_argument("--image", metavar="FILE", help="diffusion: start from; encoder: encode")
+    group.add_argument("--latent", metavar="FILE", help="one-shot decoder: .npy in place of noise")
     group.add_argument("--strength", type=float, help="diffusion: how far to leave --image, 0 to 1")
     group.add_argument("--mask", metavar="FILE", help="diffusion: white where to paint anew")
     group.add_argument(
@@ -124,7 +136,8 @@ _REQUEST_FIELDS = (
     *("ignore_eos", "phonemes", "phoneme_ids", "length_scale", "noise_scale", "count", "data"),
     *("steps", "conditions", "min_p", "presence_penalty", "frequency_penalty", "logit_bias", "n"),
     *("beams", "logprobs", "regex", "speculate", "sampler", "guidance", "guidance_rescale"),
-    *("image", "strength", "mask", "audio", "language", "task"),
+    "latent",
+    *("image", "strength", "mask", "audio", "language", "task", "seconds"),
 )
 
 
