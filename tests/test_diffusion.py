@@ -283,7 +283,7 @@ def test_images_and_masks_that_do_not_fit_are_refused(tmp_path):
     image = ramp()
     for options, text in [
         ({"image": image}, "image is given alone: give strength .* or a mask"),
-        ({"prompt": "a cat"}, "prompt is given, but b reads no text"),
+        ({"prompt": "a cat"}, "prompt is given, but gauss reads no text"),
         ({"image": image[:8], "strength": 0.5}, r"image has shape \[8, 16, 1\], expected \[16, 16"),
         ({"image": image, "mask": image}, r"mask has shape \[16, 16, 1\], expected \[16, 16\]"),
         ({"image": image, "mask": image[..., 0]}, "mask goes from -1 to 1, expected 0"),
