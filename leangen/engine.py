@@ -52,9 +52,11 @@ class Result:
     def save(self, path: str | Path) -> Path:
         """Write the output by the suffix of `path`: .txt, .wav, .png, .csv, .npy.
 
+        A .wav and a .png keep the receipt in their metadata.
+
         Raises RequestError when this output has no such form.
         """
-        return media.save(self.output, Path(path))
+        return media.save(self.output, Path(path), self.receipt)
 
 
 class Stream(Iterator[Step]):
@@ -221,7 +223,7 @@ class Engine:
     @property
     def media(self) -> Media:
         """What its outputs are."""
-        return self.family.MEDIA
+        return families.media(self.bundle)
 
     def request(self, prompt: Any = None, /, **options: Any) -> Any:
         """The family's validated request; RequestError names an option that it does not take."""

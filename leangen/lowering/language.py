@@ -134,13 +134,20 @@ def _attention(graph: Draft, node: NodeProto) -> bool:
     if not (graph.has(cosines) and graph.has(sines)):
         return False
     caches = [(past_key, node.output[1]), (past_value, node.output[2])]
-    if not all(
-        graph.is_input(past) and graph.is_output(present) and len(graph.consumers(past)) == 1
-        for past, present in caches
-    ) or any(node.output[3:]):
+    if (
+        not all(
+            graph.is_input(past)
+            and graph.is_output(present)
+            and len(graph.consumers(past)) == 1
+            # a cache that is stated to grow is not appended to in place
+            and graph.stated_shape(present) in ([], graph.stated_shape(past))
+            for past, present in caches
+        )
+        or any(node.output[3:])
+    ):
         return False
     width = 2 * graph.shape(cosines)[1]
-    if width % layout.ROWS or graph.input_shape(past_key)[-1] != width:
+    if width % layout.ROWS or graph.stated_shape(past_key)[-1] != width:
         return False
     graph.remove(node)
     graph.put(

@@ -50,7 +50,7 @@ def _flattens_ids(graph: Draft, node: NodeProto) -> bool:
     """Whether a Reshape makes one row of token ids [batch, new] that only embeddings read."""
     return (
         graph.is_input(node.input[0])
-        and len(graph.input_shape(node.input[0])) == 2
+        and len(graph.stated_shape(node.input[0])) == 2
         and graph.values(node.input[1]) == [-1]
         and all(
             reader.op_type in ("Gather", "GatherBlockQuantized")

@@ -136,7 +136,7 @@ def _load(build: Callable[[Bundle], Engine], path: Path) -> Engine:
 
 def cache_bytes(bundle: Bundle, limits: Limits) -> int:
     """What a full batch's keys and values take; 0 for other families."""
-    if families.key(bundle) != "language":
+    if families.key(bundle) != "language" or "io" in bundle.config:
         return 0
     config = bundle.config
     per_token = 2 * config["layers"] * config["kv_heads"] * config["head_dim"] * FLOAT_BYTES
