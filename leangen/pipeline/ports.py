@@ -116,9 +116,11 @@ def _density(session: Session) -> Ports:
 
 def _diffusion(session: Session) -> Ports:
     channels, height, width = session.bundle.config["sample"]["shape"]
+    if "decoder" in session.bundle.graphs:  # the samples are latents, of another size
+        channels = height = width = None
     image = _image(session, (height, width, channels))
     mask = Port(kind="image", shape=(height, width), range=(0.0, 1.0))
-    return Ports({"image": image}, {"image": image, "mask": mask})
+    return Ports({"image": image}, {"image": image, "mask": mask, "prompt": TEXT})
 
 
 def _pixels(session: Session) -> Ports:
