@@ -137,11 +137,11 @@ def linear(
         rows = dequantize(*quantize(x, form.block), form.block)
     y: Array = rows @ w.T
     if gated:
-        y = {"none": silu_multiply, "gelu_tanh": gelu_tanh_multiply}[activation](y)
+        y = gelu_tanh_multiply(y) if activation == "gelu_tanh" else silu_multiply(y)
     if bias is not None:
         y = y + bias
-    if not gated:
-        y = {"none": np.asarray, "gelu": gelu, "gelu_tanh": gelu_tanh, "relu": relu}[activation](y)
+    if activation != "none" and not gated:
+        y = {"gelu": gelu, "gelu_tanh": gelu_tanh, "relu": relu}[activation](y)
     return y if residual is None else y + residual
 
 

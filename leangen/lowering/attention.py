@@ -44,7 +44,8 @@ def replace(graph: Draft, node: NodeProto) -> bool:
         return False
     if rotated and 2 * graph.shape(cosines)[1] != width:
         return False
-    gains, epsilon = ["", ""], 1e-5
+    gains: list[str] = []
+    epsilon = 1e-5
     if key or value:
         found = _normed_heads(graph, query, key, value, [heads * width, *[kv_heads * width] * 2])
         if found is None:
@@ -106,7 +107,8 @@ def _normed_heads(
 def _keeps_columns(graph: Draft, shape: str) -> bool:
     """Whether a Reshape to it gives the last dimension what the others leave."""
     joined = graph.producer(shape, "Concat")
-    return (graph.values(shape if joined is None else joined.input[-1]) or [0])[-1] == -1
+    sizes = graph.values(shape if joined is None else joined.input[-1])
+    return sizes is not None and sizes[-1:] == [-1]
 
 
 def _is_of_rows(norm: NodeProto) -> bool:
