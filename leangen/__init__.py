@@ -17,11 +17,12 @@ if TYPE_CHECKING:
     from leangen.engine import Engine as Engine
     from leangen.engine import Result as Result
     from leangen.errors import LeangenError as LeangenError
+    from leangen.pipeline import Pipeline as Pipeline
     from leangen.records import Receipt as Receipt
     from leangen.records import Step as Step
 
 __version__ = "0.1.0"
-__all__ = ["Budget", "Engine", "LeangenError", "Receipt", "Result", "Step", "load"]
+__all__ = ["Budget", "Engine", "LeangenError", "Pipeline", "Receipt", "Result", "Step", "load"]
 
 _HOMES = {
     "load": "leangen.api",
@@ -29,6 +30,7 @@ _HOMES = {
     "Engine": "leangen.engine",
     "Result": "leangen.engine",
     "LeangenError": "leangen.errors",
+    "Pipeline": "leangen.pipeline",
     "Receipt": "leangen.records",
     "Step": "leangen.records",
 }

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
 from pathlib import Path
+from typing import Concatenate, ParamSpec
 
-from leangen import carbon
+from leangen import carbon, pipeline
 from leangen.budget import Budget, Guard
 from leangen.console import Progress, say
 from leangen.engine import BASELINE_S, Engine
@@ -13,8 +15,25 @@ from leangen.ledger import Ledger
 from leangen.session import Activations, Kernels, Session
 from leangen.store import Store
 
+P = ParamSpec("P")
 
-def load(
+
+def _or_pipeline(
+    load_model: Callable[Concatenate[str | Path, P], Engine],
+) -> Callable[Concatenate[str | Path, P], Engine | pipeline.Pipeline]:
+    """`load_model` that also takes a pipeline, and loads its models the same way."""
+
+    @wraps(load_model)
+    def load(ref: str | Path, /, *args: P.args, **options: P.kwargs) -> Engine | pipeline.Pipeline:
+        path = pipeline.find(ref)
+        if path is None:
+            return load_model(ref, *args, **options)
+        return pipeline.load(path, lambda model: load_model(model, *args, **options))
+
+    return load
+
+
+def load_model(
     ref: str | Path,
     *,
     threads: int | None = None,
@@ -53,6 +72,9 @@ def load(
         m = lg.load("smollm2-135m:int4")
         r = m.generate("The capital of France is", max_new_tokens=8)
         print(r.text, r.receipt.energy.gross_j, r.receipt.energy.u_j)
+
+    `leangen.load` also takes a pipeline, by its TOML file or a shipped one's name: see
+    `leangen.pipeline`.
     """
     footprint = carbon.footprint(region, intensity=intensity, embodied=embodied)
     store = Store(home)
@@ -70,3 +92,6 @@ def load(
         meter=meter,
         probes=store.home / "probes.json",
     )
+
+
+load = _or_pipeline(load_model)

@@ -1,11 +1,12 @@
-"""Sound on disk, and how far apart two sounds are."""
+"""Sound on disk, at another rate, and how far apart two sounds are."""
 
 from __future__ import annotations
 
 import io
+import math
 import wave
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -46,6 +47,68 @@ def wav_bytes(samples: Array, sample_rate_hz: int) -> bytes:
         file.setframerate(sample_rate_hz)
         file.writeframes(pcm.tobytes())
     return buffer.getvalue()
+
+
+def read_wav(path: Path | BinaryIO) -> tuple[Array, int]:
+    """The samples of a WAV file, or of an open one, as mono float32 in [-1, 1], and its rate in Hz.
+
+    PCM of 8 to 32 bits; several channels are averaged. Raises RequestError for anything else.
+    """
+    name = path if isinstance(path, Path) else "the file"
+    try:
+        with wave.open(str(path) if isinstance(path, Path) else path, "rb") as file:
+            channels, width = file.getnchannels(), file.getsampwidth()
+            rate_hz, data = file.getframerate(), file.readframes(file.getnframes())
+    except FileNotFoundError:
+        raise RequestError(f"there is no {path}: give the path of a WAV file") from None
+    except (OSError, EOFError, wave.Error) as error:
+        raise RequestError(
+            f"cannot read {name} as PCM WAV ({error}): convert it, for example with "
+            "`ffmpeg -i FILE -ac 1 -ar 16000 -c:a pcm_s16le out.wav`"
+        ) from error
+    data = data[: len(data) // (channels * width) * channels * width]  # a cut file ends anywhere
+    if width == 1:  # unsigned, by the format
+        whole = np.frombuffer(data, np.uint8).astype(np.int32) - 128
+    elif width == 3:
+        parts = np.frombuffer(data, np.uint8).reshape(-1, 3)
+        whole = np.pad(parts, ((0, 0), (1, 0))).view("<i4")[:, 0] >> 8
+    else:
+        whole = np.frombuffer(data, f"<i{width}")
+    samples = whole.reshape(-1, channels).mean(axis=1) / 2.0 ** (8 * width - 1)
+    return np.asarray(samples, np.float32), rate_hz
+
+
+_ZEROS = 16  # of the filter's sinc to each side, at the lower of both rates
+_BETA = 8.0  # of its Kaiser window: 80 dB
+_BLOCK = 1 << 14  # outputs at once: bounds the memory
+
+
+def resample(samples: Array, from_hz: int, to_hz: int) -> Array:
+    """Sound at another rate, by a polyphase filter (a Kaiser-windowed sinc): float32.
+
+    Each output is a sum over the samples near its time, weighted by the filter's phase there; what
+    lies above half the lower rate is taken out.
+    """
+    samples = np.asarray(samples, np.float32).reshape(-1)
+    if from_hz == to_hz or not samples.size:
+        return samples
+    shared = math.gcd(from_hz, to_hz)
+    up, down = to_hz // shared, from_hz // shared
+    slower = max(up, down)
+    half = -(-_ZEROS * slower // up)  # samples to each side that a filter reaches
+    offsets = np.arange(-half, half + 2)
+    times = np.arange(up)[:, None] / up - offsets  # of the output after a sample, by phase
+    width = _ZEROS * slower / up
+    window = np.i0(_BETA * np.sqrt(np.clip(1 - (times / width) ** 2, 0, None))) / np.i0(_BETA)
+    taps = np.sinc(times * up / slower) * np.where(np.abs(times) <= width, window, 0)
+    taps = (taps / taps.sum(axis=1, keepdims=True)).astype(np.float32)  # a constant stays so
+    padded = np.pad(samples, (half, half + 1))
+    near = np.lib.stride_tricks.sliding_window_view(padded, len(offsets))
+    out = np.empty(-(-len(samples) * up // down), np.float32)
+    for begin in range(0, len(out), _BLOCK):
+        at = np.arange(begin, min(begin + _BLOCK, len(out)), dtype=np.int64) * down
+        out[begin : begin + len(at)] = np.einsum("nt,nt->n", near[at // up], taps[at % up])
+    return out
 
 
 def mel_filters(sample_rate_hz: int, window: int = WINDOW, bands: int = BANDS) -> Array:

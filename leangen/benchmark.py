@@ -140,7 +140,7 @@ def run(
         raise RequestError(f"precision is {precision:g}, expected a share such as 0.05, or 5%")
     before = environment.conditions()
     engines = [
-        api.load(
+        api.load_model(
             model,
             threads=threads,
             activations=activations,

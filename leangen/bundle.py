@@ -5,6 +5,7 @@
         model.onnx          standard ONNX and com.microsoft ops only: any ORT runs it
         model.onnx.data     weights as external data, memory-mapped
         tokenizer.json
+        leangen.sha256      the manifest's own sha256, as `sha256sum -c` reads it
 
 A bundle that opens has every file that its manifest names, at its stated size; `verify` also
 hashes them. File names are plain relative paths that stay inside the folder.
@@ -21,9 +22,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from leangen.errors import BundleError
-from leangen.files import atomic_folder
+from leangen.files import atomic_folder, write_atomic
 
 MANIFEST = "leangen.json"
+CHECKSUM = "leangen.sha256"
 SCHEMA = "leangen.bundle/1"
 
 
@@ -35,7 +37,7 @@ class Bundle:
     name: str
     """The model's name, without scheme: `smollm2-135m`."""
     family: str
-    """`language`, `embedding`, `flow`, `diffusion` or `oneshot`."""
+    """`language`, `seq2seq`, `autoregressive`, `embedding`, `flow`, `diffusion` or `oneshot`."""
     scheme: str
     """`fp32`, `gguf`, `int8`, `int4`, ..."""
     graphs: Mapping[str, str]
@@ -123,9 +125,32 @@ def create(target: Path, *, replace: bool = False) -> Iterator[Draft]:
             "quantization": draft.quantization,
             "files": files,
         }
-        text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
-        (folder / MANIFEST).write_text(text, encoding="utf-8")
+        for name, content in _manifest_files(manifest).items():
+            (folder / name).write_bytes(content)
         open_bundle(folder)  # what was written must open, or it is not put in place
+
+
+def _manifest_files(manifest: Mapping[str, Any]) -> dict[str, bytes]:
+    """The manifest and its checksum, by name."""
+    text = (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode()
+    checksum = f"{hashlib.sha256(text).hexdigest()}  {MANIFEST}\n".encode()
+    return {MANIFEST: text, CHECKSUM: checksum}
+
+
+def add_file(bundle: Bundle, name: str, content: bytes) -> Bundle:
+    """Put one more file into a bundle that is in place already; its digest changes.
+
+    A crash on the way leaves a bundle that opens.
+    """
+    write_atomic(bundle.path / name, content)
+    manifest = json.loads((bundle.path / MANIFEST).read_bytes())
+    manifest["files"][name] = {
+        "bytes": len(content),
+        "sha256": hashlib.sha256(content).hexdigest(),
+    }
+    for file, text in _manifest_files(manifest).items():
+        write_atomic(bundle.path / file, text)
+    return open_bundle(bundle.path)
 
 
 def open_bundle(path: Path) -> Bundle:
@@ -199,7 +224,15 @@ def _check_file(folder: Path, name: str, size_bytes: int) -> None:
 
 
 def verify(bundle: Bundle) -> None:
-    """Hash every file; BundleError names the first that differs."""
+    """Hash every file and the manifest; BundleError names the first that differs."""
+    checksum = bundle.path / CHECKSUM
+    if checksum.exists():  # bundles of older versions have none
+        told = checksum.read_bytes().decode(errors="replace")
+        if told != f"{bundle.digest.removeprefix('sha256:')}  {MANIFEST}\n":
+            raise BundleError(
+                f"bundle {bundle.path}: {MANIFEST} is not what {CHECKSUM} says: one of them was "
+                "changed; pull or export the model again"
+            )
     for name, entry in bundle.files.items():
         actual = sha256_file(bundle.path / name)
         if actual != entry["sha256"]:

@@ -56,7 +56,7 @@ def feeds(bundle: Bundle, data: Path | None) -> Found:
 def _own_text(bundle: Bundle) -> Found:
     tokens = self_text.draw(Session(bundle), WINDOWS, WINDOW, seed=0)
     said = {"own text": {"sequences": WINDOWS, "tokens": int(tokens.size), "seed": 0}}
-    return {"model": [_prefill(bundle, row) for row in tokens]}, [said]
+    return {"model": [prefill(bundle, row) for row in tokens]}, [said]
 
 
 def _text(bundle: Bundle, data: Path) -> Found:
@@ -81,10 +81,10 @@ def _text(bundle: Bundle, data: Path) -> Found:
         ]
     rows = evenly(rows, WINDOWS)
     said = {"data": data.name, "tokens": sum(len(row) for row in rows)}
-    return {"model": [_prefill(bundle, row) for row in rows]}, [said]
+    return {"model": [prefill(bundle, row) for row in rows]}, [said]
 
 
-def _prefill(bundle: Bundle, tokens: Array) -> Feeds:
+def prefill(bundle: Bundle, tokens: Array) -> Feeds:
     """Feeds of one run over a whole sequence, with caches of its length."""
     config, length = bundle.config, len(tokens)
     cache = np.zeros((1, config["kv_heads"], length, config["head_dim"]), np.float32)

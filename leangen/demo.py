@@ -73,7 +73,7 @@ def _one(
     """Run one model at one scheme: the row of the table, and what quality is judged by."""
     say(f"\n{name}:{scheme}")
     with progress_bar() as progress:
-        engine = api.load(f"{name}:{scheme}", threads=threads, tag="demo", progress=progress)
+        engine = api.load_model(f"{name}:{scheme}", threads=threads, tag="demo", progress=progress)
     options = engine.or_example(None, options)
     result = _show(engine, options)
     repeats = [engine.generate(**options).receipt for _ in range(REPEATS)]

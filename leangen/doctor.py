@@ -219,9 +219,9 @@ def storage(store: Store) -> Iterator[Finding]:
         yield Finding("store", "ok", detail)
 
 
-def ledger(path: Path) -> Iterator[Finding]:
+def ledger(path: Path | str) -> Iterator[Finding]:
     """Whether the ledger can be written and holds what was written."""
-    if not path.exists():
+    if isinstance(path, Path) and not path.exists():
         yield Finding("ledger", "ok", f"{path}: none yet, the first generation makes it")
         return
     try:
@@ -234,7 +234,7 @@ def ledger(path: Path) -> Iterator[Finding]:
         remedy = f"keep a copy of {path} for an inquiry, then move it away: a new one is made"
         more = f" (and {len(found.problems) - 1} more)" if len(found.problems) > 1 else ""
         yield Finding("ledger", "problem", f"{path}: {found.problems[0]}{more}", remedy)
-    elif not os.access(path, os.W_OK):
+    elif isinstance(path, Path) and not os.access(path, os.W_OK):
         yield Finding("ledger", "problem", f"{path} cannot be written", f"chmod u+w {path}")
     else:
         detail = f"{path}: {found.rows} rows as they were written, head {found.head[:16]}"

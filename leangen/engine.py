@@ -20,7 +20,7 @@ from leangen.budget import Guard
 from leangen.bundle import Bundle
 from leangen.errors import RequestError
 from leangen.ledger import Ledger, Ticket
-from leangen.records import Latency, MeterWindow, Output, Receipt, Runtime, Step, Units
+from leangen.records import Latency, Media, MeterWindow, Output, Receipt, Runtime, Step, Units
 from leangen.session import Session
 
 BASELINE_S = 1.0
@@ -188,7 +188,9 @@ class Engine:
         meter: str | None = None,
         probes: Path | None = None,
         root: Path = Path("/"),
+        selection: meters.Selection | None = None,
     ) -> None:
+        """`selection`: meters that are in use already, in place of `meter`."""
         self.session = session
         self.family = families.of(session.bundle)
         self.ledger = ledger
@@ -197,7 +199,7 @@ class Engine:
         self.guard = guard
         self.on_receipt: list[Callable[[Receipt], None]] = []
         """Called with each receipt after it went to the ledger, in the thread that generates."""
-        self.selection = meters.probed(
+        self.selection = selection or meters.probed(
             meters.select(root, meter=meter),
             boot_id=host.host(root=root).boot_id,
             cache=probes,
@@ -210,6 +212,16 @@ class Engine:
     def bundle(self) -> Bundle:
         """The bundle that runs."""
         return self.session.bundle
+
+    @property
+    def name(self) -> str:
+        """Model and scheme; what an output is called by default."""
+        return f"{self.bundle.name}-{self.bundle.scheme}"
+
+    @property
+    def media(self) -> Media:
+        """What its outputs are."""
+        return families.media(self.bundle)
 
     def request(self, prompt: Any = None, /, **options: Any) -> Any:
         """The family's validated request; RequestError names an option that it does not take."""
@@ -350,7 +362,7 @@ class Engine:
                 counts=dict(measured.counts),
             ),
             energy=spent,
-            latency=_latency(measured.steps, measured.duration_ns, measured.repeats),
+            latency=latency_of(measured.steps, measured.duration_ns, measured.repeats),
             carbon=self.footprint.of(
                 spent.gross_j,
                 spent.u_j,
@@ -371,7 +383,9 @@ class Engine:
         )
 
 
-def _latency(steps: Sequence[tuple[str, float, int]], duration_ns: int, repeats: int) -> Latency:
+def latency_of(
+    steps: Sequence[tuple[str, float, int]], duration_ns: int, repeats: int = 1
+) -> Latency:
     """Total of one generation, time to the first unit, and the spread of the steps after it."""
     done_ns = 0
     ttft_s = None

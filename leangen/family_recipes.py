@@ -19,6 +19,10 @@ class Recipe:
     """Relative RMSE that rounding activations to 8 bits may add to a graph's output."""
     caution: float = 1.0
     """Divides the relative RMSE that the rounding of weights may add to a graph's output."""
+    method: str = "rtn"
+    """How linear layers of 4 bits or fewer are rounded unless something else is asked for."""
+    tuned_method: str = "rtn"
+    """The same while a model is tuned, where better rounding pays for its time."""
     keep_fp32: Mapping[str, str] = field(default_factory=dict)
     """Patterns of node names that stay fp32, with the reason."""
     fp32_activations: Mapping[str, str] = field(default_factory=dict)
@@ -35,10 +39,19 @@ class Recipe:
 
 
 RECIPES = {
-    "language": Recipe(measured=False),
+    "language": Recipe(measured=False, tuned_method="gptq"),
+    "seq2seq/text": Recipe(measured=False),
+    "seq2seq/transcription": Recipe(measured=False),
     "embedding": Recipe(measured=False),
+    "autoregressive/image": Recipe(measured=False),
     "flow/density": Recipe(
         caution=2.0,
+        keep_fp32={
+            "/bijection/*": "a matrix that the other direction has the inverse of: rounded apart, "
+            "they would no longer undo each other"
+        },
+        method="gptq",
+        tuned_method="gptq",
         fp32_activations={"*": "rounded activations shift a log-density by tenths of a nat"},
     ),
     "flow/speech": Recipe(

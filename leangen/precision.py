@@ -4,7 +4,8 @@
 
 `-asym` gives integer codes a zero point per block, `-gN` sets how many weights share a scale,
 `-wo` quantizes weights only (activations stay fp32), `-e4` takes embedding and output head to 4
-bits as well (they keep 8 otherwise), METHOD says how weights are rounded (`rtn` unless given).
+bits as well (they keep 8 otherwise), METHOD says how weights are rounded (by the scheme's own
+search, `rtn`, unless the model's family has a usual method).
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
+from leangen import methods
 from leangen.errors import UnknownSchemeError
-from leangen.methods import METHODS
 from leangen.schemes import SCHEMES
 
 GROUPS = (16, 32, 64, 128, 256)
@@ -35,7 +36,8 @@ class Precision:
     weights_only: bool = False
     small_tables: bool = False
     """Embedding and output head at 4 bits, not 8."""
-    method: str = "rtn"
+    method: str | None = None
+    """How weights are rounded; None: as the model's family does it, the scheme's own as a rule."""
 
     @property
     def code(self) -> str:
@@ -50,7 +52,7 @@ class Precision:
             f"-g{self.group}" if self.group else "",
             "-wo" * self.weights_only,
             "-e4" * self.small_tables,
-            f"-{self.method}" if self.method != "rtn" else "",
+            f"-{self.method}" if self.method else "",
         )
         return self.scheme + "".join(options)
 
@@ -82,7 +84,7 @@ def parse(text: str, *, method: str | None = None) -> Precision:
         group=int(found["group"]) if found["group"] else None,
         weights_only=bool(found["wo"]),
         small_tables=bool(found["e4"]),
-        method=found["method"] or method or "rtn",
+        method=found["method"] or method,
     )
     _check(precision)
     return precision
@@ -90,9 +92,9 @@ def parse(text: str, *, method: str | None = None) -> Precision:
 
 def _check(precision: Precision) -> None:
     scheme, integers = precision.scheme, precision.scheme.startswith("int")
-    if precision.method not in METHODS:
+    if precision.method not in (None, *methods.METHODS):
         raise UnknownSchemeError(
-            f"method {precision.method!r} is unknown: expected one of {', '.join(METHODS)}"
+            f"method {precision.method!r} is unknown: expected one of {', '.join(methods.METHODS)}"
         )
     if precision.group not in (None, *GROUPS):
         raise UnknownSchemeError(
@@ -107,9 +109,9 @@ def _check(precision: Precision) -> None:
         without = "-wo: its activations are fp32 already"
     elif precision.small_tables and scheme in (*HALVES, "int8"):
         without = "-e4: that goes with schemes of 4 bits or fewer"
-    elif precision.method != "rtn" and (not integers or scheme == "int8"):
+    elif precision.method not in (None, "rtn") and scheme not in methods.SCHEMES:
         without = f"-{precision.method}: methods are for int4, int3 and int2"
     if without is not None:
         plain = replace(precision, asymmetric=False, group=None, weights_only=False)
-        plain = replace(plain, small_tables=False, method="rtn")
+        plain = replace(plain, small_tables=False, method=None)
         raise UnknownSchemeError(f"{scheme} has no {without}; use {plain} as it is")

@@ -7,62 +7,35 @@ inputs that the model itself makes (`calibrate`). The manifest keeps every choic
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Mapping, Sequence
 from functools import partial
-from math import sqrt
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
-from leangen import calibrate, calibration_data, family_recipes, methods, plan, recorded, schemes
-from leangen.bundle import Bundle, create, open_bundle
+from leangen import (
+    calibration_data,
+    family_recipes,
+    low_bit_bundle,
+    methods,
+    plan,
+    plan_measured,
+    recorded,
+)
+from leangen.bundle import Bundle, sha256_file
 from leangen.calibrate import Feeds
 from leangen.console import Progress
-from leangen.errors import RequestError, UnknownSchemeError
-from leangen.graph_edit import Array, Graph, Range
+from leangen.errors import LeangenError, RequestError
+from leangen.graph_edit import Graph, Range
+from leangen.low_bit_bundle import Inputs, Note, Planned
 from leangen.moments import Moments
 from leangen.plan import Choice
 from leangen.precision import HALVES, Precision, parse
 from leangen.recipe import SCHEME, NodeRecipe
+from leangen.rounding import Folder, Kept, Rounder, method_of, trial
 from leangen.schemes import Packed
 from leangen.sites import Site, find_sites
-from leangen.treatments import Treatments, code_bits
-
-Note = Callable[[str], None]
-Inputs = tuple[dict[str, list[Feeds]], list[Any]]
-"""Calibration feeds by graph role, and the requests or data that they came of."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Planned:
-    """One graph with a choice for each of its nodes."""
-
-    graph: Graph
-    sites: Sequence[Site]
-    """The nodes to treat; `choices` also has those that stay fp32."""
-    treatments: Treatments
-    choices: dict[str, Choice]
-    parameters: Mapping[str, int]
-    """Float parameters of the original graph: name and size."""
-
-
-@dataclass(slots=True)
-class _Result:
-    """One graph, quantized."""
-
-    nodes: dict[str, dict[str, Any]]
-    stored_bits: int
-    low_weights: int
-    """Weights at 8 bits or fewer."""
-    weights: int
-    relative_rmse: float | None = None
-
-    @property
-    def treated(self) -> bool:
-        """Whether any node took a low precision."""
-        return any(entry["treatment"] != "fp32" for entry in self.nodes.values())
+from leangen.treatments import Treatments
 
 
 def quantize(
@@ -78,6 +51,8 @@ def quantize(
 
     `data` is calibrated on where the recipe or the method needs any (`leangen.calibration_data`
     says what it may be); without it, on what the model makes itself. The result is deterministic.
+    Layers that a method took time over are kept beside `out` until all is done: if this is killed,
+    the next call with the same arguments goes on from there.
 
     Raises UnknownSchemeError for an unknown scheme, for a bundle that is quantized already and for
     one without weights to quantize; RequestError for data that does not fit; StorageError when
@@ -85,12 +60,28 @@ def quantize(
     """
     precision = parse(scheme)
     known = recorded.plan(bundle, precision) if data is None else None
+    method = method_of(precision, family_recipes.of(bundle).method)
+    kept = Folder.beside(out, f"{bundle.digest} {precision} {_identity(data)}")
 
-    def planned(role: str, feeds: Sequence[Feeds], note: Note) -> _Planned:
-        return _plan(bundle, role, precision, feeds, known, note)
+    def planned(role: str, feeds: Sequence[Feeds], note: Note) -> Planned:
+        return _plan(bundle, role, precision, method, feeds, known, kept, note)
 
-    gather = partial(_feeds, bundle, precision, data)
-    return _make(bundle, str(precision), gather, planned, out, replace, progress)
+    try:
+        made = low_bit_bundle.write(
+            bundle,
+            str(precision),
+            partial(_feeds, bundle, precision, method, data),
+            planned,
+            out,
+            method=methods.name(method) if precision.scheme in methods.SCHEMES else None,
+            replace=replace,
+            progress=progress,
+        )
+    except LeangenError:
+        kept.discard()
+        raise
+    kept.discard()
+    return made
 
 
 def replay(
@@ -113,10 +104,15 @@ def replay(
         raise RequestError(
             f"the model has no node {strange[0]!r}, which the recipe names: tune the model again"
         )
+    if recipe.method not in methods.METHODS:
+        raise RequestError(
+            f"the recipe rounds by {recipe.method!r}, expected {', '.join(methods.METHODS)}: "
+            "tune the model again"
+        )
 
-    known_inputs = calibration or Calibration(bundle)
+    known_inputs = calibration or Calibration(bundle, recipe.method)
 
-    def planned(role: str, feeds: Sequence[Feeds], note: Note) -> _Planned:
+    def planned(role: str, feeds: Sequence[Feeds], note: Note) -> Planned:
         note(f"{len(recipe.nodes)} layers by recipe")
         graph, sites, treatments = known_inputs.prepared(role)
         parameters = graph.float_parameters()
@@ -129,45 +125,65 @@ def replay(
                     "fit it: tune the model again"
                 )
             choices[site.node.name] = Choice(wanted, "by recipe")
-        return _Planned(graph, sites, treatments, choices, parameters)
+        return Planned(graph, sites, treatments, choices, parameters)
 
     def gather() -> Inputs:
         return known_inputs.feeds, known_inputs.requests
 
-    return _make(bundle, SCHEME, gather, planned, out, replace, progress)
+    return low_bit_bundle.write(
+        bundle,
+        SCHEME,
+        gather,
+        planned,
+        out,
+        method=recipe.method,
+        replace=replace,
+        progress=progress,
+    )
 
 
 class Calibration:
-    """What calibration runs of a bundle gave, kept so that it can be quantized again and again."""
+    """What calibration runs of a bundle gave, kept so that it can be quantized again and again.
 
-    def __init__(self, bundle: Bundle) -> None:
+    method: how linear layers of few bits are rounded; what was rounded is kept as well.
+    """
+
+    def __init__(self, bundle: Bundle, method: str = "rtn") -> None:
+        self.method = method
+        self._method = methods.get(method)
+        self._measured = family_recipes.of(bundle).measured
         self.feeds, self.requests = _no_feeds(bundle)
-        if family_recipes.of(bundle).measured:
+        if self._measured or self._method.NEEDS_DATA:
             self.feeds, self.requests = calibration_data.feeds(bundle, None)
         self._bundle = bundle
         self._spans: dict[str, Mapping[str, Range]] = {}
+        self._rounded: dict[str, Packed] = {}
 
     def spans(self, role: str) -> Mapping[str, Range]:
         """The ranges of a graph's tensors around its convolutions and linear layers."""
         if role not in self._spans:
             graph, sites = _treatable(self._bundle, role)
-            self._spans[role] = plan.spans(graph, sites, self.feeds[role])
+            feeds = self.feeds[role] if self._measured else []
+            self._spans[role] = plan.spans(graph, sites, feeds)
         return self._spans[role]
 
     def prepared(self, role: str) -> tuple[Graph, list[Site], Treatments]:
         """A graph, the nodes that may be treated, and their treatments."""
         graph, sites = _treatable(self._bundle, role)
-        return graph, sites, Treatments(graph, self.spans(role))
-
-
-def _treatable(bundle: Bundle, role: str) -> tuple[Graph, list[Site]]:
-    graph, kept = Graph(bundle.graph(role)), family_recipes.of(bundle).kept
-    return graph, [site for site in find_sites(graph) if kept(site.node.name) is None]
+        feeds = self.feeds[role]
+        moments = _moments(self._bundle, role, sites, feeds) if feeds else None
+        rounding = Rounder(self._method, moments, self._rounded)
+        return graph, sites, Treatments(graph, self.spans(role), rounding)
 
 
 def weights_only(bundle: Bundle, node: str) -> str | None:
     """Why the family's recipe keeps a node's activations fp32, or None."""
     return family_recipes.of(bundle).weights_only(node)
+
+
+def _treatable(bundle: Bundle, role: str) -> tuple[Graph, list[Site]]:
+    graph, kept = Graph(bundle.graph(role)), family_recipes.of(bundle).kept
+    return graph, [site for site in find_sites(graph) if kept(site.node.name) is None]
 
 
 def _fits(treatments: Treatments, site: Site, treatment: str) -> bool:
@@ -177,54 +193,20 @@ def _fits(treatments: Treatments, site: Site, treatment: str) -> bool:
         return False
 
 
-def _make(
-    bundle: Bundle,
-    scheme: str,
-    gather: Callable[[], Inputs],
-    plan_of: Callable[[str, Sequence[Feeds], Note], _Planned],
-    out: Path,
-    replace: bool,
-    progress: Progress | None,
-) -> Bundle:
-    """Write a bundle whose graphs `plan_of` (role, feeds, note) plans on what `gather` gives."""
-    if bundle.scheme != "fp32":
-        raise UnknownSchemeError(
-            f"bundle {bundle.path} is {bundle.scheme} already, expected fp32: "
-            f"quantize the fp32 bundle of {bundle.name} instead"
-        )
-    report = progress or (lambda done, total, what: None)
-    total = len(bundle.graphs) + 1
-    report(0, total, "calibrating")
-    feeds, requests = gather()
-    with create(out, replace=replace) as draft:
-        planned = {}
-        for done, role in enumerate(bundle.graphs, start=1):
-            planned[role] = plan_of(role, feeds[role], partial(_note, report, done, total, role))
-        _agree(planned.values())
-        results = {}
-        for role, name in bundle.graphs.items():
-            target = draft.folder / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            results[role] = _write(planned[role], target)
-            if family_recipes.of(bundle).measured:
-                results[role].relative_rmse = _rmse(bundle, role, target, feeds[role])
-        _copy_assets(bundle, draft.folder)
-        draft.name, draft.family, draft.scheme = bundle.name, bundle.family, scheme
-        draft.graphs, draft.config = dict(bundle.graphs), dict(bundle.config)
-        draft.source = dict(bundle.source)
-        draft.quantization = _describe(scheme, results, requests)
-        if not any(result.treated for result in results.values()):
-            raise UnknownSchemeError(
-                f"{scheme} fits no weight of bundle {bundle.path}: use it as it is, in fp32"
-            )
-    report(total, total, "done")
-    return open_bundle(out)
+def _identity(data: Path | None) -> str:
+    """What tells calibration data from other data."""
+    if data is None or not data.exists():
+        return ""
+    if data.is_file():
+        return sha256_file(data)
+    held = sorted((path.name, path.stat().st_size) for path in data.iterdir())
+    return hashlib.sha256(repr(held).encode()).hexdigest()
 
 
-def _feeds(bundle: Bundle, precision: Precision, data: Path | None) -> Inputs:
+def _feeds(bundle: Bundle, precision: Precision, method: ModuleType, data: Path | None) -> Inputs:
     """Calibration feeds by graph role, where something needs them, and what they are."""
     measured = family_recipes.of(bundle).measured and precision.scheme not in HALVES
-    if measured or methods.get(precision.method).NEEDS_DATA:
+    if measured or method.NEEDS_DATA:
         return calibration_data.feeds(bundle, data)
     if data is not None:
         raise RequestError(
@@ -234,44 +216,51 @@ def _feeds(bundle: Bundle, precision: Precision, data: Path | None) -> Inputs:
     return _no_feeds(bundle)
 
 
-def _no_feeds(bundle: Bundle) -> Inputs:
+def _no_feeds(bundle: Bundle) -> tuple[dict[str, list[Feeds]], list[object]]:
     return {role: [] for role in bundle.graphs}, []
 
 
-def _note(report: Progress, done: int, total: int, role: str, what: str) -> None:
-    report(done, total, f"{role}: {what}")
+def _moments(
+    bundle: Bundle,
+    role: str,
+    sites: Sequence[Site],
+    feeds: Sequence[Feeds],
+    note: Note = lambda what: None,
+) -> Moments:
+    linear = {site.node.input[0]: site.columns for site in sites if site.kind == "linear"}
+    return Moments(bundle.graph(role), linear, feeds, note=note)
 
 
 def _plan(
     bundle: Bundle,
     role: str,
     precision: Precision,
+    method: ModuleType,
     feeds: Sequence[Feeds],
     known: Mapping[str, str] | None,
+    kept: Kept,
     note: Note,
-) -> _Planned:
+) -> Planned:
     recipe = family_recipes.of(bundle)
     graph = Graph(bundle.graph(role))
     parameters = graph.float_parameters()
     found = find_sites(graph)
-    kept = {site.node.name: recipe.kept(site.node.name) for site in found}
-    sites = [site for site in found if kept[site.node.name] is None]
-    method = methods.get(precision.method)
-    linear = {site.node.input[0]: site.columns for site in sites if site.kind == "linear"}
-    moments = Moments(bundle.graph(role), linear, feeds, note=note)
-    if method.NEEDS_DATA and feeds and hasattr(method, "prepare"):
-        method.prepare(graph, sites, moments, partial(_trial, precision))
-    rounding = partial(_round, method, moments if feeds else None)
+    reasons = {site.node.name: recipe.kept(site.node.name) for site in found}
+    sites = [site for site in found if reasons[site.node.name] is None]
+    moments = _moments(bundle, role, sites, feeds, note) if feeds else None
+    if moments is not None and hasattr(method, "prepare"):
+        method.prepare(graph, sites, moments, partial(trial, precision))
+    rounding = Rounder(method, moments, kept)
     if known is not None:
         note(f"{len(sites)} layers by a recorded plan")
         several = len(bundle.graphs) > 1
         mine = {n: known[f"{role}:{n}" if several else n] for n in (s.node.name for s in sites)}
-        treatments, choices = plan.recorded(graph, sites, feeds, mine)
+        treatments, choices = plan.recorded(graph, sites, feeds, mine, rounding)
     elif recipe.measured and feeds and sites and precision.scheme not in HALVES:
         untouched = sum(parameters.values()) - sum(
             parameters[weight] for weight in {site.weight for site in found}
         )
-        treatments, choices = plan.measured(
+        treatments, choices = plan_measured.measured(
             graph,
             sites,
             feeds,
@@ -287,137 +276,7 @@ def _plan(
         note(f"{len(sites)} layers")
         treatments = Treatments(graph, rounding=rounding)
         choices = plan.uniform(graph, sites, treatments, precision)
-    for name, reason in kept.items():
+    for name, reason in reasons.items():
         if reason is not None:
             choices[name] = Choice("fp32", reason)
-    return _Planned(graph, sites, treatments, choices, parameters)
-
-
-def _round(
-    method: ModuleType,
-    moments: Moments | None,
-    site: Site,
-    w: Array,
-    scheme: ModuleType,
-    options: Mapping[str, Any],
-) -> Packed:
-    """Codes of a linear layer: by the method where bits are few, else to the nearest."""
-    packed: Packed
-    if scheme.BITS > 4 or (method.NEEDS_DATA and moments is None):
-        packed = scheme.quantize(w, **options)
-    else:
-        moment = moments[site.node.input[0]] if method.NEEDS_DATA and moments else None
-        packed = method.quantize(w, scheme, moment, **options)
-    return packed
-
-
-def _trial(precision: Precision, site: Site, w: Array, importance: Array) -> Array:
-    """A layer's weight as rounding would leave it, for methods that try."""
-    scheme = schemes.get(precision.scheme)
-    packed = scheme.quantize(
-        w,
-        block_size=precision.group or scheme.BLOCK,
-        asymmetric=precision.asymmetric,
-        importance=importance,
-    )
-    back: Array = scheme.dequantize(packed)
-    return back
-
-
-def _agree(planned: Collection[_Planned]) -> None:
-    """Give a node that several graphs have (a flow, forward and back) its most exact treatment."""
-    best: dict[str, Choice] = {}
-    for part in planned:
-        for name, choice in part.choices.items():
-            if name not in best or code_bits(choice.treatment) > code_bits(best[name].treatment):
-                best[name] = choice
-    for part in planned:
-        for name in part.choices:
-            part.choices[name] = best[name]
-
-
-def _write(part: _Planned, target: Path) -> _Result:
-    """Write the quantized graph and account for what it stores."""
-    treated = {
-        site.node.name: part.treatments.apply(site, part.choices[site.node.name].treatment)
-        for site in part.sites
-        if part.choices[site.node.name].treatment != "fp32"
-    }
-    part.graph.replace({name: stand_in.nodes for name, stand_in in treated.items()})
-    part.graph.save(target)
-    of_weight = {
-        site.weight: treated[site.node.name] for site in part.sites if site.node.name in treated
-    }
-    size_of = {site.node.name: site.weights for site in part.sites}
-    nodes: dict[str, dict[str, Any]] = {}
-    for name, choice in part.choices.items():
-        bits = treated[name].stored_bits / size_of[name] if name in treated else 32.0
-        nodes[name] = {
-            "treatment": choice.treatment,
-            "bits": round(bits, 3),
-            "reason": choice.reason,
-        }
-    return _Result(
-        nodes=nodes,
-        stored_bits=sum(
-            of_weight[name].stored_bits if name in of_weight else 32 * size
-            for name, size in part.parameters.items()
-        ),
-        low_weights=sum(
-            size
-            for name, size in part.parameters.items()
-            if name in of_weight and of_weight[name].code_bits <= 8
-        ),
-        weights=sum(part.parameters.values()),
-    )
-
-
-def _rmse(bundle: Bundle, role: str, target: Path, feeds: Sequence[Feeds]) -> float | None:
-    """Relative RMSE of the quantized graph's outputs on the calibration feeds."""
-    if not feeds:
-        return None
-    exact = calibrate.open_session(bundle.graph(role))
-    small = calibrate.open_session(target)
-    errors = [
-        calibrate.relative_error(small.run(None, dict(feed)), exact.run(None, dict(feed)))
-        for feed in feeds
-    ]
-    return sqrt(sum(errors) / len(errors))
-
-
-def _describe(
-    scheme: str, results: Mapping[str, _Result], requests: Sequence[Any]
-) -> dict[str, Any]:
-    weights = max(1, sum(result.weights for result in results.values()))
-    several = len(results) > 1
-    return {
-        "scheme": scheme,
-        "bits_per_weight": sum(result.stored_bits for result in results.values()) / weights,
-        "weights_8bit_or_fewer": sum(r.low_weights for r in results.values()) / weights,
-        "nodes": {
-            f"{role}:{name}" if several else name: entry
-            for role, result in results.items()
-            for name, entry in result.nodes.items()
-        },
-        "calibration": {
-            "requests": list(requests),
-            "relative_rmse": {
-                role: result.relative_rmse
-                for role, result in results.items()
-                if result.relative_rmse is not None
-            },
-        },
-    }
-
-
-def _copy_assets(bundle: Bundle, folder: Path) -> None:
-    """Every file but the graphs and their weights: tokenizer, phoneme map ..."""
-    weights = {
-        str((Path(name).parent / location).as_posix())
-        for role, name in bundle.graphs.items()
-        for location in Graph(bundle.graph(role)).external_files()
-    }
-    for name in bundle.files:
-        if name not in weights and name not in bundle.graphs.values():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(bundle.path / name, folder / name)
+    return Planned(graph, sites, treatments, choices, parameters)

@@ -1,9 +1,10 @@
 """A recipe: the treatment of every node of one model, as a file that replays bit for bit.
 
     {"schema": "leangen.recipe/1", "model": "terrain", "source": "sha256:...",
-     "nodes": {"/down/conv": "w8a8", "/mid/conv": "w4", ...}, "found": {...}}
+     "method": "rtn", "nodes": {"/down/conv": "w8a8", "/mid/conv": "w4", ...}, "found": {...}}
 
-`source` is the digest of the fp32 bundle that it is for; `found` says how it came about.
+`source` is the digest of the fp32 bundle that it is for, `method` says how linear layers of few
+bits are rounded (`rtn` where it is missing), `found` how the recipe came about.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ class NodeRecipe:
     """Digest of the fp32 bundle."""
     nodes: Mapping[str, str]
     found: Mapping[str, Any] = field(default_factory=dict)
+    method: str = "rtn"
 
     def save(self, path: Path) -> None:
         """Write the file."""
@@ -39,6 +41,7 @@ class NodeRecipe:
             "schema": SCHEMA,
             "model": self.model,
             "source": self.source,
+            "method": self.method,
             "nodes": dict(self.nodes),
             "found": dict(self.found),
         }
@@ -70,8 +73,9 @@ def read(path: Path) -> NodeRecipe:
         case {"model": str(model), "source": str(source), "nodes": dict(nodes)} if all(
             isinstance(value, str) for value in nodes.values()
         ):
-            found = document.get("found")
-            return NodeRecipe(model, source, nodes, found if isinstance(found, dict) else {})
+            found, method = document.get("found"), document.get("method", "rtn")
+            found = found if isinstance(found, dict) else {}
+            return NodeRecipe(model, source, nodes, found, str(method))
     raise RequestError(
         f"{path} is not a recipe: expected model, source and nodes; make one with `leangen tune`"
     )

@@ -329,10 +329,12 @@ class Receipt:
     tag: str | None = None
     begin_boottime_ns: int | None = None
     """When the measured window began, since boot: tells which windows of one machine overlap."""
+    parts: tuple[Receipt, ...] = ()
+    """Of a pipeline: the receipts of its parts, whose energies add up to this one's exactly."""
 
     def to_json(self) -> dict[str, Any]:
         """The receipt as plain JSON types, schema `leangen.receipt/1`."""
-        return {
+        document = {
             "schema": RECEIPT_SCHEMA,
             "id": self.id,
             "started_at": self.started_at,
@@ -352,6 +354,7 @@ class Receipt:
             "memory": {"peak_rss_bytes": self.peak_rss_bytes},
             "runtime": self.runtime.to_json(),
         }
+        return document | ({"parts": [part.to_json() for part in self.parts]} if self.parts else {})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -368,6 +371,8 @@ class Step:
     """The tokens that this step produced (language); several where guesses came true."""
     sample: int = 0
     """Which of the samples that were asked for it continues."""
+    logprobs: Sequence[Mapping[str, Any]] = ()
+    """Of `tokens`, where they were asked for of a batch: as in its output's `extra["logprobs"]`."""
     counts: Mapping[str, int] = field(default_factory=dict)
     """What only one family counts, by name; the receipt sums them. Language: prompt tokens
     `reused` from the sequence before, next tokens `guessed`, and guesses `accepted`."""

@@ -86,8 +86,23 @@ def summary(receipt: Receipt) -> str:
         else "",
         f"{human_bytes(receipt.peak_rss_bytes)} peak",
     ]
-    line = " · ".join(part for part in parts if part)
-    return line if energy.source == "measured" else f"{line}\n{energy.reason}"
+    lines = [" · ".join(part for part in parts if part)]
+    lines += [
+        f"  {part.request['pipeline']['part']} ({part.model}:{part.scheme}): {_work(part)}"
+        for part in receipt.parts
+    ]
+    return "\n".join([*lines, *([energy.reason or ""] if energy.source != "measured" else [])])
+
+
+def _work(receipt: Receipt) -> str:
+    """One part of a pipeline: units, seconds, joules."""
+    energy, units = receipt.energy, receipt.units
+    return " · ".join(
+        [
+            f"{units.count:.4g} {units.kind}s in {receipt.latency.total_s:.2f} s",
+            with_u(energy.gross_j, energy.u_j, "J"),
+        ]
+    )
 
 
 def overview(

@@ -16,17 +16,25 @@ from onnx import NodeProto, TensorProto, helper
 
 from leangen import calibrate
 from leangen.calibrate import Feeds
-from leangen.graph_edit import Graph
+from leangen.graph_edit import Array, Graph
 from leangen.treatments import Treated
+
+Distance = Callable[[Sequence[Array], Sequence[Array]], float]
+"""How far outputs are from the reference's: a squared error, which adds up over small causes."""
 
 
 class Probe:
     """A graph in which each candidate's treatment can be switched on at run time."""
 
     def __init__(
-        self, graph: Graph, candidates: Mapping[str, Treated], feeds: Sequence[Feeds]
+        self,
+        graph: Graph,
+        candidates: Mapping[str, Treated],
+        feeds: Sequence[Feeds],
+        distance: Distance = calibrate.relative_error,
     ) -> None:
         """`candidates` are stand-ins by node name; `feeds` come from `calibrate.record`."""
+        self._distance = distance
         self._flags = {name: f"probe/{name}" for name in candidates}
         self._feeds = feeds
         model = graph.proto()
@@ -43,17 +51,17 @@ class Probe:
             self._session = calibrate.open_session(path)
         self._reference = [self._run(feed, frozenset()) for feed in self._feeds]
 
-    def _run(self, feed: Feeds, treated: frozenset[str]) -> list[np.ndarray]:
+    def _run(self, feed: Feeds, treated: frozenset[str]) -> list[Array]:
         flags = {flag: np.array(name in treated) for name, flag in self._flags.items()}
         return list(self._session.run(None, {**feed, **flags}))
 
     def error(self, names: Iterable[str]) -> float:
-        """Squared relative error of the outputs with just these nodes treated, over all feeds."""
+        """Distance of the outputs with just these nodes treated, over all feeds."""
         return float(np.mean([self._error(names, run) for run in range(len(self._feeds))]))
 
     def _error(self, names: Iterable[str], run: int) -> float:
         outputs = self._run(self._feeds[run], frozenset(names))
-        return calibrate.relative_error(outputs, self._reference[run])
+        return self._distance(outputs, self._reference[run])
 
     def harm(self, names: Sequence[str], negligible: float) -> dict[str, float]:
         """`isolate` on the feed that all the treatments together harm most.

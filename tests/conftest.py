@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import postgres_server
 import pytest
 
 
@@ -31,3 +32,19 @@ def home(tmp_path, monkeypatch):
     folder = tmp_path / "home"
     monkeypatch.setenv("LEANGEN_HOME", str(folder))
     return folder
+
+
+@pytest.fixture(params=["file", "postgres"])
+def place(request, tmp_path):
+    """Where a new ledger may be made, by name: a path, or a database's address."""
+    if request.param == "file":
+        return lambda name: tmp_path / f"{name}.db"
+    server = postgres_server.server()
+    made = {}
+
+    def address(name):
+        if name not in made:
+            made[name] = server.database()
+        return made[name]
+
+    return address

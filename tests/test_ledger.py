@@ -21,7 +21,13 @@ from leangen.records import Units
 
 
 @pytest.fixture
-def ledger(tmp_path):
+def ledger(place):
+    with Ledger(place("ledger")) as opened:
+        yield opened
+
+
+@pytest.fixture
+def file_ledger(tmp_path):
     with Ledger(tmp_path / "ledger.db") as opened:
         yield opened
 
@@ -247,24 +253,24 @@ def test_a_ledger_with_other_tables_is_named_and_left_alone(tmp_path):
         ledger.append(receipt(1)).wait()
 
 
-def test_a_newer_ledger_is_refused(ledger):
-    ledger.append(receipt())
-    ledger.close()
-    db = sqlite3.connect(ledger.path)
+def test_a_newer_ledger_is_refused(file_ledger):
+    file_ledger.append(receipt())
+    file_ledger.close()
+    db = sqlite3.connect(file_ledger.path)
     db.execute("PRAGMA user_version=99")
     db.close()
     with pytest.raises(StorageError, match="version 99, this leangen knows 2: update leangen"):
-        ledger.entries()
+        file_ledger.entries()
 
 
-def test_a_ledger_cut_short_is_damaged_not_empty(ledger):
+def test_a_ledger_cut_short_is_damaged_not_empty(file_ledger):
     for number in range(200):
-        ledger.append(receipt(number))
-    ledger.close()
-    data = ledger.path.read_bytes()
-    ledger.path.write_bytes(data[: len(data) // 2])
+        file_ledger.append(receipt(number))
+    file_ledger.close()
+    data = file_ledger.path.read_bytes()
+    file_ledger.path.write_bytes(data[: len(data) // 2])
     with pytest.raises(StorageError, match="damaged"):
-        ledger.entries()
+        file_ledger.entries()
 
 
 def test_a_folder_in_place_of_the_file(tmp_path):
@@ -306,25 +312,24 @@ def python(code, *arguments, **options):
     )
 
 
-def test_when_the_disk_takes_no_more_the_error_is_clear_and_old_rows_stay(ledger):
-    child = python(FULL_DISK, ledger.path)
+def test_when_the_disk_takes_no_more_the_error_is_clear_and_old_rows_stay(file_ledger):
+    child = python(FULL_DISK, file_ledger.path)
     out, err = child.communicate(timeout=60)
     assert child.returncode == 0, err
     done, message = out.split(" ", 1)
     assert "ledger" in message
     # Whatever was acknowledged, and nothing else, is there and can be added to again.
-    assert len(ledger.entries()) == int(done)
-    ledger.append(receipt(10_001)).wait()
-    assert len(ledger.entries()) == int(done) + 1
+    assert len(file_ledger.entries()) == int(done)
+    file_ledger.append(receipt(10_001)).wait()
+    assert len(file_ledger.entries()) == int(done) + 1
 
 
 WRITER = """
 import sys
-from pathlib import Path
 import ledger_fakes
 from leangen.ledger import Ledger
 name, count = sys.argv[2], int(sys.argv[3])
-ledger = Ledger(Path(sys.argv[1]))
+ledger = Ledger(sys.argv[1])
 for number in range(count):
     ledger.append(ledger_fakes.receipt(f"{name}-{number}")).wait()
     print(f"r{name}-{number}", flush=True)
@@ -364,13 +369,13 @@ def test_many_threads_and_a_fork_share_one_ledger(ledger):
     assert len(ledger.entries()) == 11
 
 
-def test_reading_a_ledger_loads_no_runtime(ledger):
-    ledger.append(receipt())
+def test_reading_a_ledger_loads_no_runtime(file_ledger):
+    file_ledger.append(receipt())
     child = python(
         "import sys; from pathlib import Path; from leangen.ledger import Ledger\n"
         "ledger = Ledger(Path(sys.argv[1])); ledger.entries(); ledger.summary(); ledger.close()\n"
         "print({'onnxruntime', 'onnx', 'numpy', 'gguf'} & set(sys.modules))",
-        ledger.path,
+        file_ledger.path,
     )
     out, err = child.communicate(timeout=60)
     assert (child.returncode, out.strip()) == (0, "set()"), err

@@ -214,10 +214,10 @@ def test_a_ledger_that_is_gone_does_not_have_the_head(tmp_path):
         assert not ledger.path.exists()
 
 
-def test_merging_keeps_chains_apart_and_twice_is_once(tmp_path):
-    a = make(tmp_path / "a.db", receipt("a1"), receipt("a2", tag="x"))
-    b = make(tmp_path / "b.db", receipt("b1", host="h2"))
-    with make(tmp_path / "sum.db", receipt("c1", host="h3")) as total:
+def test_merging_keeps_chains_apart_and_twice_is_once(place):
+    a = make(place("a"), receipt("a1"), receipt("a2", tag="x"))
+    b = make(place("b"), receipt("b1", host="h2"))
+    with make(place("sum"), receipt("c1", host="h3")) as total:
         assert total.merge(a.path).added == 2
         assert total.merge(b.path).added == 1
         before = state(total)
@@ -262,9 +262,9 @@ def test_a_ledger_restored_in_place_is_a_conflict_and_changes_nothing(tmp_path):
         assert state(total) == before
 
 
-def test_a_changed_receipt_under_the_same_id_is_a_conflict(tmp_path):
-    a = make(tmp_path / "a.db", receipt(1))
-    b = make(tmp_path / "b.db", receipt(1, gross_uj=1))
+def test_a_changed_receipt_under_the_same_id_is_a_conflict(place):
+    a = make(place("a"), receipt(1))
+    b = make(place("b"), receipt(1, gross_uj=1))
     with a, pytest.raises(StorageError, match="conflict: receipt r1"):
         a.merge(b.path)
 
@@ -280,9 +280,9 @@ def test_a_damaged_ledger_is_not_merged(tmp_path):
         assert len(a.entries()) == 1
 
 
-def test_a_receipt_that_comes_in_two_chains_counts_once(tmp_path):
-    a = make(tmp_path / "a.db", receipt(1))
-    b = make(tmp_path / "b.db", receipt(1))
+def test_a_receipt_that_comes_in_two_chains_counts_once(place):
+    a = make(place("a"), receipt(1))
+    b = make(place("b"), receipt(1))
     with a:
         a.merge(b.path)
         assert a.verify().problems == []
@@ -314,8 +314,8 @@ def sums_of(ledger):
     }
 
 
-def test_compaction_keeps_sums_heads_and_verification(tmp_path):
-    with make(tmp_path / "l.db", *old_and_new()) as ledger:
+def test_compaction_keeps_sums_heads_and_verification(place):
+    with make(place("l"), *old_and_new()) as ledger:
         before, head = sums_of(ledger), ledger.head()
         done = ledger.compact("2026-11-21")
         assert (done.rows, done.receipts) == (12, 12)
@@ -347,9 +347,9 @@ def test_compaction_gives_the_space_back(tmp_path):
     assert ledger.path.stat().st_size < size / 5
 
 
-def test_compaction_spares_what_overlaps_a_receipt_that_stays(tmp_path):
+def test_compaction_spares_what_overlaps_a_receipt_that_stays(place):
     with make(
-        tmp_path / "l.db",
+        place("l"),
         receipt(1, started_at=OLD, begin_ns=0),
         receipt(2, started_at=OLD, begin_ns=10 * SECOND),
         receipt(3, started_at=NEW, begin_ns=10 * SECOND + SECOND // 2),
@@ -372,9 +372,9 @@ def test_the_sums_of_a_checkpoint_cannot_be_changed_unnoticed(tmp_path):
         assert any("checkpoint was changed" in problem for problem in ledger.verify().problems)
 
 
-def test_a_compacted_ledger_merges_where_its_rows_are_or_none_of_them(tmp_path):
-    source = make(tmp_path / "s.db", *old_and_new())
-    with make(tmp_path / "early.db") as early, make(tmp_path / "full.db") as full:
+def test_a_compacted_ledger_merges_where_its_rows_are_or_none_of_them(place):
+    source = make(place("s"), *old_and_new())
+    with make(place("early")) as early, make(place("full")) as full:
         full.merge(source.path)
         with source:
             source.compact("2026-11-21")
@@ -388,10 +388,10 @@ def test_a_compacted_ledger_merges_where_its_rows_are_or_none_of_them(tmp_path):
         assert full.verify().problems == []
 
 
-def test_rows_that_were_compacted_before_they_were_merged_are_missed(tmp_path):
-    path = tmp_path / "s.db"
+def test_rows_that_were_compacted_before_they_were_merged_are_missed(place):
+    path = place("s")
     make(path, receipt(1, started_at=OLD))
-    with make(tmp_path / "total.db") as total:
+    with make(place("total")) as total:
         total.merge(path)
         with make(path, receipt(2, started_at=OLD)) as source:
             source.compact("2026-11-21")

@@ -18,11 +18,10 @@ from leangen.ledger import Ledger
 
 WRITER = """
 import sys, time
-from pathlib import Path
 import ledger_fakes
 from leangen.ledger import Ledger
 name, group = sys.argv[2], int(sys.argv[3])
-ledger = Ledger(Path(sys.argv[1]))
+ledger = Ledger(sys.argv[1])
 for number in range(100_000):
     ids = [f"{name}-{number}-{part}" for part in range(group)]
     begin_ns = time.monotonic_ns()  # a few windows of the processes overlap
@@ -74,10 +73,10 @@ def assert_nothing_lost(path, acknowledged):
         assert sum(row.receipts for row in ledger.summary()) == len(ids)
 
 
-def test_killed_writers_lose_nothing_acknowledged(tmp_path):
-    acknowledged = kill_writers(tmp_path / "ledger.db", rounds=3, seed=0)
+def test_killed_writers_lose_nothing_acknowledged(place):
+    acknowledged = kill_writers(place("ledger"), rounds=3, seed=0)
     assert len(acknowledged) > 10
-    assert_nothing_lost(tmp_path / "ledger.db", acknowledged)
+    assert_nothing_lost(place("ledger"), acknowledged)
 
 
 @pytest.mark.slow

@@ -341,7 +341,8 @@ def test_the_store_counts_verifies_and_removes_it(tmp_path, home, capsys):
         return capsys.readouterr().out
 
     rows = {row["what"]: row["bytes"] for row in json.loads(run("du", "--json"))}
-    on_disk = bundle.size_bytes + (bundle.path / bundles.MANIFEST).stat().st_size
+    beside = (bundles.MANIFEST, bundles.CHECKSUM)
+    on_disk = bundle.size_bytes + sum((bundle.path / name).stat().st_size for name in beside)
     assert rows["mine:gguf"] == on_disk
     assert rows["mine:gguf (lowered)"] > on_disk / 2
     assert "3 lowered ones as they were written" in run("verify", str(bundle.path))

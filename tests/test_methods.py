@@ -1,5 +1,9 @@
 """Methods of rounding, against plain twins in float64 and against the graph before rounding."""
 
+import signal
+import subprocess
+import sys
+
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -102,8 +106,32 @@ def test_gptq_is_its_float64_twin():
     grid = schemes.get("int4").quantize(w, block_size=32, asymmetric=True)
     moment = moment_of(x)
     order = np.argsort(-np.diagonal(moment), kind="stable")
-    ours = gptq._rounded(w, grid, moment, order)
+    factor = gptq._factor(gptq._damped(moment)[np.ix_(order, order)])
+    ours = gptq._rounded(w.T.copy(), *gptq._grid(grid, slice(None)), 16, factor, order).T
     assert np.mean(ours == gptq_twin(w, grid, moment, order)) > 0.99  # float32 moves a tie or two
+
+
+def test_codes_set_one_by_one_only_ever_gain():
+    w, x = layer(n=8, k=160)
+    grid = schemes.get("int3").quantize(w, block_size=32)
+    moment = gptq._damped(moment_of(x)).astype(np.float32)
+    scales, zeros = gptq._grid(grid, slice(None))
+    codes, columns = grid.q.T.astype(np.float32), w.T.copy()
+
+    def loss(codes):
+        error = ((codes - zeros) * scales - columns).astype(np.float64)
+        return np.einsum("kn,kn->n", moment @ error, error)
+
+    losses = [loss(codes)]
+    for _ in range(8):
+        gptq._descend(columns, scales, zeros, 8, moment, codes)
+        losses.append(loss(codes))
+    assert np.all(np.diff(losses, axis=0) <= 1e-6 * losses[0])
+    for column in range(0, 160, 7):  # at rest, no neighbouring code is better
+        for step in (-1, 1):
+            other = codes.copy()
+            other[column] = np.clip(other[column] + step, 0, 7)
+            assert np.all(loss(other) >= losses[-1] * (1 - 1e-4))
 
 
 def test_gptq_bears_inputs_that_are_always_zero():
@@ -240,6 +268,48 @@ def test_a_language_model_is_quantized_on_its_own_text(lm, name, tmp_path, monke
     assert again.files == low.files
 
 
+KILLED = """
+import sys
+from pathlib import Path
+from leangen import calibration_data
+from leangen.bundle import open_bundle
+from leangen.methods import gptq
+from leangen.quantize import quantize
+
+calibration_data.WINDOW, rounds, left = 16, gptq._rounded, int(sys.argv[3])
+
+def dying(*args):
+    global left
+    left -= 1
+    if left < 0:
+        import os, signal
+        os.kill(os.getpid(), signal.SIGKILL)
+    return rounds(*args)
+
+gptq._rounded = dying
+quantize(open_bundle(Path(sys.argv[1])), "int4-g16-gptq", Path(sys.argv[2]))
+"""
+
+
+def test_killed_half_way_it_goes_on_and_makes_the_same(lm, tmp_path, monkeypatch):
+    monkeypatch.setattr(calibration_data, "WINDOW", 16)
+    whole = quantize(lm, "int4-g16-gptq", tmp_path / "whole")
+    layers = sum(e["treatment"] == "matmul4-g16" for e in whole.quantization["nodes"].values())
+    out = tmp_path / "q"
+    for _ in range(2):
+        command = [sys.executable, "-c", KILLED, str(lm.path), str(out), "1"]
+        assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+        assert not out.exists()
+    (kept,) = tmp_path.glob(".q.tmp-rounded-*")
+    assert len(list(kept.iterdir())) == 2
+    next(kept.glob("*.npz")).write_bytes(b"damaged")  # counts as missing
+    made, counted = [], gptq.quantize
+    monkeypatch.setattr(gptq, "quantize", lambda *a, **o: made.append(1) or counted(*a, **o))
+    low = quantize(lm, "int4-g16-gptq", out)
+    assert len(made) == layers - 1 and low.files == whole.files
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".q.tmp-rounded")]
+
+
 @every_method
 @pytest.mark.parametrize("family", ["oneshot", "diffusion"])
 def test_other_families_take_methods_too(family, name, tmp_path):
@@ -350,6 +420,6 @@ def test_a_precision_that_cannot_be_says_why(text, message):
 
 
 def test_a_method_is_named_once():
-    assert str(precision.parse("int4", method="rtn")) == "int4"
+    assert str(precision.parse("int4", method="rtn")) == "int4-rtn"
     with pytest.raises(UnknownSchemeError, match="names its method already"):
         precision.parse("int4-gptq", method="awq")

@@ -9,10 +9,13 @@ import wave
 from http.client import HTTPConnection
 
 import httpx
+import numpy as np
 import openai
 import pytest
 import serving
 from PIL import Image
+
+from leangen import audio
 
 CHAT = [{"role": "user", "content": "hello world"}]
 
@@ -122,6 +125,29 @@ def test_logprobs(client):
     plain = client.completions.create(**asked, prompt="hello", logprobs=2).choices[0]
     assert len(plain.logprobs.tokens) == len(plain.logprobs.token_logprobs)
     assert "".join(plain.logprobs.tokens[:2]) in plain.text
+
+
+def test_logprobs_are_streamed_with_their_tokens(client):
+    asked = {"model": "tiny-text", "max_tokens": 6, "temperature": 0}
+    whole = client.chat.completions.create(
+        **asked, messages=CHAT, logprobs=True, top_logprobs=2
+    ).choices[0]
+    chunks = list(
+        client.chat.completions.create(
+            **asked, messages=CHAT, logprobs=True, top_logprobs=2, stream=True
+        )
+    )
+    parts = [chunk.choices[0].logprobs for chunk in chunks]
+    streamed = [token for part in parts if part for token in part.content]
+    assert streamed == whole.logprobs.content
+    plain = client.completions.create(**asked, prompt="hello", logprobs=2).choices[0].logprobs
+    parts = [
+        chunk.choices[0].logprobs
+        for chunk in client.completions.create(**asked, prompt="hello", logprobs=2, stream=True)
+    ]
+    for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+        joined = [value for part in parts if part for value in getattr(part, name)]
+        assert joined == getattr(plain, name)
 
 
 def test_a_reply_that_must_be_json(client):
@@ -253,6 +279,44 @@ def test_speech(client, running):
     assert kept(running, headers["x-leangen-receipt"])["family"] == "flow"
 
 
+def test_transcriptions(client, http, running):
+    sound = audio.wav_bytes(np.sin(np.arange(24_000) / 10), 16_000)
+    asked = {"model": "tiny-ears", "file": ("sound.wav", sound)}
+    heard = client.audio.transcriptions.create(**asked)
+    again = client.audio.transcriptions.create(**asked, response_format="verbose_json")
+    assert again.text == heard.text
+    assert again.duration == pytest.approx(1.5)
+    assert again.segments[0].start == 0
+    assert again.segments[-1].end == again.duration
+    receipt = kept(running, heard.usage.energy["receipts"][0])
+    assert receipt["units"] == {"kind": "audio-second", "count": 1.5, "prompt": 1.5}
+    plain = client.audio.transcriptions.create(**asked, response_format="text")
+    assert plain.strip() == heard.text
+    times = client.audio.transcriptions.create(**asked, response_format="srt")
+    assert times.startswith("1\n00:00:00,000 --> 00:00:01,")
+    web = client.audio.transcriptions.create(**asked, response_format="vtt")
+    assert web.startswith("WEBVTT\n\n00:00:00.000 --> 00:00:01.")
+
+
+def test_bad_uploads_get_openais_error_shape(http):
+    sound = audio.wav_bytes(np.zeros(1600), 16_000)
+    for data, content, says in (
+        ({"model": "tiny-ears"}, b"no sound", "as PCM WAV"),
+        ({"model": "tiny-text"}, sound, "family language"),
+        ({"model": "tiny-ears", "response_format": "mp3"}, sound, "response_format"),
+        ({"model": "tiny-ears", "temperature": "hot"}, sound, "temperature"),
+        ({"model": "tiny-ears", "prompt": "names"}, sound, "prompt is not supported"),
+        ({"model": "tiny-ears", "language": "de"}, sound, "de"),
+        ({}, sound, "model"),
+    ):
+        reply = http.post("/v1/audio/transcriptions", data=data, files={"file": ("a", content)})
+        assert reply.status_code == 400, reply.text
+        assert says in reply.json()["error"]["message"]
+    missing = http.post("/v1/audio/transcriptions", data={"model": "tiny-ears", "file": "text"})
+    assert missing.status_code == 400
+    assert missing.json()["error"]["param"] == "file"
+
+
 def test_flows(http, running):
     drawn = http.post("/v1/flows/sample", json={"model": "tiny-flow", "count": 5, "seed": 1}).json()
     assert len(drawn["rows"]) == 5
@@ -335,12 +399,6 @@ def test_json_that_is_sent_as_something_else_is_told_apart(http):
         ),
         (
             "/v1/completions",
-            {"model": "tiny-text", "prompt": "a", "logprobs": 1, "stream": True},
-            400,
-            "not streamed",
-        ),
-        (
-            "/v1/completions",
             {"model": "tiny-text", "prompt": "a", "logit_bias": {"x": 1}},
             400,
             "token ids",
@@ -358,7 +416,23 @@ def test_json_that_is_sent_as_something_else_is_told_apart(http):
             "/v1/chat/completions",
             {"model": "tiny-text", "messages": CHAT, "tools": [{"type": "function"}]},
             400,
-            "tools is not supported",
+            "tools.0.function",
+        ),
+        (
+            "/v1/chat/completions",
+            {
+                "model": "tiny-text",
+                "messages": CHAT,
+                "tools": [{"type": "function", "function": {"name": "f"}}],
+            },
+            400,
+            "no tools in its chat template",
+        ),
+        (
+            "/v1/chat/completions",
+            {"model": "tiny-text", "messages": [{"role": "user"}]},
+            400,
+            "has no content",
         ),
         ("/v1/completions", {"model": "tiny-vectors", "prompt": "a"}, 400, "family embedding"),
         ("/v1/embeddings", {"model": "tiny-text", "input": "a"}, 400, "family language"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import socket
 import threading
 import time
 from datetime import datetime, timedelta
@@ -17,6 +18,7 @@ import tiny_bundles
 from leangen import budget, clock
 from leangen.families.batch import Batch
 from leangen.ledger import Ledger
+from leangen.serve import access, connections, room
 from leangen.serve.worker import Limits
 
 LONG = {"model": "tiny-text", "prompt": "hello", "max_tokens": 60, "ignore_eos": True, "seed": 1}
@@ -201,7 +203,7 @@ def test_the_least_used_model_makes_room(tmp_path):
     ]
     limits = Limits(max_batch=2, context=64)
     with serving.serving(models, limits=limits) as (address, server):
-        need = server.models.get("one").memory_bytes
+        need = server.models.get("one").worker.memory_bytes
     with (
         serving.serving(models, limits=limits, memory_bytes=2 * need + 10) as (address, server),
         client(address) as http,
@@ -212,6 +214,130 @@ def test_the_least_used_model_makes_room(tmp_path):
             assert reply.status_code == 200
             loaded.append({n for n, s in server.models.by_name.items() if s.worker.loaded})
         assert loaded == [{"one"}, {"one", "two"}, {"one", "two"}, {"one", "three"}]
+
+
+def test_what_meter_it_is_stays_on_the_server(text_model, tmp_path):
+    lines = tmp_path / "meter.log"
+    lines.write_text("# unit=W\n1 20\n2 20\n3 20\n")
+    with serving.serving([text_model], meter=f"file:{lines}") as (address, _):
+        with client(address) as http:
+            reply = http.post("/v1/completions", json=LONG | {"max_tokens": 2})
+            [receipt_id] = reply.json()["usage"]["energy"]["receipts"]
+            receipt = http.get(f"/v1/receipts/{receipt_id}")
+        for text in (reply.text, receipt.text):
+            assert "a meter that the server was given" in text
+            assert str(tmp_path) not in text
+
+
+def sent(address, *parts, wait_s=0.0):
+    """What comes back on a connection that sends these bytes one after the other, till its end."""
+    host, port = address.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        answer = b""
+        try:
+            for part in parts:
+                connection.sendall(part)
+                time.sleep(wait_s)
+            while chunk := connection.recv(65536):
+                answer += chunk
+        except ConnectionError:
+            pass  # closed while we still sent
+    return answer
+
+
+def test_slow_senders_are_cut_off_and_harm_nobody(text_model, monkeypatch):
+    monkeypatch.setattr(connections, "HEAD_S", 0.4)
+    monkeypatch.setattr(access, "BODY_S", 0.4)
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 90\r\n"
+    head += b"content-type: application/json\r\n\r\n"
+    with serving.serving([text_model]) as (address, _), client(address) as http:
+        slow = [
+            (b"",),
+            (b"GET /health HTTP/1.1\r\n", *[b"x-a: b\r\n"] * 30),
+            tuple(bytes([byte]) for byte in head[:20]),
+            (head, b" ", b" "),
+        ]
+        answers = [None] * len(slow)
+
+        def send(number):
+            answers[number] = sent(address, *slow[number], wait_s=0.05)
+
+        begin_ns = clock.monotonic_ns()
+        threads = [threading.Thread(target=send, args=(number,)) for number in range(len(slow))]
+        for thread in threads:
+            thread.start()
+        asked = LONG | {"max_tokens": 2}
+        assert http.post("/v1/completions", json=asked).status_code == 200
+        for thread in threads:
+            thread.join()
+        assert (clock.monotonic_ns() - begin_ns) / 1e9 < 5
+        assert answers[:3] == [b""] * 3
+        assert answers[3].startswith(b"HTTP/1.1 504") and b"deadline_exceeded" in answers[3]
+        # A second request on a kept connection has its time too; a quick one after it has none.
+        twice = b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n"
+        assert sent(address, twice, twice, b"GET /hea", wait_s=0.2).count(b'"ok"') == 2
+
+
+def test_what_is_not_http_gets_the_shape_of_every_error(text_model):
+    with serving.serving([text_model]) as (address, _):
+        answer = sent(address, b"\x16\x03\x01 nonsense\r\n\r\n")
+        assert answer.startswith(b"HTTP/1.1 400")
+        assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "invalid_http"
+
+
+def test_models_that_do_not_fit_together_take_turns(tmp_path, monkeypatch):
+    monkeypatch.setattr(room, "TURN_S", 0.05)
+    names = ("one", "two", "three")
+    models = [f"{name}={tiny_bundles.language(tmp_path / name).path}" for name in names]
+    limits = Limits(max_batch=2, context=64)
+    with serving.serving(models, limits=limits) as (address, server):
+        need = server.models.get("one").worker.memory_bytes
+    with serving.serving(models, limits=limits, memory_bytes=need + 10) as (address, server):
+        statuses = []
+
+        def ask(name):
+            with client(address) as http:
+                for _ in range(6):
+                    asked = LONG | {"model": name, "max_tokens": 4}
+                    statuses.append(http.post("/v1/completions", json=asked).status_code)
+                    loaded = [s.worker.loaded for s in server.models.by_name.values()]
+                    assert sum(loaded) <= 1
+
+        threads = [threading.Thread(target=ask, args=(name,)) for name in names * 2]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert statuses == [200] * 36
+
+
+def test_who_gives_up_waiting_for_room_is_in_nobodys_way(tmp_path, slowly):
+    names = ("one", "two", "three")
+    models = [f"{name}={tiny_bundles.language(tmp_path / name).path}" for name in names]
+    limits = Limits(max_batch=2, context=64)
+    with serving.serving(models, limits=limits) as (address, server):
+        need = server.models.get("one").worker.memory_bytes
+    with (
+        serving.serving(models, limits=limits, memory_bytes=need + 10) as (address, server),
+        client(address) as http,
+    ):
+        first = threading.Thread(
+            target=lambda: httpx.post(
+                f"{address}/v1/completions",
+                json=LONG | {"model": "one"},
+                trust_env=False,
+                timeout=30,
+            )
+        )
+        first.start()
+        assert until(lambda: not server.models.get("one").worker.idle)
+        with pytest.raises(httpx.ReadTimeout):
+            http.post("/v1/completions", json=LONG | {"model": "two"}, timeout=0.3)
+        asked = LONG | {"model": "three", "max_tokens": 2}
+        assert http.post("/v1/completions", json=asked).status_code == 200
+        first.join()
+        assert server.models.get("two").worker.idle
+        assert not server.models.get("two").worker.loaded
 
 
 def test_a_model_whose_file_is_gone_is_named_without_its_path(tmp_path):

@@ -5,7 +5,7 @@ import os
 import shutil
 
 import pytest
-from store_fakes import EXPORTERS, PAYLOAD, build_wheel, calls, toy_catalog, toy_store
+from store_fakes import EXPORTERS, PAYLOAD, bare, build_wheel, calls, toy_catalog, toy_store
 
 from leangen.bundle import MANIFEST, open_bundle
 from leangen.catalog import CATALOG, DATA
@@ -145,7 +145,9 @@ def test_a_quantizer_that_fails_leaves_no_bundle_and_the_next_try_succeeds(home,
     def fails(bundle, scheme, out, *, progress=None):
         raise error
 
-    broken = Store(home, catalog=toy_catalog(wheel), exporters=EXPORTERS, quantize=fails)
+    broken = Store(
+        home, catalog=toy_catalog(wheel), exporters=EXPORTERS, quantize=fails, probe=bare
+    )
     with pytest.raises(type(error)):
         broken.resolve("plain:int8")
     assert list(Home(home).bundles("plain")) == ["fp32"] and not staging(home)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import pickle
 from pathlib import Path
 
+import autoregressive_fixtures
 import numpy as np
 import onnx
+import seq2seq_fixtures
 from flow_models import coupling_info, flow_state, write_voice
 from gguf_fixtures import Tiny, write
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from leangen.bundle import Bundle
+from leangen.exporters import ctranslate2, gguf, onnx_file, piper, pzflow
 from leangen.exporters import embedding as embedding_folder
-from leangen.exporters import gguf, onnx_file, piper, pzflow
 
 
 def language(folder: Path) -> Bundle:
@@ -101,9 +103,18 @@ def embedding(folder: Path) -> Bundle:
     return embedding_folder.export(folder, folder / "bundle", context=48)
 
 
+def transcription(folder: Path) -> Bundle:
+    """A Whisper that hears 1.2 seconds at once."""
+    return ctranslate2.export(seq2seq_fixtures.ctranslate2(folder / "saved"), folder / "bundle")
+
+
 BUILDERS = {
     "language": language,
+    "seq2seq/text": seq2seq_fixtures.text_to_text,
+    "seq2seq/transcription": transcription,
     "embedding": embedding,
+    "autoregressive/image": autoregressive_fixtures.image,
+    "autoregressive/audio": autoregressive_fixtures.sound,
     "flow/speech": speech,
     "flow/density": density,
     "diffusion": diffusion,
@@ -112,6 +123,10 @@ BUILDERS = {
 OPTIONS = {
     "language": {"tokens": [3, 4, 5], "max_new_tokens": 6, "ignore_eos": True},
     "embedding": {"prompt": ["w1 w2 w3", "w4", "w5 w6"]},
+    "seq2seq/text": {"tokens": [3, 4, 5, 2], "max_new_tokens": 6, "ignore_eos": True},
+    "seq2seq/transcription": {"audio": [0.1, -0.1] * 12_000, "max_new_tokens": 6},
+    "autoregressive/image": {"count": 2},
+    "autoregressive/audio": {"seconds": 0.5},
     "flow/speech": {"phonemes": "abc ab."},
     "flow/density": {"count": 20},
     "diffusion": {"steps": 3, "conditions": {"wetness": 0.2}},

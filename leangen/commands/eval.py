@@ -50,6 +50,4 @@ def run(args: argparse.Namespace) -> int:
         ["measure", f"{names[0]} against {names[1]}", "over"],
         [[m.name, with_u(m.value, m.u, m.unit).strip(), f"{m.n} {m.of}"] for m in found],
     )
-    if task.whisper is None and candidate.config.get("task") == "speech":
-        say("no word error rate: it needs `pip install faster-whisper` and --whisper DIR")
     return 0

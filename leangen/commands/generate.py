@@ -19,7 +19,9 @@ def declare(add: Callable[..., argparse.ArgumentParser]) -> None:
         "Generate once and print the receipt",
         'leangen generate smollm2-135m:int4 --prompt "The capital of France is" --max-new-tokens 8',
     )
-    sub.add_argument("model", metavar="MODEL", help="NAME, NAME:SCHEME, hf:org/name or a folder")
+    sub.add_argument(
+        "model", metavar="MODEL", help="NAME, NAME:SCHEME, hf:org/name, a folder, PIPELINE.toml"
+    )
     request_options(sub)
     sub.add_argument("-o", "--output", type=Path, help=".txt, .wav, .png, .csv or .npy")
     sub.add_argument("--tag", help="a word to find this generation by in the ledger")
@@ -43,7 +45,8 @@ def run(args: argparse.Namespace) -> int:
         meter=args.meter,
     )
     if args.output is not None:
-        media.suffix_for(engine.family.MEDIA, args.output)  # before the work, not after it
+        kind = engine.media if args.data is None else "table"  # of scores
+        media.suffix_for(kind, args.output)  # before the work, not after it
     stream = engine.stream(prompt, **options)
     sample = 0
     for step in stream:
@@ -56,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
         saved = result.save(args.output)
     elif result.output.media != "text":
         suffix = media.SUFFIXES[result.output.media][0]
-        saved = result.save(_unused(f"{engine.bundle.name}-{engine.bundle.scheme}", suffix))
+        saved = result.save(_unused(engine.name, suffix))
     if args.json:
         document: dict[str, Any] = {"text": result.text}
         if "samples" in result.output.extra:

@@ -36,7 +36,7 @@ def _ledger_actions(ledger: argparse.ArgumentParser) -> None:
     for name in ("model", "scheme", "tag"):
         sub.add_argument(f"--{name}", help=f"only this {name}", default=argparse.SUPPRESS)
     sub = add("merge", "Take in the ledgers of other machines")
-    sub.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    sub.add_argument("files", nargs="+", metavar="FILE", help="or postgresql://...")
     sub = add("export", "Write all receipts to a file")
     sub.add_argument("--format", choices=("csv", "jsonl", "parquet", "codecarbon"), required=True)
     sub.add_argument("-o", "--output", type=Path, required=True, metavar="FILE")
@@ -57,16 +57,16 @@ def run(args: argparse.Namespace) -> int:
         for name in ("model", "scheme", "tag")
         if getattr(args, name) is not None
     }
-    book = Ledger(Store().ledger_path)
-    if args.action is not None:
-        from leangen.ledger import commands
+    with Ledger(Store().ledger_path) as book:
+        if args.action is not None:
+            from leangen.ledger import commands
 
-        args.filters = filters
-        return commands.run(book, args)
-    sums = book.summary(where=filters)
-    entries = book.entries(filters, limit=args.last)
-    if args.json:
-        print_json({"summary": [row.to_json() for row in sums], "entries": entries})
-    else:
-        ledger_tables(sums, entries)
-    return 0
+            args.filters = filters
+            return commands.run(book, args)
+        sums = book.summary(where=filters)
+        entries = book.entries(filters, limit=args.last)
+        if args.json:
+            print_json({"summary": [row.to_json() for row in sums], "entries": entries})
+        else:
+            ledger_tables(sums, entries)
+        return 0

@@ -45,6 +45,16 @@ def run_options(sub: argparse.ArgumentParser, *, as_json: bool = True) -> None:
     )
 
 
+def on_every_machine(sub: argparse.ArgumentParser) -> None:
+    """`--ray`, of commands that measure."""
+    sub.add_argument(
+        "--ray",
+        dest="on_every_machine",
+        action="store_true",
+        help="on every machine of a Ray cluster, one at a time on each (leangen[ray])",
+    )
+
+
 def speculate(sub: argparse._ActionsContainer, default: int | None = None) -> None:
     """`--speculate [N]`."""
     sub.add_argument(
@@ -94,17 +104,30 @@ def request_options(sub: argparse.ArgumentParser) -> None:
     group.add_argument("--phoneme-ids", type=_integers, metavar="IDS", help="speech: `1 20 59 2`")
     group.add_argument("--length-scale", type=float, help="speech: above 1 is slower")
     group.add_argument("--noise-scale", type=float, help="speech: 0 is monotone")
+    group.add_argument("--audio", metavar="WAV", help="transcription: what to write down")
+    group.add_argument("--language", metavar="CODE", help="transcription: what is spoken, like en")
+    group.add_argument("--task", help="transcription: `transcribe`, or `translate` into English")
+    group.add_argument("--seconds", type=float, help="sound: how much to make")
     group.add_argument("--count", type=int, help="samples or images to draw")
     group.add_argument("--data", help="flow: rows (.npy, .csv) whose log-density is wanted")
     group.add_argument("--steps", type=int, help="diffusion steps")
     group.add_argument("--sampler", help="diffusion: ddim, heun, dpmpp_2m, unipc, ...")
     group.add_argument("--guidance", type=float, metavar="SCALE", help="diffusion: 1 is none")
     group.add_argument("--guidance-rescale", type=float, metavar="SHARE", help="diffusion: 0 to 1")
-    group.add_argument("--image", metavar="FILE", help="diffusion: picture or .npy to start from")
+    group.add_argument("--image", metavar="FILE", help="diffusion: start from; encoder: encode")
+    group.add_argument("--latent", metavar="FILE", help="one-shot decoder: .npy in place of noise")
     group.add_argument("--strength", type=float, help="diffusion: how far to leave --image, 0 to 1")
     group.add_argument("--mask", metavar="FILE", help="diffusion: white where to paint anew")
     group.add_argument(
         "--condition", dest="conditions", action="append", type=_condition, metavar="NAME=VALUE"
+    )
+    group.add_argument(
+        "--input",
+        dest="inputs",
+        action="append",
+        type=_named,
+        metavar="NAME=VALUE",
+        help="pipelines: an input by name; may be repeated",
     )
 
 
@@ -113,7 +136,8 @@ _REQUEST_FIELDS = (
     *("ignore_eos", "phonemes", "phoneme_ids", "length_scale", "noise_scale", "count", "data"),
     *("steps", "conditions", "min_p", "presence_penalty", "frequency_penalty", "logit_bias", "n"),
     *("beams", "logprobs", "regex", "speculate", "sampler", "guidance", "guidance_rescale"),
-    *("image", "strength", "mask"),
+    "latent",
+    *("image", "strength", "mask", "audio", "language", "task", "seconds"),
 )
 
 
@@ -146,6 +170,18 @@ def _condition(text: str) -> tuple[str, float]:
     return name, float(value)
 
 
+def _named(text: str) -> tuple[str, str | int | float]:
+    name, sign, value = text.partition("=")
+    if not (name and sign):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    for number in (int, float):
+        try:
+            return name, number(value)
+        except ValueError:
+            pass
+    return name, value
+
+
 def _embodied(text: str) -> tuple[float, float]:
     try:
         total_kg, lifetime_years = map(float, text.split(","))
@@ -170,6 +206,7 @@ def request(args: argparse.Namespace) -> tuple[str | None, dict[str, Any]]:
     for name, path in (("json_schema", args.json_schema), ("lark", args.grammar)):
         if path is not None:
             options[name] = _file(f"--{name.replace('lark', 'grammar').replace('_', '-')}", path)
+    options |= dict(args.inputs or ())
     if args.chat:
         if args.prompt is None:
             raise RequestError("--chat needs a --prompt: the user's message")

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from leangen.store import Store
 
 TOKENS, PROMPTS = 2048, 4
+RECOGNISER = "whisper-tiny-en"
 
 
 def task_options(sub: argparse.ArgumentParser) -> None:
@@ -32,24 +33,36 @@ def task_options(sub: argparse.ArgumentParser) -> None:
     group.add_argument("--rows", type=int, help="flow: samples to draw; default 4096")
     group.add_argument("--features", type=Path, metavar="ONNX", help="images: a feature network")
     group.add_argument(
-        "--whisper", type=Path, metavar="DIR", help="speech: a CTranslate2 folder; tells words"
+        "--recogniser",
+        metavar="MODEL",
+        help=f"speech: what tells words, or `none`; default {RECOGNISER} (tune: none)",
     )
 
 
 def task_of(
-    args: argparse.Namespace, store: Store, bundle: Bundle, progress: Progress | None = None
+    args: argparse.Namespace,
+    store: Store,
+    bundle: Bundle,
+    progress: Progress | None = None,
+    *,
+    recogniser: str = RECOGNISER,
 ) -> Task:
     """The task that was asked for; the text of a language model defaults to the catalog's."""
+    from leangen.families import key
     from leangen.quality import Task
 
     names = ("data", "tokens", "prompts", "new_tokens", "seeds", "steps", "rows", "features")
     given: dict[str, Any] = {
-        name: getattr(args, name) for name in (*names, "whisper") if getattr(args, name) is not None
+        name: getattr(args, name) for name in names if getattr(args, name) is not None
     }
     if bundle.family == "language":
         given = {"tokens": TOKENS, "prompts": PROMPTS} | given
         if "data" not in given:
             given["data"] = store.data("wiki-text", notify=say, progress=progress)
+    recogniser = args.recogniser or recogniser
+    if key(bundle) == "flow/speech" and recogniser != "none":
+        heard_by = store.resolve(recogniser, notify=say, progress=progress)
+        given["recogniser"] = heard_by.path
     return Task(**given)
 
 

@@ -113,7 +113,7 @@ def _serve(
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends us
     try:
-        engine = api.load(path, **loading)
+        engine = api.load_model(path, **loading)
         request = engine.or_example(prompt, options)
         pipe.send(None)
         while True:

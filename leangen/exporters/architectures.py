@@ -44,14 +44,15 @@ _ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
+    "quick_gelu": "gelu_quick",
     "relu": "relu",
 }
 
 
 def _llama(json: Json, **special: Any) -> Layout:
     """Llama, and what differs from it in `special`."""
-    activation = _activation(json.get("hidden_activation") or json.get("hidden_act", "silu"))
-    own = {"epsilon": json.get("rms_norm_eps", 1e-6), "activation": activation}
+    kind = json.get("hidden_activation") or json.get("hidden_act", "silu")
+    own = {"epsilon": json.get("rms_norm_eps", 1e-6), "activation": activation(kind)}
     return Layout(config=_config(json, **own | special), names=LLAMA, ropes={"rope": rope(json)})
 
 
@@ -71,7 +72,7 @@ def _config(json: Json, **special: Any) -> DecoderConfig:
     return DecoderConfig(**config | special)
 
 
-def _activation(name: str) -> str:
+def activation(name: str) -> str:
     """Ours for transformers' name; a name that has none is refused by who reads the config."""
     return _ACTIVATIONS.get(name, name)
 
@@ -249,7 +250,7 @@ def _gpt2(json: Json) -> Layout:
         epsilon=json.get("layer_norm_epsilon", 1e-5),
         tied_head=bool(json.get("tie_word_embeddings", True)),
         norm="layer",
-        activation=_activation(json["activation_function"]),
+        activation=activation(json["activation_function"]),
         gated=False,
         learned_positions=True,
     )
@@ -275,7 +276,7 @@ def _opt(json: Json) -> Layout:
         epsilon=1e-5,
         tied_head=bool(json.get("tie_word_embeddings", True)),
         norm="layer",
-        activation=_activation(json["activation_function"]),
+        activation=activation(json["activation_function"]),
         gated=False,
         learned_positions=True,
     )
@@ -305,7 +306,7 @@ def _gpt_neox(json: Json) -> Layout:
         epsilon=json.get("layer_norm_eps", 1e-5),
         norm="layer",
         parallel=bool(json.get("use_parallel_residual", True)),
-        activation=_activation(json.get("hidden_act", "gelu")),
+        activation=activation(json.get("hidden_act", "gelu")),
         gated=False,
     )
     stem = "gpt_neox.layers.{i}"

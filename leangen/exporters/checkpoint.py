@@ -19,6 +19,7 @@ from leangen.exporters.gguf_blocks import Floats
 Json = Mapping[str, Any]
 Rows = np.ndarray[Any, Any]
 """A tensor as it is stored, rows first: numbers, or the bytes of blocks."""
+Shape = tuple[int | None, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +27,8 @@ class Layout:
     """A model's shape, and where its tensors are."""
 
     config: DecoderConfig
+    encoder: DecoderConfig | None = None
+    """Of a model that has an encoder as well."""
     names: Mapping[str, str]
     """Our name without `layers.I.` to the tensor's without `.weight`; `{i}` layer, `{e}` expert.
 
@@ -81,7 +84,7 @@ class Checkpoint(ABC):
         return gain + np.float32(1) if self.layout.unit_gain else gain
 
     def matrix(self, name: str) -> Matrix:
-        """A weight [n, k] with q and k rows in half-rotation order, or a table [rows, width]."""
+        """A weight [n, k] with q and k rows in half-rotation order, or what else it may be."""
         tensor, rows = self._taken(name, ".weight")
         if name == "positions":
             rows = rows[self.layout.skipped_positions :]
@@ -192,30 +195,59 @@ def _llama3(frequencies: np.ndarray[Any, np.dtype[np.float64]], parameters: Json
     return frequencies * (blend + (1 - blend) / factor)
 
 
-def expected(layout: Layout) -> list[tuple[str, tuple[int | None, ...]]]:
+def expected(layout: Layout) -> list[tuple[str, Shape]]:
     """Our names of all tensors, with their shapes (rows first); None is any size."""
-    config = layout.config
-    width, q, kv = config.width, config.heads * config.head_dim, config.kv_heads * config.head_dim
-    rows: list[tuple[str, tuple[int | None, ...]]] = [("embed", (config.vocab, width))]
-    rows.append(("norm", (width,)))
+    config, encoder = layout.config, layout.encoder
+    width = config.width
+    rows: list[tuple[str, Shape]] = [("embed", (config.vocab, width))]
     if not config.tied_head:
-        rows.append(("head", (config.vocab, width)))
+        rows.append(("head", (config.head_vocab or config.vocab, width)))
     if config.learned_positions:
         rows.append(("positions", (config.context + layout.skipped_positions, width)))
+    shapes: dict[str, Shape] = {"norm": (width,)}
+    if config.relative is not None:
+        shapes["relative"] = (config.relative.buckets, config.heads)
+    if encoder is not None:
+        shapes |= {"encoder.norm": (encoder.width,), "encoder.conv1": (encoder.width, None, 3)}
+        shapes["encoder.embed"] = (encoder.vocab, encoder.width)
+        shapes["encoder.conv2"] = (encoder.width, encoder.width, 3)
+        shapes["encoder.positions"] = (encoder.context, encoder.width)
+        if encoder.relative is not None:
+            shapes["encoder.relative"] = (encoder.relative.buckets, encoder.heads)
+    rows += [(name, shape) for name, shape in shapes.items() if name in layout.names]
+    if encoder is not None:
+        rows += _of_layers(layout, encoder, "encoder.")
+    return rows + _of_layers(layout, config, "")
+
+
+def _of_layers(layout: Layout, config: DecoderConfig, prefix: str) -> list[tuple[str, Shape]]:
+    """What each layer of a decoder or an encoder has."""
+    width, q, kv = config.width, config.heads * config.head_dim, config.kv_heads * config.head_dim
     by_row = config.query_key_norm == "row"
-    shapes: dict[str, tuple[int | None, ...]] = {
+    source = width if layout.encoder is None else layout.encoder.width
+    shapes: dict[str, Shape] = {
         "qkv": (q + 2 * kv, width),
         "q": (q, width),
         "k": (kv, width),
         "v": (kv, width),
         "o": (width, q),
+        "cross_q": (q, width),
+        "cross_k": (q, source),
+        "cross_v": (q, source),
+        "cross_kv": (2 * q, source),
+        "cross_o": (width, q),
         "q_norm": (q if by_row else config.head_dim,),
         "k_norm": (kv if by_row else config.head_dim,),
     }
     experts = config.experts
+    names = [name for name, tensor in layout.names.items() if "{i}" in tensor]
+    labels = [
+        name.removeprefix(prefix) for name in names if name.startswith("encoder.") == bool(prefix)
+    ]
+    rows: list[tuple[str, Shape]] = []
     for layer in range(config.layers):
-        for label in layout.names:
-            if label in ("embed", "norm", "head", "positions") or label in layout.joint:
+        for label in labels:
+            if label in layout.joint:
                 continue
             norm_before = label in ("attn_norm", "mlp_norm")
             if label.endswith("_norm") and norm_before and config.norms == "after":
@@ -225,7 +257,7 @@ def expected(layout: Layout) -> list[tuple[str, tuple[int | None, ...]]]:
                 not config.routed(layer) and label.startswith(("experts.", "router"))
             ):
                 continue
-            shape: tuple[int | None, ...] = shapes.get(label, (None, width))
+            shape: Shape = shapes.get(label, (None, width))
             if label.endswith("down"):
                 shape = (width, None)
             elif label.endswith("_norm") and label not in shapes:
@@ -240,5 +272,5 @@ def expected(layout: Layout) -> list[tuple[str, tuple[int | None, ...]]]:
                     for e in range(1 if together else experts.count)
                 ]
             else:
-                rows.append((f"layers.{layer}.{label}", shape))
+                rows.append((f"{prefix}layers.{layer}.{label}", shape))
     return rows

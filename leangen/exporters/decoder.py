@@ -1,4 +1,4 @@
-"""What the graph of a decoder-only language model is built from: its shape and its weights."""
+"""What the graph of a language model is built from: its shape and its weights."""
 
 from __future__ import annotations
 
@@ -27,8 +27,17 @@ class Experts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Relative:
+    """Biases of attention by distance, in buckets that widen with it (T5, 1910.10683)."""
+
+    buckets: int
+    most: int
+    """From this distance on all share the last bucket."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderConfig:
-    """The shape of the model; the defaults are llama's."""
+    """The shape of a decoder, or of an encoder beside one; the defaults are llama's."""
 
     layers: int
     width: int
@@ -40,18 +49,24 @@ class DecoderConfig:
     epsilon: float
     """Of the norms."""
     tied_head: bool
+    head_vocab: int = 0
+    """Tokens that can be chosen, where some of the vocabulary cannot; 0: all."""
     norm: Literal["rms", "layer"] = "rms"
-    norms: Literal["before", "after", "both"] = "before"
-    """Where the norms of attention and of the MLP stand."""
+    norms: Literal["before", "after", "both", "sum"] = "before"
+    """Where the norms of attention and of the MLP stand; `sum` is after the block is added."""
     query_key_norm: Literal["none", "head", "row"] = "none"
     """RMS norm of queries and keys: over each head, or over all of them."""
     parallel: bool = False
     """The MLP reads what attention reads, not attention's result."""
     activation: str = "silu"
-    """Of the MLP: silu, gelu, gelu_tanh or relu."""
+    """Of the MLP: silu, gelu, gelu_tanh, gelu_quick or relu."""
     gated: bool = True
     learned_positions: bool = False
     """A table of positions is added to the embedding; else heads are rotated."""
+    relative: Relative | None = None
+    """Positions are told by biases of attention: heads are not rotated."""
+    cross: bool = False
+    """Each layer also attends to what an encoder made."""
     rotations: tuple[str, ...] = ()
     """By layer: the table of angles, `""` for none. Empty: `rope` in every layer."""
     windows: tuple[int, ...] = ()
@@ -61,11 +76,13 @@ class DecoderConfig:
     attention_softcap: float = 0.0
     logit_softcap: float = 0.0
     embedding_scale: float = 1.0
+    head_scale: float = 1.0
+    """Of what the output head reads."""
     experts: Experts | None = None
 
     def rotation(self, layer: int) -> str:
         """The table of angles of a layer; `""` where heads are not rotated."""
-        if self.learned_positions:
+        if self.learned_positions or self.relative is not None:
             return ""
         return self.rotations[layer] if self.rotations else "rope"
 
@@ -84,8 +101,10 @@ class Weights(Protocol):
 
     Names are `embed`, `positions`, `head`, `norm` and, for each layer I, `layers.I.` with `q`, `k`,
     `v`, `o`, `gate`, `up`, `down`, the norms `attn_norm`, `mlp_norm` (before), `attn_post_norm`,
-    `mlp_post_norm` (after), `q_norm`, `k_norm`, and for experts `router` and `experts.E.gate`,
-    `.up`, `.down`. Rows of q and k stand in half-rotation order (not interleaved).
+    `mlp_post_norm` (after), `q_norm`, `k_norm`, for experts `router` and `experts.E.gate`, `.up`,
+    `.down`, for attention to an encoder `cross_q` ... `cross_o` and `cross_norm` (or
+    `cross_post_norm`); `relative` is T5's table [buckets, heads]. What belongs to an encoder has
+    `encoder.` before its name. Rows of q and k stand in half-rotation order (not interleaved).
     """
 
     def gain(self, name: str) -> Floats:
@@ -93,7 +112,7 @@ class Weights(Protocol):
         ...
 
     def matrix(self, name: str) -> Matrix:
-        """A linear layer's weight [n, k], or a table [rows, width]."""
+        """A linear layer's weight [n, k], a table [rows, width], a convolution's [n, k, taps]."""
         ...
 
     def bias(self, name: str) -> Floats | None:

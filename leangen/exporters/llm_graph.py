@@ -1,4 +1,4 @@
-"""The ONNX graph of a decoder-only language model, as a `DecoderConfig` describes it.
+"""The ONNX graph of a language model's decoder, as a `DecoderConfig` describes it.
 
 One run takes `new` tokens of each sequence, whose earlier tokens are in the cache:
 
@@ -9,6 +9,9 @@ One run takes `new` tokens of each sequence, whose earlier tokens are in the cac
     past_key_i, past_value_i           [batch, kv_heads, capacity, head_dim], a pair per layer
  -> logits [batch, wanted, vocab]      fp32, for the positions from `logits_from` on
     present_key_i, present_value_i     the caches: bind them to the buffers of the past
+
+A decoder beside an encoder also takes `cross_key_i`, `cross_value_i` [batch, heads, source,
+head_dim], which the encoder's graph computes once (see `encoder_graph`).
 
 Node names are paths (`/layers.0/attn/qkv`, `/layers.0/mlp/down`, `/lm_head`): recipes and
 manifests speak of nodes by them. Between attentions the graph works on [batch * new, width], which
@@ -23,42 +26,35 @@ from typing import Any
 import numpy as np
 from onnx import TensorProto, ValueInfoProto, helper
 
+from leangen.exporters import relative_bias
 from leangen.exporters.decoder import DecoderConfig, Weights
 from leangen.exporters.gguf_blocks import Blocks
-from leangen.exporters.llm_linear import Linears
-from leangen.exporters.llm_mlp import Mlps
+from leangen.exporters.llm_stack import Stack
 from leangen.exporters.onnx_writer import GraphWriter
 
 
-def write(folder: Path, config: DecoderConfig, weights: Weights) -> dict[str, dict[str, Any]]:
-    """Write `model.onnx` and `model.onnx.data` into `folder`.
+def write(
+    folder: Path, config: DecoderConfig, weights: Weights, stem: str = "model"
+) -> dict[str, dict[str, Any]]:
+    """Write `model.onnx` and `model.onnx.data`, or files of another stem, into `folder`.
 
     Returns, for each node that holds a weight matrix, its form, its bits per weight, how many
     weights it has and the precision of its activations. A tied head has the embedding's weights.
     """
-    with GraphWriter(folder) as writer:
+    with GraphWriter(folder, stem) as writer:
         graph = _Graph(writer, config, weights)
         graph.build()
         return graph.linears.held
 
 
-class _Graph:
-    def __init__(self, writer: GraphWriter, config: DecoderConfig, weights: Weights) -> None:
-        self.writer = writer
-        self.config = config
-        self.weights = weights
-        # Rounding in the last layer's MLP meets the logits raw: int8 activations everywhere but
-        # there take a fifth off the KL divergence of SmolLM2-135M and cost too little to measure.
-        self.linears = Linears(writer, weights, exact=f"/layers.{config.layers - 1}/mlp/")
-        self.mlps = Mlps(config, self.linears)
-
+class _Graph(Stack):
     def build(self) -> None:
         config, node = self.config, self.writer.node
         self._shapes_and_rotations()
         residual, y = self._embed(), ""
         for layer in range(config.layers):
             path = f"layers.{layer}"
-            x, residual = self._enter(f"{path}.attn_norm", y, residual)
+            x, residual = self.enter(f"{path}.attn_norm", y, residual)
             y = self._attention(layer, x)
             if layer == config.layers - 1:
                 # Nothing after attention mixes positions, so drop the unwanted ones here.
@@ -67,15 +63,20 @@ class _Graph:
                 residual = node("Slice", "/wanted", [residual, "logits_from", "end", "axis_1"])
                 residual = node("Reshape", "/wanted/flat", [residual, "flat"])
             y = node("Reshape", f"/{path}/attn/flat", [y, "flat_heads"])
-            y = self._leave(f"{path}.attn_post_norm", self.linears.linear(path, "attn", y, ["o"]))
+            y = self.linears.linear(path, "attn", y, ["o"])
+            y, residual = self.leave(f"{path}.attn_post_norm", y, residual)
+            if config.cross:
+                x, residual = self.enter(f"{path}.cross_norm", y, residual)
+                y = self._cross_attention(layer, x)
+                y, residual = self.leave(f"{path}.cross_post_norm", y, residual)
             if config.parallel:
-                x = self._norm(f"{path}.mlp_norm", residual)
+                x = self.norm(f"{path}.mlp_norm", residual)
                 y = node("Add", f"/{path}/both", [y, self.mlps.mlp(layer, x)])
             else:
-                x, residual = self._enter(f"{path}.mlp_norm", y, residual)
-                y = self._leave(f"{path}.mlp_post_norm", self.mlps.mlp(layer, x))
-        x, _ = self._add_norm("norm", y, residual)
-        logits = self._head(x)
+                x, residual = self.enter(f"{path}.mlp_norm", y, residual)
+                y = self.mlps.mlp(layer, x)
+                y, residual = self.leave(f"{path}.mlp_post_norm", y, residual)
+        logits = self._head(self.last("norm", y, residual))
         if config.logit_softcap:
             cap = self.writer.constant("logit_softcap", np.array(config.logit_softcap, np.float32))
             logits = node("Div", "/lm_head/capped", [logits, cap])
@@ -84,67 +85,24 @@ class _Graph:
         self.writer.save(self._inputs(), self._outputs())
 
     def _shapes_and_rotations(self) -> None:
-        config, node, constant = self.config, self.writer.node, self._ints
+        config, node, constant = self.config, self.writer.node, self.ints
+        self.common_shapes()
         constant("end", np.iinfo(np.int64).max)
         constant("axis_1", 1)
-        constant("axis_last", -1)
-        constant("any", -1)
-        constant("flat", -1, config.width)
-        constant("flat_heads", -1, config.heads * config.head_dim)
-        constant("any_vocab", -1, config.vocab)
+        constant("any_vocab", -1, config.head_vocab or config.vocab)
         node("Shape", "/batch_new", ["input_ids"])
         node("Shape", "/batch", ["input_ids"], end=1)
         node("Concat", "/batched", ["/batch_new/y", "any"], ["batched"], axis=0)
         node("Concat", "/batched_vocab", ["/batch/y", "any_vocab"], ["batched_vocab"], axis=0)
+        if config.cross:
+            constant("any_heads", -1, config.heads * config.head_dim)
+            node("Concat", "/batched_heads", ["/batch/y", "any_heads"], ["batched_heads"], axis=0)
+        if config.relative is not None:
+            relative_bias.causal(self.writer, config.relative, self.weights)
         for table in sorted({config.rotation(layer) for layer in range(config.layers)} - {""}):
             angles = np.outer(np.arange(config.context), self.weights.inverse_frequencies(table))
             self.writer.constant(f"{table}.cos", np.cos(angles).astype(np.float32))
             self.writer.constant(f"{table}.sin", np.sin(angles).astype(np.float32))
-
-    def _ints(self, name: str, *values: int) -> str:
-        return self.writer.constant(name, np.array(values, np.int64))
-
-    def _enter(self, name: str, y: str, residual: str) -> tuple[str, str]:
-        """What a block reads, and the residual stream with the block before added."""
-        if self.config.norms != "after":
-            if y:
-                return self._add_norm(name, y, residual)
-            return self._norm(name, residual), residual
-        if y:
-            residual = self.writer.node("Add", f"{_path(name)}/sum", [residual, y])
-        return residual, residual
-
-    def _leave(self, name: str, y: str) -> str:
-        """What a block adds to the residual stream."""
-        return y if self.config.norms == "before" else self._norm(name, y)
-
-    def _norm(self, name: str, x: str, path: str = "") -> str:
-        """Norm of each row, with the gain of that name."""
-        op = "RMSNormalization" if self.config.norm == "rms" else "LayerNormalization"
-        inputs = [x, *self._gain_and_bias(name)]
-        return self.writer.node(
-            op, path or _path(name), inputs, axis=-1, epsilon=self.config.epsilon
-        )
-
-    def _add_norm(self, name: str, x: str, residual: str) -> tuple[str, str]:
-        """Norm of x + residual with the gain of that name, and the sum itself."""
-        path = _path(name)
-        simplified = "Simplified" if self.config.norm == "rms" else ""
-        total = f"{path}/sum"
-        y = self.writer.node(
-            f"Skip{simplified}LayerNormalization",
-            path,
-            [x, residual, *self._gain_and_bias(name)],
-            [f"{path}/y", "", "", total],
-            domain="com.microsoft",
-            epsilon=self.config.epsilon,
-        )
-        return y, total
-
-    def _gain_and_bias(self, name: str) -> list[str]:
-        gain = self.writer.constant(f"{name}.weight", self.weights.gain(name))
-        bias = self.weights.bias(name)
-        return [gain] if bias is None else [gain, self.writer.constant(f"{name}.bias", bias)]
 
     def _attention(self, layer: int, x: str) -> str:
         config, path = self.config, f"/layers.{layer}/attn"
@@ -159,14 +117,16 @@ class _Graph:
         special: dict[str, Any] = {}
         if window := config.window(layer):
             special["local_window_size"] = window
-        if config.attention_scale is not None:
-            special["scale"] = config.attention_scale
+        special |= self.scale()
         if config.attention_softcap:
             special["softcap"] = config.attention_softcap
+        positions = [f"{table}.cos", f"{table}.sin"] if table else []
+        if config.relative is not None:
+            positions = ["", "", "", relative_bias.NAME]
         return self.writer.node(
             "GroupQueryAttention",
             f"{path}/gqa",
-            [*heads, *caches, *lengths, *([f"{table}.cos", f"{table}.sin"] if table else [])],
+            [*heads, *caches, *lengths, *positions],
             [f"{path}/gqa/y", f"present_key_{layer}", f"present_value_{layer}"],
             domain="com.microsoft",
             num_heads=config.heads,
@@ -176,32 +136,41 @@ class _Graph:
             **special,
         )
 
+    def _cross_attention(self, layer: int, x: str) -> str:
+        config, node, path = self.config, self.writer.node, f"/layers.{layer}/cross"
+        q = self.linears.linear(f"layers.{layer}", "cross", x, ["cross_q"])
+        q = node("Reshape", f"{path}/batched", [q, "batched_heads"])
+        y = self.writer.microsoft(
+            "MultiHeadAttention",
+            f"{path}/mha",
+            [q, f"cross_key_{layer}", f"cross_value_{layer}"],
+            num_heads=config.heads,
+            **self.scale(),
+        )
+        y = node("Reshape", f"{path}/flat", [y, "flat_heads"])
+        return self.linears.linear(f"layers.{layer}", "cross", y, ["cross_o"])
+
     def _normed_heads(self, layer: int, qkv: str) -> list[str]:
         """Queries, keys and values apart, the first two normed."""
         config, node, path = self.config, self.writer.node, f"/layers.{layer}/attn"
         widths = [config.heads * config.head_dim, *[config.kv_heads * config.head_dim] * 2]
         parts = [f"{path}/{name}_part" for name in "qkv"]
-        node("Split", f"{path}/split", [qkv, self._ints(f"{path}/widths", *widths)], parts, axis=-1)
+        node("Split", f"{path}/split", [qkv, self.ints(f"{path}/widths", *widths)], parts, axis=-1)
         heads = []
         for label, part in zip("qkv", parts, strict=True):
             if label != "v":
                 if config.query_key_norm == "head":
-                    shape = self._ints(f"{path}/{label}_heads", -1, config.head_dim)
+                    shape = self.ints(f"{path}/{label}_heads", -1, config.head_dim)
                     part = node("Reshape", f"{path}/{label}_by_head", [part, shape])
-                part = self._norm(f"layers.{layer}.{label}_norm", part, f"{path}/{label}_norm")
+                part = self.norm(f"layers.{layer}.{label}_norm", part, f"{path}/{label}_norm")
             heads.append(node("Reshape", f"{path}/{label}_batched", [part, "batched"]))
         return heads
 
     def _embed(self) -> str:
         """The residual stream [batch * new, width] that the tokens start from."""
-        node, config = self.writer.node, self.config
-        x = self._embedded(node("Reshape", "/embed/ids", ["input_ids", "any"]))
-        if config.embedding_scale != 1:
-            scale = self.writer.constant(
-                "embed.scale", np.array(config.embedding_scale, np.float32)
-            )
-            x = node("Mul", "/embed/scaled", [x, scale])
-        if config.learned_positions:
+        node = self.writer.node
+        x = self.embedded(node("Reshape", "/embed/ids", ["input_ids", "any"]))
+        if self.config.learned_positions:
             table = self.writer.constant("positions.weight", self.weights.matrix("positions"))  # type: ignore[arg-type]
             rows = node("Gather", "/positions", [table, self._positions()])
             x = node("Add", "/embed/placed", [x, rows])
@@ -222,37 +191,15 @@ class _Graph:
         places = node("Add", "/positions/places", [first, steps])
         return node("Reshape", "/positions/flat", [places, "any"])
 
-    def _embedded(self, ids: str) -> str:
-        node, weight = self.writer.node, self.weights.matrix("embed")
-        self.linears.hold("/embed", weight)
-        if not isinstance(weight, Blocks):
-            return node("Gather", "/embed", [self.writer.constant("embed.weight", weight), ids])
-        codes = self.writer.constant("embed.codes", weight.codes.reshape(weight.shape[0], -1))
-        scales = self.writer.constant("embed.scales", weight.scales)
-        x = self.writer.microsoft(
-            "GatherBlockQuantized",
-            "/embed",
-            [codes, ids, scales],
-            bits=weight.bits,
-            block_size=weight.block_size,
-            gather_axis=0,
-            quantize_axis=1,
-        )
-        if weight.offsets is None:
-            return x
-        table = self.writer.constant("embed.offsets", weight.offsets)
-        offsets = node("Gather", "/embed/offsets", [table, ids])
-        offsets = node("Unsqueeze", "/embed/offset", [offsets, "axis_last"])
-        in_blocks = self._ints("embed.blocks", -1, weight.scales.shape[1], weight.block_size)
-        x = node("Reshape", "/embed/blocks", [x, in_blocks])
-        x = node("Add", "/embed/sum", [x, offsets])
-        return node("Reshape", "/embed/flat", [x, "flat"])
-
     def _head(self, x: str) -> str:
         """Logits [batch * wanted, vocab]; a tied head computes with the embedding's bytes."""
         linears = self.linears
+        if self.config.head_scale != 1:
+            scale = self.writer.constant("head.scale", np.array(self.config.head_scale, np.float32))
+            x = self.writer.node("Mul", "/lm_head/scaled", [x, scale])
         if not self.config.tied_head:
-            return linears.product("/lm_head", x, self.weights.matrix("head"))
+            head, bias = self.weights.matrix("head"), self.weights.bias("head")
+            return linears.product("/lm_head", x, head, bias)
         if linears.held["/embed"]["form"] == "fp32":
             linears.held["/lm_head"] = linears.held["/embed"]
             return self.writer.microsoft("FusedMatMul", "/lm_head", [x, "embed.weight"], transB=1)
@@ -261,11 +208,11 @@ class _Graph:
         codes = self.writer.view("lm_head.codes", weight.codes, of="embed.codes")
         return linears.low_bit_product("/lm_head", x, weight, codes, "embed.scales", None)
 
-    def _caches(self, prefix: str) -> list[ValueInfoProto]:
+    def _caches(self, prefix: str, length: str = "capacity") -> list[ValueInfoProto]:
         shape: list[str | int | None] = [
             "batch",
             self.config.kv_heads,
-            "capacity",
+            length,
             self.config.head_dim,
         ]
         return [
@@ -282,15 +229,11 @@ class _Graph:
             info("total_sequence_length", TensorProto.INT32, []),
             info("logits_from", TensorProto.INT64, [1]),
             *self._caches("past"),
+            *(self._caches("cross", "source") if self.config.cross else []),
         ]
 
     def _outputs(self) -> list[ValueInfoProto]:
-        shape: list[str | int | None] = ["batch", "wanted", self.config.vocab]
+        vocab = self.config.head_vocab or self.config.vocab
+        shape: list[str | int | None] = ["batch", "wanted", vocab]
         logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, shape)
         return [logits, *self._caches("present")]
-
-
-def _path(name: str) -> str:
-    """`layers.0.attn_norm` -> `/layers.0/attn_norm`."""
-    layer, dot, label = name.rpartition(".")
-    return f"/{layer}/{label}" if dot else f"/{name}"

@@ -11,16 +11,16 @@ from leangen.exporters.llm_linear import Linears
 class Mlps:
     """Adds a layer's MLP, or its experts, to the graph that `linears` writes to."""
 
-    def __init__(self, config: DecoderConfig, linears: Linears) -> None:
+    def __init__(self, config: DecoderConfig, linears: Linears, prefix: str = "") -> None:
         self.config = config
         self.linears = linears
+        self.prefix = prefix
         self.writer = linears.writer
 
     def mlp(self, layer: int, x: str) -> str:
         """The MLP of x [rows, width]."""
-        if self.config.routed(layer):
-            return self._experts(f"layers.{layer}", x)
-        return self._one(f"layers.{layer}", "mlp", x)
+        name = f"{self.prefix}layers.{layer}"
+        return self._experts(name, x) if self.config.routed(layer) else self._one(name, "mlp", x)
 
     def _one(self, weights: str, block: str, x: str) -> str:
         path = f"/{weights}/{block}"
@@ -37,6 +37,8 @@ class Mlps:
         kind = self.config.activation
         if kind == "silu":  # QuickGelu with alpha 1 is SiLU, in one pass over the data
             return self.writer.microsoft("QuickGelu", f"{path}/silu", [x], alpha=1.0)
+        if kind == "gelu_quick":
+            return self.writer.microsoft("QuickGelu", f"{path}/gelu", [x], alpha=1.702)
         if kind == "relu":
             return self.writer.node("Relu", f"{path}/relu", [x])
         approximate = "tanh" if kind == "gelu_tanh" else "none"

@@ -10,7 +10,8 @@ import numpy as np
 
 from leangen.bundle import Bundle
 from leangen.errors import DependencyError
-from leangen.families import language
+from leangen.families import language, text_to_text, transcription
+from leangen.families.decoder import Decoder, Floats
 from leangen.session import Session
 
 TOLERANCE = 1e-4
@@ -24,7 +25,7 @@ class Difference:
     """Logits of the bundle against those of torch, both in fp32, on one input."""
 
     input: str
-    """`random` tokens, or those of a `text`."""
+    """`random` tokens or noise, those of a `text`, or a `sound`."""
     tokens: int
     largest: float
     """Of the absolute differences."""
@@ -36,6 +37,12 @@ class Difference:
         """Whether it is within `TOLERANCE`."""
         return self.largest <= TOLERANCE * max(1.0, self.scale)
 
+    def __str__(self) -> str:
+        return (
+            f"{self.input}: logits of {self.tokens} tokens differ from torch by at most "
+            f"{self.largest:.2g} (the largest is {self.scale:.3g})"
+        )
+
 
 def differences(path: Path, bundle: Bundle) -> list[Difference]:
     """Run the model in folder `path` with torch, and the bundle made of it, on the same tokens.
@@ -43,28 +50,69 @@ def differences(path: Path, bundle: Bundle) -> list[Difference]:
     Code that comes with a model is never run, pickles are not loaded. Holds both models in memory.
     Raises DependencyError without torch or transformers.
     """
+    model, torch = _model(path, "AutoModelForCausalLM")
+    session = Session(bundle)
+    context, vocab = bundle.config["context_length"], bundle.config["vocab_size"]
+    words = language.encode(session, language.Request(prompt=TEXT))
+    found = []
+    for name, tokens in (("random", _random(vocab, context)), ("text", words[:context])):
+        with torch.no_grad():
+            expected = model(torch.tensor([tokens])).logits[0].numpy()
+        found.append(_difference(name, language.logits(session, tokens), expected))
+    return found
+
+
+def seq2seq_differences(path: Path, bundle: Bundle) -> list[Difference]:
+    """The same of an encoder-decoder: of text, or of sound (noise, and the family's example)."""
+    config = bundle.config
+    sound = config["task"] == "transcription"
+    model, torch = _model(path, "AutoModelForSpeechSeq2Seq" if sound else "AutoModelForSeq2SeqLM")
+    session = Session(bundle)
+    tokens = _random(config["vocab_size"], config["context_length"])
+    if sound:
+        noise = np.random.default_rng(0).standard_normal(config["window_samples"]) / 10
+        example = transcription.Request(**transcription.EXAMPLE).samples(config["sample_rate_hz"])
+        inputs = {"random": noise.astype(np.float32), "sound": example}
+    else:
+        words = language.tokens_of(session, language.Request(prompt=TEXT))
+        inputs = {"random": tokens, "text": words[: config["source_length"]]}
+    found = []
+    for name, given in inputs.items():
+        if sound:
+            given = given[: config["window_samples"]]
+            states = transcription.encoded(session, given)
+            features = transcription.features(config, given)
+            feeds = {"input_features": torch.from_numpy(features)}
+        else:
+            states = text_to_text.encoded(session, given)
+            feeds = {"input_ids": torch.tensor([given])}
+        with torch.no_grad():
+            expected = model(**feeds, decoder_input_ids=torch.tensor([tokens])).logits[0].numpy()
+        with Decoder(session, len(tokens), role="decoder", beside=states) as decoder:
+            found.append(_difference(name, decoder.feed_all(tokens), expected))
+    return found
+
+
+def _model(path: Path, kind: str) -> tuple[Any, Any]:
+    """The model in fp32, and torch."""
     try:
         import torch
-        from transformers import AutoModelForCausalLM
+        import transformers
     except ModuleNotFoundError as error:
         if error.name not in ("torch", "transformers"):
             raise
         raise DependencyError("--check runs torch: `pip install 'leangen[export]'`") from None
-    model: Any = AutoModelForCausalLM.from_pretrained(
+    model: Any = getattr(transformers, kind).from_pretrained(
         path, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
     )
-    session = Session(bundle)
-    context, vocab = bundle.config["context_length"], bundle.config["vocab_size"]
-    words = language.encode(session, language.Request(prompt=TEXT))
-    inputs = {
-        "random": np.random.default_rng(0).integers(0, vocab, min(TOKENS, context)).tolist(),
-        "text": words[:context],
-    }
-    found = []
-    for name, tokens in inputs.items():
-        with torch.no_grad():
-            expected = model(torch.tensor([tokens])).logits[0].numpy()
-        got = language.logits(session, tokens)
-        scale, largest = float(np.abs(expected).max()), float(np.abs(got - expected).max())
-        found.append(Difference(name, len(tokens), largest, scale))
-    return found
+    return model, torch
+
+
+def _random(vocab: int, context: int) -> list[int]:
+    drawn: list[int] = np.random.default_rng(0).integers(0, vocab, min(TOKENS, context)).tolist()
+    return drawn
+
+
+def _difference(name: str, got: Floats, expected: Floats) -> Difference:
+    scale, largest = float(np.abs(expected).max()), float(np.abs(got - expected).max())
+    return Difference(name, len(expected), largest, scale)

@@ -74,6 +74,7 @@ class Sequence:
             units=1,
             text=text,
             tokens=(choice.token,),
+            logprobs=() if choice.logprob is None else (self._told(choice),),
             counts={"reused": self.reused} if first else {},
         )
 

@@ -7,7 +7,7 @@ call into ORT and no copies.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 import onnxruntime as ort
 
 from leangen.families import key_values
+from leangen.families.grown_cache import GrownCache
 from leangen.session import Session
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
@@ -29,31 +30,44 @@ class Decoder:
 
     The cache freed last is kept, with its tokens, for the next sequence: one that begins like
     `prefix` starts from what they share (`length` tokens of it).
+    `beside` are inputs of the graph that stay the same for the whole sequence, such as the keys
+    and values that an encoder made.
 
     Not for use by two threads at once; several decoders of one session may run in several threads.
     `capacity` is checked by the caller.
     """
 
-    def __init__(self, session: Session, capacity: int, prefix: Sequence[int] = ()) -> None:
-        self._spare: list[_Cache] = session.keep("language.spare_caches", list)
+    def __init__(
+        self,
+        session: Session,
+        capacity: int,
+        prefix: Sequence[int] = (),
+        *,
+        role: str = "model",
+        beside: Mapping[str, Floats] | None = None,
+    ) -> None:
+        self._role, self._beside = role, beside or {}
+        self._spare: list[Any] = session.keep("language.spare_caches", list)
         try:  # one call, so that two threads never get the same one
-            spare: _Cache | None = self._spare.pop()
+            spare = self._spare.pop()
         except IndexError:
             spare = None
         self.length = 0 if spare is None else _shared(spare.tokens, prefix)
         """Tokens of the sequence that the cache holds."""
         if spare is not None and spare.capacity >= capacity:
             self._cache = spare
+            spare.put_beside(self._beside)
             return
         if self.length == 0:
             spare = None  # freed before the larger one is made
-        self._cache = _Cache(session, -(-capacity // _ROUND) * _ROUND)
+        self._cache = _new_cache(session, role, capacity)
+        self._cache.put_beside(self._beside)
         if spare is not None:
             self._cache.copy(spare, self.length)
 
     def fork(self, session: Session) -> Decoder:
         """Another sequence that begins like this one, with a cache of its own."""
-        other = Decoder(session, self._cache.capacity)
+        other = Decoder(session, self._cache.capacity, role=self._role, beside=self._beside)
         other.become(self)
         return other
 
@@ -91,22 +105,29 @@ class Decoder:
     def _run(self, tokens: Sequence[int], *, all_logits: bool) -> Floats:
         before, self.length = self.length, self.length + len(tokens)
         del self._cache.tokens[before:]
-        logits = self._cache.run(tokens, self.length, all_logits=all_logits)
+        logits: Floats = self._cache.run(tokens, self.length, all_logits=all_logits)
         self._cache.tokens += tokens
         return logits
+
+
+def _new_cache(session: Session, role: str, capacity: int) -> Any:
+    if "io" in session.bundle.config:
+        return GrownCache(session, role)
+    return _Cache(session, role, -(-capacity // _ROUND) * _ROUND)
 
 
 class _Cache:
     """Key and value buffers, and the binding of them and of the other inputs and outputs."""
 
-    def __init__(self, session: Session, capacity: int) -> None:
+    def __init__(self, session: Session, role: str, capacity: int) -> None:
         self.capacity = capacity
         self.tokens: list[int] = []
         """What the buffers hold the keys and values of."""
-        self._graph = session.graph("model")
+        self._graph = session.graph(role)
         self._binding = self._graph.io_binding()
-        self._vocab = session.bundle.config["vocab_size"]
-        self._buffers = key_values.allocate(session, 1, capacity)
+        config = session.bundle.config
+        self._vocab = config.get("head_size", config["vocab_size"])
+        self._buffers = key_values.allocate(session, 1, capacity, role)
         key_values.bind(self._binding, self._buffers)
         self._last = np.zeros(1, np.int32)
         self._total = np.zeros((), np.int32)
@@ -116,6 +137,12 @@ class _Cache:
         self._input("logits_from", self._logits_from)
         self._ids = np.zeros((1, 0), np.int64)
         self._logits = np.zeros((1, 0, 0), np.float32)
+
+    def put_beside(self, inputs: Mapping[str, Floats]) -> None:
+        """Bind the inputs that stay the same."""
+        self._beside = inputs  # ORT reads their memory
+        for name, array in inputs.items():
+            self._input(name, array)
 
     def copy(self, other: _Cache, length: int) -> None:
         """Take over the other's first `length` tokens; both caches have room for them."""
@@ -146,6 +173,12 @@ class _Cache:
     def _input(self, name: str, array: np.ndarray[Any, Any]) -> None:
         # The OrtValue is a window on the array's memory: later changes to the array are seen.
         self._binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
+
+
+def cross_names(config: Mapping[str, Any]) -> list[str]:
+    """What an encoder's graph makes for its decoder, by layer."""
+    layers = range(config["layers"])
+    return [f"cross_{kind}_{layer}" for layer in layers for kind in ("key", "value")]
 
 
 def _shared(held: Sequence[int], prefix: Sequence[int]) -> int:

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
+from leangen.errors import RequestError
+from leangen.families import pages
 from leangen.session import Session
 
 Array = np.ndarray[Any, Any]
@@ -14,17 +16,22 @@ Array = np.ndarray[Any, Any]
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
-def allocate(session: Session, rows: int, capacity: int) -> Array:
+def allocate(session: Session, rows: int, capacity: int, role: str = "model") -> Array:
     """Room for `rows` sequences of `capacity` tokens, in the numbers that the graph keeps.
 
-    [layers, 2, rows, kv_heads, capacity, head_dim]. Zeroed pages are the kernel's until they are
-    written: a tail or a row that is not used takes no memory.
+    [layers, 2, rows, kv_heads, capacity, head_dim]. A tail or a row that is not used takes no
+    memory.
     """
     config = session.bundle.config
-    inputs = session.graph("model").get_inputs()
+    if "io" in config:
+        raise RequestError(
+            f"{session.bundle.name} wraps a graph of another program, whose cache holds one "
+            "sequence and no calibration data: export the model from its own weights instead"
+        )
+    inputs = session.graph(role).get_inputs()
     kept = next(_TYPES[given.type] for given in inputs if given.name.startswith("past_key_"))
     shape = (config["layers"], 2, rows, config["kv_heads"], capacity, config["head_dim"])
-    return np.zeros(shape, kept)
+    return pages.zeros(shape, kept)
 
 
 def bind(binding: ort.IOBinding, caches: Array) -> None:

@@ -59,32 +59,39 @@ def run(session: Session, request: Request) -> Generator[Step, None, Output]:
     Same seed, same output. Raises RequestError for a prompt that does not fit the context.
     """
     prompt = encode(session, request)
-    samples = range(request.n)
-    choosers = [chooser(session, request, prompt, sample) for sample in samples]
     # The last token is always fed: its logits are wanted.
     prefix = prompt[:-1] if request.prefix_cache else ()
-    replies = []
-    with Decoder(session, len(prompt) + _limit(session, request, prompt), prefix) as decoder:
-        counts = {"reused": decoder.length} if request.prefix_cache else {}
-        logits = decoder.feed(prompt[decoder.length :]).copy()
-        for sample in samples:
-            reply = empty_reply(session, request, prompt)
-            replies.append(reply)
-            if request.beams > 1:
-                steps = _search(reply, session, request, decoder, logits)
-            else:
-                steps = _fill(reply, request, choosers[sample], decoder, prompt, logits)
-            for step in steps:
-                if counts:
-                    step, counts = replace(step, counts={**counts, **step.counts}), {}
-                yield step if sample == 0 else replace(step, kind="decode", sample=sample)
-    first = replies[0]
+    with Decoder(session, len(prompt) + limit(session, request, prompt), prefix) as decoder:
+        return (yield from replies(session, request, decoder, prompt))
+
+
+def replies(
+    session: Session, request: Request, decoder: Decoder, prompt: Sequence[int]
+) -> Generator[Step, None, Output]:
+    """The steps of all samples that follow `prompt`, of which `decoder` may hold a part."""
+    samples = range(request.n)
+    choosers = [chooser(session, request, prompt, sample) for sample in samples]
+    found = []
+    counts = {"reused": decoder.length} if request.prefix_cache else {}
+    logits = decoder.feed(prompt[decoder.length :]).copy()
+    for sample in samples:
+        reply = empty_reply(session, request, prompt)
+        found.append(reply)
+        if request.beams > 1:
+            steps = _search(reply, session, request, decoder, logits)
+        else:
+            steps = fill(reply, choosers[sample], decoder, prompt, logits, request.speculate)
+        for step in steps:
+            if counts:
+                step, counts = replace(step, counts={**counts, **step.counts}), {}
+            yield step if sample == 0 else replace(step, kind="decode", sample=sample)
+    first = found[0]
     return Output(
         prompt_units=len(prompt),
         text=first.text,
         tokens=first.tokens,
         stop_reason=first.stop_reason,
-        extra={"samples": replies},
+        extra={"samples": found},
     )
 
 
@@ -108,25 +115,26 @@ def empty_reply(session: Session, request: Request, prompt: Sequence[int]) -> Re
     return Reply(
         TextStream(tokenizer(session), prompt, request.stop),
         () if request.ignore_eos else _config(session)["eos_ids"],
-        _limit(session, request, prompt),
+        limit(session, request, prompt),
     )
 
 
-def _limit(session: Session, request: Request, prompt: Sequence[int]) -> int:
+def limit(session: Session, request: Request, prompt: Sequence[int]) -> int:
+    """How many tokens may follow a prompt."""
     context: int = _config(session)["context_length"]
     return min(request.max_new_tokens, context - len(prompt))
 
 
-def _fill(
+def fill(
     reply: Reply,
-    request: Request,
     chooser: Chooser,
     decoder: Decoder,
     prompt: Sequence[int],
     logits: Floats,
+    speculate: int = 0,
 ) -> Iterator[Step]:
     """The steps of a reply to a prompt that `decoder` holds and that `logits` follow."""
-    lookup = PromptLookup(prompt, request.speculate)
+    lookup = PromptLookup(prompt, speculate)
     rows, guess = logits[None], list[int]()
     while True:
         piece, begin = "", len(reply.tokens)
@@ -142,11 +150,11 @@ def _fill(
             units=len(taken),
             text=piece,
             tokens=taken,
-            counts={"guessed": len(guess), "accepted": accepted} if request.speculate else {},
+            counts={"guessed": len(guess), "accepted": accepted} if speculate else {},
         )
         if reply.stop_reason is not None:
             return
-        if request.speculate:
+        if speculate:
             lookup.learn(len(guess), accepted)
             lookup.extend(taken)
             guess = lookup.guess(reply.limit - len(reply.tokens) - 1)
@@ -183,6 +191,18 @@ def tokenizer(session: Session) -> Tokenizer:
 
 def encode(session: Session, request: Request) -> list[int]:
     """The request's prompt as tokens; RequestError when there are none, or too many."""
+    tokens = tokens_of(session, request)
+    context = _config(session)["context_length"]
+    if len(tokens) >= context:
+        raise RequestError(
+            f"the prompt has {len(tokens)} tokens and the model's context {context}: shorten the "
+            f"prompt to at most {context - 1}, which leaves room for one new token"
+        )
+    return tokens
+
+
+def tokens_of(session: Session, request: Request) -> list[int]:
+    """The request's prompt as tokens, however many; RequestError when there are none."""
     config = _config(session)
     if request.tokens is not None:
         tokens = _checked(request.tokens, config["vocab_size"])
@@ -193,12 +213,6 @@ def encode(session: Session, request: Request) -> list[int]:
         tokens = tokenizer(session).encode(request.prompt or "").ids
     if not tokens:
         raise RequestError("the prompt is empty, expected at least one token: give some text")
-    context = config["context_length"]
-    if len(tokens) >= context:
-        raise RequestError(
-            f"the prompt has {len(tokens)} tokens and the model's context {context}: shorten the "
-            f"prompt to at most {context - 1}, which leaves room for one new token"
-        )
     return tokens
 
 

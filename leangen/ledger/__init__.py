@@ -23,7 +23,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
-import sqlite3
+import sys
 import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -36,7 +36,7 @@ from leangen.errors import RequestError, StorageError
 from leangen.ledger import chain, compaction, merging, verification
 from leangen.ledger.committer import Committer, Ticket
 from leangen.ledger.compaction import Compaction
-from leangen.ledger.database import connect, explain, transaction
+from leangen.ledger.database import Database, Place, SqliteFile
 from leangen.ledger.derived import Derived
 from leangen.ledger.merging import Merged
 from leangen.ledger.rows import canonical, derive
@@ -62,17 +62,23 @@ BATCH = 500
 class Ledger:
     """The ledger in the file `path`, which the first `append` makes. Usable from many threads.
 
+    `postgresql://user@host/database` in place of a path is one that many machines write to.
+
     Every method raises StorageError for a file that is damaged, foreign, locked for long, or of
     another version, and for a full or read-only disk; such a file is left as it is.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | str) -> None:
         self.path = path
+        self._place = place_of(path)
         self._committer = Committer(self._commit)
         self._lock = threading.RLock()
-        self._db: sqlite3.Connection | None = None
-        self._inherited: list[sqlite3.Connection] = []
+        self._db: Database | None = None
+        self._inherited: list[Database] = []
         _open.add(self)
+
+    def __str__(self) -> str:
+        return str(self._place)
 
     def __enter__(self) -> Ledger:
         return self
@@ -124,7 +130,7 @@ class Ledger:
             rows = db.execute(
                 f"SELECT document FROM receipts JOIN entries USING (entry) {condition}"
                 " ORDER BY started_at DESC, entry DESC LIMIT ?",
-                [*values, -1 if limit is None else limit],
+                [*values, sys.maxsize if limit is None else limit],
             )
             return [json.loads(text) for (text,) in rows]
 
@@ -190,9 +196,9 @@ class Ledger:
         or is no longer, in a state with that head, as when rows were cut off its end.
         """
         with self._read() as db:
-            return verification.verify(db, head)
+            return verification.verify(db, head, [] if db is None else self._place.damage(db))
 
-    def merge(self, other: Path) -> Merged:
+    def merge(self, other: Path | str) -> Merged:
         """Take in all rows of another ledger that this one lacks; chains stay apart.
 
         Merging twice changes nothing. Raises StorageError, and changes nothing, when `other` does
@@ -200,12 +206,12 @@ class Ledger:
         """
         with Ledger(other) as source, source._read() as their_db:
             if their_db is None:
-                raise StorageError(f"there is no ledger {other}: give the path of a ledger's file")
+                raise StorageError(f"there is no ledger {source}: give the path of a ledger's file")
             checked = verification.verify(their_db, None)
             if checked.problems:
-                raise StorageError(f"cannot merge {other}, it is damaged: {checked.problems[0]}")
-            with self._use() as db, transaction(db):
-                return merging.merge(their_db, db, str(other))
+                raise StorageError(f"cannot merge {source}, it is damaged: {checked.problems[0]}")
+            with self._use() as db, self._place.transaction(db, write=True):
+                return merging.merge(their_db, db, str(source))
 
     def add(self, receipts: Iterable[dict[str, Any]], *, partial: bool = False) -> Merged:
         """Append receipts given as JSON dicts, all or none; skip those that are here already.
@@ -214,9 +220,9 @@ class Ledger:
         for what is not a receipt. With `partial` the receipts come from a form that drops part of
         them, so one whose id is here is taken as known, whatever it says.
         """
-        with self._use() as db, transaction(db):
+        with self._use() as db, self._place.transaction(db, write=True):
             writer, derived = chain.Writer(db), Derived(db)
-            own = chain.own_chain(db, self.path)
+            own = chain.own_chain(db, self._place.origin(db))
             added = known = 0
             for receipt in receipts:
                 row, windows = derive(receipt)
@@ -236,25 +242,24 @@ class Ledger:
         overlaps one that stays. Totals and the chain's head stay as a checkpoint.
         """
         with self._use() as db:
-            with transaction(db):
-                result = compaction.compact(db, before, chain.own_chain(db, self.path))
+            with self._place.transaction(db, write=True):
+                result = compaction.compact(db, before, chain.own_chain(db, self._place.origin(db)))
             if result.receipts:
-                # `execute` would take one step of it, which is one page
-                db.executescript("PRAGMA incremental_vacuum; PRAGMA wal_checkpoint(TRUNCATE)")
+                self._place.shrink(db)
         return result
 
     def _commit(self, tickets: Sequence[Ticket]) -> None:
         """Write a group as one transaction, and settle its tickets."""
         with self._use() as db:
-            with transaction(db):
+            with self._place.transaction(db, write=True):
                 writer, derived = chain.Writer(db), Derived(db)
-                own = chain.own_chain(db, self.path)
+                own = chain.own_chain(db, self._place.origin(db))
                 refused: dict[Ticket, StorageError] = {}
                 for ticket in tickets:
                     row = ticket.row
                     if db.execute("SELECT 1 FROM receipts WHERE id = ?", (row.id,)).fetchone():
                         refused[ticket] = StorageError(
-                            f"the ledger {self.path} holds receipt {row.id} already; "
+                            f"the ledger {self} holds receipt {row.id} already; "
                             "it was not added again"
                         )
                     else:
@@ -264,29 +269,27 @@ class Ledger:
                 ticket.settle(refused.get(ticket))
 
     @contextmanager
-    def _read(self) -> Iterator[sqlite3.Connection | None]:
+    def _read(self) -> Iterator[Database | None]:
         """One state of the database, with all that was appended before; None without a file."""
         self._committer.drain()
-        if not self.path.exists():
+        if not self._place.exists():
             yield None
             return
-        with self._use() as db, transaction(db, "DEFERRED"):
+        with self._use() as db, self._place.transaction(db, write=False):
             yield db
 
     @contextmanager
-    def _use(self) -> Iterator[sqlite3.Connection]:
-        """The open database, held by this thread; what SQLite raises becomes a StorageError."""
+    def _use(self) -> Iterator[Database]:
+        """The open database, held by this thread; what it raises becomes a StorageError."""
         with self._lock:
             try:
+                if self._db is not None and self._place.lost(self._db):
+                    self._db = None
                 if self._db is None:
-                    self._db = connect(self.path)
+                    self._db = self._place.connect()
                 yield self._db
-            except sqlite3.Error as error:
-                raise explain(error, self.path) from error
-            except OSError as error:
-                raise StorageError(
-                    f"cannot use the ledger {self.path}: {error.strerror}; choose another place"
-                ) from error
+            except self._place.errors as error:
+                raise self._place.explain(error) from error
 
     def _forked(self) -> None:
         """Start afresh in a fork's child."""
@@ -296,6 +299,15 @@ class Ledger:
             # A connection must not cross a fork, not even to be closed (sqlite.org/howtocorrupt).
             self._inherited.append(self._db)
             self._db = None
+
+
+def place_of(path: Path | str) -> Place:
+    """The file of a path, or the database of a `postgresql://` address."""
+    if isinstance(path, str) and path.startswith(("postgresql://", "postgres://")):
+        from leangen.ledger.postgres import Postgres
+
+        return Postgres(path)
+    return SqliteFile(Path(path))
 
 
 _open: weakref.WeakSet[Ledger] = weakref.WeakSet()

@@ -5,25 +5,24 @@ and each carries
 
     hash = SHA-256("leangen.ledger/1\\n" chain "\\n" seq "\\n" hex(prev) "\\n" document)
 
-with the previous row's hash as `prev` (32 zero bytes before the first). All processes that write to
-the file go on with the same chain, inside SQLite's write lock. A file that was copied or restored
-elsewhere starts a chain of its own, so that the two can be merged.
+with the previous row's hash as `prev` (32 zero bytes before the first). All processes of a machine
+that write to a ledger go on with the same chain, inside its write lock. A ledger that was copied or
+restored elsewhere starts a chain of its own, so that the two can be merged.
 
 A chain's name is `ORIGIN-RANDOM`; the origin is what tells this copy from another: the machine's id
-and the file's inode. Whoever rewrites a chain from some row on to its end leaves no trace within
-the file: compare with a head that was noted elsewhere (`leangen ledger head`, `verify --head`).
+and the file's inode, or the database's identity. Whoever rewrites a chain from some row on to its
+end leaves no trace within the ledger: compare with a head that was noted elsewhere (`leangen ledger
+head`, `verify --head`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import secrets
-import sqlite3
 from collections.abc import Mapping
-from pathlib import Path
 from typing import NamedTuple
 
-from leangen import host
+from leangen.ledger.database import Database
 
 ZERO = bytes(32)
 
@@ -56,31 +55,33 @@ def combined(heads: Mapping[str, Head]) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def head_of(db: sqlite3.Connection, chain: str) -> Head:
+def head_of(db: Database, chain: str) -> Head:
     """The last row of a chain, which a compaction may have removed; `START` when it has none."""
     row = db.execute(
-        "SELECT seq, hash FROM entries WHERE chain = ?1 UNION ALL"
-        " SELECT seq, head FROM checkpoints WHERE chain = ?1 ORDER BY seq DESC LIMIT 1",
-        (chain,),
+        "SELECT seq, hash FROM entries WHERE chain = ? UNION ALL"
+        " SELECT seq, head FROM checkpoints WHERE chain = ? ORDER BY seq DESC LIMIT 1",
+        (chain, chain),
     ).fetchone()
     return Head(*row) if row else START
 
 
-def checkpointed(db: sqlite3.Connection) -> dict[str, Head]:
+def checkpointed(db: Database) -> dict[str, Head]:
     """Where each compacted chain goes on."""
     rows = db.execute("SELECT chain, seq, head FROM checkpoints ORDER BY chain, seq")
     return {chain: Head(seq, head) for chain, seq, head in rows}
 
 
-def heads(db: sqlite3.Connection) -> dict[str, Head]:
+def heads(db: Database) -> dict[str, Head]:
     """The head of every chain."""
     chains = db.execute("SELECT chain FROM entries UNION SELECT chain FROM checkpoints").fetchall()
     return {chain: head_of(db, chain) for (chain,) in chains}
 
 
-def own_chain(db: sqlite3.Connection, path: Path) -> str:
-    """The chain that this copy of the ledger writes; a fresh name when it has none yet."""
-    about = f"{host.host().id}:{path.stat().st_ino}"
+def own_chain(db: Database, about: str) -> str:
+    """The chain that this copy of the ledger writes; a fresh name when it has none yet.
+
+    `about` is its `Place.origin`.
+    """
     origin = hashlib.sha256(about.encode()).hexdigest()[:8]
     row = db.execute(
         "SELECT chain FROM entries WHERE chain > ? AND chain < ? ORDER BY chain LIMIT 1",
@@ -92,7 +93,7 @@ def own_chain(db: sqlite3.Connection, path: Path) -> str:
 class Writer:
     """Adds rows to chains within one transaction."""
 
-    def __init__(self, db: sqlite3.Connection) -> None:
+    def __init__(self, db: Database) -> None:
         self._db = db
         self._heads: dict[str, Head] = {}
 
@@ -101,9 +102,10 @@ class Writer:
         last = self._heads.get(chain) or head_of(self._db, chain)
         seq = last.seq + 1
         digest = link(chain, seq, last.hash, document.encode())
-        entry = self._db.execute(
-            "INSERT INTO entries (chain, seq, prev, hash, document) VALUES (?, ?, ?, ?, ?)",
+        (entry,) = self._db.execute(
+            "INSERT INTO entries (chain, seq, prev, hash, document) VALUES (?, ?, ?, ?, ?)"
+            " RETURNING entry",
             (chain, seq, last.hash, digest, document),
-        ).lastrowid
+        ).fetchone()
         self._heads[chain] = Head(seq, digest)
-        return entry or 0
+        return int(entry)

@@ -28,7 +28,7 @@ def verify(ledger: Ledger, args: argparse.Namespace) -> int:
     for problem in result.problems:
         say(f"leangen: error: {problem}")
     if result.problems:
-        say(f"{ledger.path} is not what was written; nothing was changed")
+        say(f"{ledger} is not what was written; nothing was changed")
         return 2
     kept = f", {result.compacted} more compacted to their sums" if result.compacted else ""
     print(f"{result.rows} rows in {result.chains} chains as they were written{kept}")

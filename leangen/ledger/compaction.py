@@ -8,11 +8,11 @@ the compacting writer's chain: so the sums cannot be changed unnoticed either.
 from __future__ import annotations
 
 import json
-import sqlite3
 from dataclasses import dataclass
 
 from leangen import clock
 from leangen.ledger import chain
+from leangen.ledger.database import Database
 from leangen.ledger.rows import KEYS, SUMS, Key, Totals, canonical
 
 NOTE_SCHEMA = "leangen.compaction/1"
@@ -26,7 +26,7 @@ class Compaction:
     receipts: int
 
 
-def compact(db: sqlite3.Connection, before: str, own: str) -> Compaction:
+def compact(db: Database, before: str, own: str) -> Compaction:
     """Remove the rows that started before day `before`, within the caller's transaction."""
     rows = receipts = 0
     keys = ", ".join(KEYS)
@@ -56,7 +56,7 @@ def compact(db: sqlite3.Connection, before: str, own: str) -> Compaction:
     return Compaction(rows=rows, receipts=receipts)
 
 
-def _cuts(db: sqlite3.Connection, before: str) -> dict[str, int]:
+def _cuts(db: Database, before: str) -> dict[str, int]:
     """The last row to remove of each chain."""
     cuts = {
         name: first - 1
@@ -73,7 +73,7 @@ def _cuts(db: sqlite3.Connection, before: str) -> dict[str, int]:
     return cuts
 
 
-def _spare_overlapping(db: sqlite3.Connection, cuts: dict[str, int]) -> bool:
+def _spare_overlapping(db: Database, cuts: dict[str, int]) -> bool:
     """Lower the cuts where a row to be removed overlaps one that stays; whether any was lowered."""
     db.execute("CREATE TEMP TABLE IF NOT EXISTS cuts (chain TEXT PRIMARY KEY, seq INTEGER)")
     db.execute("DELETE FROM temp.cuts")
@@ -85,7 +85,7 @@ def _spare_overlapping(db: sqlite3.Connection, cuts: dict[str, int]) -> bool:
                 entries.seq <= cuts.seq AS old
             FROM receipts JOIN entries USING (entry) JOIN windows USING (entry)
                 JOIN temp.cuts USING (chain)
-            WHERE overlaps
+            WHERE overlaps != 0
         )
         SELECT gone.chain, MIN(gone.seq) - 1 FROM shared AS kept JOIN shared AS gone USING (domain)
         WHERE gone.old AND NOT kept.old
@@ -97,7 +97,7 @@ def _spare_overlapping(db: sqlite3.Connection, cuts: dict[str, int]) -> bool:
     return bool(lowered)
 
 
-def _note(db: sqlite3.Connection) -> dict[str, object]:
+def _note(db: Database) -> dict[str, object]:
     return {
         "schema": NOTE_SCHEMA,
         "at": clock.utc_now(),

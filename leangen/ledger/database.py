@@ -1,18 +1,25 @@
-"""The ledger's file: its tables, opening it safely, transactions, and what can go wrong."""
+"""The ledger's file: its tables, opening it safely, transactions, and what can go wrong.
+
+A `Database` is what the ledger's modules write SQL for: SQLite here, and PostgreSQL where
+`leangen.ledger.postgres` translates the little in which it differs.
+"""
 
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, Protocol
 
+from leangen import host
 from leangen.errors import StorageError
 
 APPLICATION_ID = 0x6C67656E  # "lgen": tells a ledger from any other SQLite file
 VERSION = 2
 BUSY_S = 30.0
 HEADER = b"SQLite format 3\0"
+MOST_DAMAGE = 20
 
 SCHEMA = """
 CREATE TABLE entries (
@@ -103,6 +110,133 @@ CREATE UNIQUE INDEX rollups_by_key
 """
 
 
+class Rows(Protocol):
+    """What a statement gives."""
+
+    @property
+    def rowcount(self) -> int:
+        """Rows that it changed."""
+        ...
+
+    def fetchone(self) -> Any:
+        """The next row; None after the last."""
+        ...
+
+    def fetchall(self) -> list[Any]:
+        """The rest."""
+        ...
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+
+class Database(Protocol):
+    """An open database; statements have `?` for values."""
+
+    def execute(self, sql: str, values: Sequence[Any] = ..., /) -> Rows:
+        """Carry out one statement."""
+        ...
+
+    def executemany(self, sql: str, values: Iterable[Sequence[Any]], /) -> object:
+        """Carry out one statement for each of many rows of values."""
+        ...
+
+    def stream(self, sql: str) -> Iterator[Any]:
+        """The rows of a query that may have more than fit into memory."""
+        ...
+
+    def close(self) -> None:
+        """Give up the connection."""
+        ...
+
+
+class Place(Protocol):
+    """Where a ledger is kept."""
+
+    errors: tuple[type[Exception], ...]
+    """What its statements raise."""
+
+    def exists(self) -> bool:
+        """Whether there is anything to read; reading makes no ledger."""
+        ...
+
+    def connect(self) -> Database:
+        """Open it, made if there is none; statements commit one by one.
+
+        Raises StorageError for what is not a ledger, and `errors`.
+        """
+        ...
+
+    def transaction(self, db: Any, *, write: bool) -> Any:
+        """A context: all of the block or nothing; one state where it only reads."""
+        ...
+
+    def origin(self, db: Any) -> str:
+        """What tells this copy of the ledger, written on this machine, from any other."""
+        ...
+
+    def damage(self, db: Any) -> list[str]:
+        """What the database itself finds wrong with its files."""
+        ...
+
+    def shrink(self, db: Any) -> None:
+        """Give space back after a compaction."""
+        ...
+
+    def lost(self, db: Any) -> bool:
+        """Whether the connection is of no more use."""
+        ...
+
+    def explain(self, error: Exception) -> StorageError:
+        """What it raised, as the error that the user meets."""
+        ...
+
+
+class _Connection(sqlite3.Connection):
+    def stream(self, sql: str) -> Iterator[Any]:
+        return self.execute(sql)
+
+
+class SqliteFile:
+    """A ledger in a file."""
+
+    errors: tuple[type[Exception], ...] = (sqlite3.Error, OSError)
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def exists(self) -> bool:
+        return self.path.exists()
+
+    def connect(self) -> _Connection:
+        return connect(self.path)
+
+    def transaction(self, db: sqlite3.Connection, *, write: bool) -> Any:
+        return transaction(db, "IMMEDIATE" if write else "DEFERRED")
+
+    def origin(self, db: sqlite3.Connection) -> str:
+        return f"{host.host().id}:{self.path.stat().st_ino}"
+
+    def damage(self, db: sqlite3.Connection) -> list[str]:
+        found = db.execute(f"PRAGMA integrity_check({MOST_DAMAGE})")
+        return [f"the file: {text}" for (text,) in found if text != "ok"]
+
+    def shrink(self, db: sqlite3.Connection) -> None:
+        # `execute` would take one step of it, which is one page
+        db.executescript("PRAGMA incremental_vacuum; PRAGMA wal_checkpoint(TRUNCATE)")
+
+    def lost(self, db: sqlite3.Connection) -> bool:
+        return False
+
+    def explain(self, error: Exception) -> StorageError:
+        if isinstance(error, sqlite3.Error):
+            return explain(error, self.path)
+        detail = error.strerror if isinstance(error, OSError) else error
+        return StorageError(f"cannot use the ledger {self.path}: {detail}; choose another place")
+
+
 def _check_header(path: Path) -> None:
     """Refuse a file that is no database before SQLite touches it."""
     try:
@@ -116,14 +250,16 @@ def _check_header(path: Path) -> None:
         )
 
 
-def connect(path: Path) -> sqlite3.Connection:
+def connect(path: Path) -> _Connection:
     """Open the ledger at `path`, made if there is none; statements commit one by one.
 
     Raises StorageError for a file that is not a ledger, sqlite3.Error and OSError otherwise.
     """
     _check_header(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    db = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
+    db = sqlite3.connect(
+        path, timeout=BUSY_S, isolation_level=None, check_same_thread=False, factory=_Connection
+    )
     try:
         _prepare(db, path)
     except BaseException:

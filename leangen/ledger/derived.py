@@ -9,9 +9,9 @@ receipts then read a few hundred rows.
 from __future__ import annotations
 
 import math
-import sqlite3
 from collections.abc import Iterable
 
+from leangen.ledger.database import Database
 from leangen.ledger.rows import KEYS, NOTHING, Key, Row, Totals, Window, part
 from leangen.ledger.sums import own_time
 
@@ -30,7 +30,7 @@ _NEW = (
 class Derived:
     """Derives within one transaction; `finish` completes what many receipts change."""
 
-    def __init__(self, db: sqlite3.Connection) -> None:
+    def __init__(self, db: Database) -> None:
         self._db = db
         self._rollups: dict[Key, Totals] = {}
         self._shared: set[int] = set()
@@ -46,11 +46,14 @@ class Derived:
     def _add_window(self, entry: int, window: Window) -> None:
         """Keep a window, and split the time that it shares with others anew."""
         domain = self._domain(window)
-        met = self._db.execute(
-            "SELECT entry, MAX(begin_ns, ?2), MIN(end_ns, ?3) FROM windows"
-            " WHERE domain = ?1 AND end_ns > ?2 AND begin_ns < ?3",
-            (domain, window.begin_ns, window.end_ns),
-        ).fetchall()
+        met = [
+            (other, max(begin_ns, window.begin_ns), min(end_ns, window.end_ns))
+            for other, begin_ns, end_ns in self._db.execute(
+                "SELECT entry, begin_ns, end_ns FROM windows"
+                " WHERE domain = ? AND end_ns > ? AND begin_ns < ?",
+                (domain, window.begin_ns, window.end_ns),
+            )
+        ]
         before = own_time(met)
         after = own_time([*met, (entry, window.begin_ns, window.end_ns)])
         self._db.execute(
@@ -93,7 +96,9 @@ class Derived:
         key = (window.host, window.boot_id, window.scope)
         if key not in self._domains:
             self._db.execute(
-                "INSERT OR IGNORE INTO domains (host, boot_id, scope) VALUES (?, ?, ?)", key
+                "INSERT INTO domains (host, boot_id, scope) VALUES (?, ?, ?)"
+                " ON CONFLICT DO NOTHING",
+                key,
             )
             (self._domains[key],) = self._db.execute(
                 "SELECT domain FROM domains WHERE (host, boot_id, scope) = (?, ?, ?)", key

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import sqlite3
 from dataclasses import dataclass
 
 from leangen.errors import StorageError
 from leangen.ledger import chain
 from leangen.ledger.compaction import totals_of
+from leangen.ledger.database import Database
 from leangen.ledger.derived import Derived
 from leangen.ledger.rows import canonical, derive, is_receipt
 
@@ -23,7 +23,7 @@ class Merged:
     """Rows that were here already."""
 
 
-def is_known(db: sqlite3.Connection, id: str, document: str | None, origin: str) -> bool:
+def is_known(db: Database, id: str, document: str | None, origin: str) -> bool:
     """Whether the receipt is in the ledger.
 
     Raises StorageError when another one has its id, unless `document` is None: not to be compared.
@@ -39,7 +39,7 @@ def is_known(db: sqlite3.Connection, id: str, document: str | None, origin: str)
     return row is not None
 
 
-def merge(theirs: sqlite3.Connection, db: sqlite3.Connection, origin: str) -> Merged:
+def merge(theirs: Database, db: Database, origin: str) -> Merged:
     """Add to `db` the rows of the verified ledger `theirs`, within the caller's transactions.
 
     A receipt that arrives in a second chain (it was exported and imported) keeps its row, and is
@@ -50,7 +50,7 @@ def merge(theirs: sqlite3.Connection, db: sqlite3.Connection, origin: str) -> Me
     writer, derived = chain.Writer(db), Derived(db)
     last = {name: head.seq for name, head in chain.heads(db).items()}
     added = known = 0
-    for name, seq, digest, document in theirs.execute(
+    for name, seq, digest, document in theirs.stream(
         "SELECT chain, seq, hash, document FROM entries ORDER BY entry"
     ):
         if seq <= last.get(name, 0):
@@ -69,7 +69,7 @@ def merge(theirs: sqlite3.Connection, db: sqlite3.Connection, origin: str) -> Me
     return Merged(added=added, known=known)
 
 
-def _start(theirs: sqlite3.Connection, db: sqlite3.Connection, name: str, origin: str) -> None:
+def _start(theirs: Database, db: Database, name: str, origin: str) -> None:
     """Bring a chain that was compacted over there to where its rows go on."""
     first = chain.checkpointed(theirs).get(name, chain.START)
     ours = chain.head_of(db, name)
@@ -92,12 +92,12 @@ def _start(theirs: sqlite3.Connection, db: sqlite3.Connection, name: str, origin
     derived.finish()
 
 
-def _same(db: sqlite3.Connection, name: str, seq: int, digest: bytes, origin: str) -> None:
+def _same(db: Database, name: str, seq: int, digest: bytes, origin: str) -> None:
     """Raise StorageError unless our row has the hash `digest`; a compacted one has none to tell."""
     row = db.execute(
-        "SELECT hash FROM entries WHERE chain = ?1 AND seq = ?2 UNION ALL"
-        " SELECT head FROM checkpoints WHERE chain = ?1 AND seq = ?2",
-        (name, seq),
+        "SELECT hash FROM entries WHERE chain = ? AND seq = ? UNION ALL"
+        " SELECT head FROM checkpoints WHERE chain = ? AND seq = ?",
+        (name, seq, name, seq),
     ).fetchone()
     if row and row[0] != digest:
         raise StorageError(

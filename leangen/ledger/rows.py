@@ -83,10 +83,12 @@ NOTHING = Totals(0, 0, 0, 0.0, 0, 0, 0.0, 0.0, 0, 0.0, 0, 0.0)
 
 SUMS = """
     COUNT(*), COUNT(*) - COUNT(gross_uj), SUM(overlaps), TOTAL(units), SUM(duration_ns),
-    COALESCE(SUM(CAST(ROUND(gross_uj * share) AS INTEGER)), 0),
+    COALESCE(SUM(CAST(ROUND(CAST(gross_uj * share AS NUMERIC)) AS BIGINT)), 0),
     TOTAL(u_random_j * share * u_random_j * share), TOTAL(u_systematic_j * share),
-    COALESCE(SUM(CAST(ROUND(idle_uj * share) AS INTEGER)), 0), TOTAL(idle_u_j * share),
-    COALESCE(SUM(CAST(ROUND(gross_uj * share) AS INTEGER)) FILTER (WHERE idle_uj IS NOT NULL), 0),
+    COALESCE(SUM(CAST(ROUND(CAST(idle_uj * share AS NUMERIC)) AS BIGINT)), 0),
+    TOTAL(idle_u_j * share),
+    COALESCE(SUM(CAST(ROUND(CAST(gross_uj * share AS NUMERIC)) AS BIGINT))
+        FILTER (WHERE idle_uj IS NOT NULL), 0),
     TOTAL(carbon_g * share)
 """
 """`Totals` of a group of `receipts`, the twin in SQL of `part`."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import sqlite3
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from leangen.errors import RequestError
+from leangen.ledger.database import Database
 from leangen.ledger.rows import Totals
 from leangen.records import Source, joules
 
@@ -85,7 +85,7 @@ class Sum:
 
 
 def summarize(
-    db: sqlite3.Connection,
+    db: Database,
     by: Sequence[str],
     where: Mapping[str, str] | None,
     since: str | None = None,
@@ -100,9 +100,10 @@ def summarize(
         f"SELECT {keys}, SUM(receipts), SUM(unmeasured), SUM(overlapping), TOTAL(units),"
         " SUM(duration_ns), SUM(gross_uj), TOTAL(random_j2), TOTAL(systematic_j),"
         " SUM(idle_uj), TOTAL(idle_u_j), SUM(idle_of_uj), TOTAL(carbon_g)"
-        f" FROM rollups {condition} GROUP BY {keys} ORDER BY {keys}",
+        f" FROM rollups {condition} GROUP BY {keys}",
         values,
-    )
+    ).fetchall()
+    rows.sort(key=lambda row: [(key is not None, key) for key in row[: len(by) + 2]])
     return [_sum(row[: len(by)], row[len(by) :], by) for row in rows]
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from leangen.ledger import chain
 from leangen.ledger.compaction import noted, totals_of
+from leangen.ledger.database import Database
 from leangen.ledger.derived import counted
 from leangen.ledger.rows import KEYS, NOTHING, SUMS, Key, Row, Totals, Window, derive, is_receipt
 from leangen.ledger.sums import own_time
@@ -37,13 +37,15 @@ class Verification:
             self.problems.append(problem)
 
 
-def verify(db: sqlite3.Connection | None, head: str | None) -> Verification:
-    """The checks of `Ledger.verify` on one state of the database; None is an empty ledger."""
+def verify(db: Database | None, head: str | None, damage: Iterable[str] = ()) -> Verification:
+    """The checks of `Ledger.verify` on one state of the database; None is an empty ledger.
+
+    `damage` is what the database itself has found.
+    """
     result = Verification()
     if db is not None:
-        for (text,) in db.execute(f"PRAGMA integrity_check({MOST_PROBLEMS})"):
-            if text != "ok":
-                result.found(f"the file: {text}")
+        for problem in damage:
+            result.found(problem)
         _chains(db, result, head)
         _shares(db, result)
         _rollups(db, result)
@@ -52,7 +54,7 @@ def verify(db: sqlite3.Connection | None, head: str | None) -> Verification:
     return result
 
 
-def _chains(db: sqlite3.Connection, result: Verification, wanted: str | None) -> None:
+def _chains(db: Database, result: Verification, wanted: str | None) -> None:
     """Every row against its chain, its narrow row and its windows; the wanted head on the way."""
     heads = chain.checkpointed(db)
     checkpoints = {
@@ -61,7 +63,7 @@ def _chains(db: sqlite3.Connection, result: Verification, wanted: str | None) ->
     }
     reached = wanted is None or chain.combined(heads) == wanted
     stored = _Stored(db)
-    for entry, name, seq, prev, digest, document in db.execute(
+    for entry, name, seq, prev, digest, document in db.stream(
         "SELECT entry, chain, seq, prev, hash, CAST(document AS BLOB) FROM entries ORDER BY entry"
     ):
         result.rows += 1
@@ -100,14 +102,14 @@ def _chains(db: sqlite3.Connection, result: Verification, wanted: str | None) ->
 class _Stored:
     """The derived rows, read alongside the entries."""
 
-    def __init__(self, db: sqlite3.Connection) -> None:
+    def __init__(self, db: Database) -> None:
         self._db = db
         self.cut = db.execute("SELECT 1 FROM checkpoints").fetchone() is not None
         self._rows = _by_entry(
-            db.execute(f"SELECT entry, {', '.join(Row._fields)} FROM receipts ORDER BY entry")
+            db.stream(f"SELECT entry, {', '.join(Row._fields)} FROM receipts ORDER BY entry")
         )
         self._windows = _by_entry(
-            db.execute(
+            db.stream(
                 "SELECT entry, host, boot_id, scope, begin_ns, end_ns, energy_uj"
                 " FROM windows LEFT JOIN domains USING (domain) ORDER BY entry"
             )
@@ -151,7 +153,7 @@ class _Stored:
 Group = tuple[int, list[tuple[Any, ...]]]
 
 
-def _by_entry(cursor: sqlite3.Cursor) -> Iterator[Group]:
+def _by_entry(cursor: Iterable[Any]) -> Iterator[Group]:
     group: Group | None = None
     for entry, *values in cursor:
         if group is None or group[0] != entry:
@@ -172,7 +174,7 @@ def _take(
     return group[1], next(groups, None)
 
 
-def _shares(db: sqlite3.Connection, result: Verification) -> None:
+def _shares(db: Database, result: Verification) -> None:
     """How much of each receipt counts, against a sweep over all windows."""
     energies: dict[int, list[tuple[int, float]]] = {}
     met: set[int] = set()
@@ -216,11 +218,11 @@ class Spell(NamedTuple):
     own_ns: float
 
 
-def _clusters(db: sqlite3.Connection) -> Iterator[Sequence[Spell]]:
+def _clusters(db: Database) -> Iterator[Sequence[Spell]]:
     """The windows of one domain that hang together in time."""
     cluster: list[Spell] = []
     domain, until_ns = None, 0
-    for at, *window in db.execute(
+    for at, *window in db.stream(
         "SELECT domain, entry, begin_ns, end_ns, energy_uj, own_ns FROM windows"
         " WHERE end_ns > begin_ns ORDER BY domain, begin_ns"
     ):
@@ -235,7 +237,7 @@ def _clusters(db: sqlite3.Connection) -> Iterator[Sequence[Spell]]:
         yield cluster
 
 
-def _rollups(db: sqlite3.Connection, result: Verification) -> None:
+def _rollups(db: Database, result: Verification) -> None:
     """The rollups against the receipts and the checkpoints."""
     expected: dict[Key, Totals] = {}
     keys = ", ".join(KEYS)

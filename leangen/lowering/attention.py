@@ -34,12 +34,16 @@ def replace(graph: Draft, node: NodeProto) -> bool:
         or any(node.output[3:])
         or (rotated and not (graph.has(cosines) and graph.has(sines)))
         or not all(
-            graph.is_input(past) and graph.is_output(present) and len(graph.consumers(past)) == 1
+            graph.is_input(past)
+            and graph.is_output(present)
+            and len(graph.consumers(past)) == 1
+            # a cache that is stated to grow is not appended to in place
+            and graph.stated_shape(present) in ([], graph.stated_shape(past))
             for past, present in caches
         )
     ):
         return False
-    width = graph.input_shape(past_key)[-1]
+    width = graph.stated_shape(past_key)[-1]
     if not isinstance(width, int) or width < 1 or width % layout.ROWS:
         return False
     if rotated and 2 * graph.shape(cosines)[1] != width:

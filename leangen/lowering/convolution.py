@@ -1,6 +1,6 @@
 """`Conv` and `ConvTranspose` in place of convolutions with low-bit weights, and what stands around.
 
-    Conv of weights that ORT would unpack       what `treatments.py` calls w8 and w4
+    Conv of weights that ORT would unpack       what `treatments` calls w8 and w4
     QDQ around a Conv                           w8a8, but for its output, which is not rounded
     group norm -> FiLM -> activation -> Conv    one Conv
     Conv + residual                             one Conv

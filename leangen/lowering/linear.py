@@ -3,7 +3,7 @@
     MatMulNBits                                 4 or 8 bits, with or without zero points
     MatMulBnb4                                  nf4 and fp4
     MatMulNBits + blocksum(x) @ offsets         what `exporters/llm_graph.py` writes for Q4_1, Q4_K
-    MatMul of weights that ORT would unpack     what `treatments.py` calls w8 and w4
+    MatMul of weights that ORT would unpack     what `treatments` calls w8 and w4
 
 Weights stay what they are, bit for bit: only their order changes, and scales that fp16 holds
 exactly are kept as fp16.
@@ -39,13 +39,14 @@ def _from_nbits(graph: Draft, node: NodeProto) -> bool:
     n, k, size = options["N"], options["K"], options["block_size"]
     bits, groups = options.get("bits", 4), -(-k // size)
     x, codes, scales, zeros, order, bias = [*node.input, "", "", ""][:6]
-    constants = [name for name in (codes, scales, zeros, bias) if name]
-    if order or bits not in (4, 8) or not all(map(graph.has, constants)):
+    constants = [name for name in (codes, zeros, bias) if name]
+    scale = unpacked.widened(graph, scales)
+    if order or bits not in (4, 8) or scale is None or not all(map(graph.has, constants)):
         return False
     q = graph.array(codes).reshape(n, -1)
     if bits == 4:
         q = np.stack([q & 15, q >> 4], axis=-1).reshape(n, -1)
-    scale = graph.array(scales).reshape(n, groups).astype(np.float32)
+    scale = scale.reshape(n, groups).astype(np.float32)
     minima = _minima(graph, zeros, scale, bits) if zeros else None
     weights = Codes(bits, q[:, :k], _per_block(scale, k, size), _per_block(minima, k, size))
     level = options.get("accuracy_level", 0)

@@ -50,7 +50,7 @@ def _flattens_ids(graph: Draft, node: NodeProto) -> bool:
     """Whether a Reshape makes one row of token ids [batch, new] that only embeddings read."""
     return (
         graph.is_input(node.input[0])
-        and len(graph.input_shape(node.input[0])) == 2
+        and len(graph.stated_shape(node.input[0])) == 2
         and graph.values(node.input[1]) == [-1]
         and all(
             reader.op_type in ("Gather", "GatherBlockQuantized")
@@ -100,7 +100,7 @@ def _width(graph: Draft, tensor: str) -> int | None:
         return None
     options = attributes(node)
     if node.op_type == "Attention":
-        return int(options["heads"]) * int(graph.input_shape(node.input[1])[-1])
+        return int(options["heads"]) * int(graph.stated_shape(node.input[1])[-1])
     if node.op_type == "Linear":
         return int(options["n"]) // (2 if options["gated"] else 1)
     if node.op_type == "Slice" and graph.values(node.input[3]) != [1]:

@@ -1,7 +1,7 @@
 """Low-bit weights that a graph unpacks with standard operators, found again as codes and scales.
 
-`treatments.py` stores a weight as codes in blocks, which Cast, Sub and Mul turn to floats, then a
-Reshape to the weight's shape and a Transpose where a row of the matrix is a column of the weight.
+`treatments.floats` stores a weight as codes in blocks, which Cast, Sub and Mul turn to floats, then
+a Reshape to the weight's shape and a Transpose where a row of the matrix is a column of the weight.
 ORT folds all that when it loads the graph.
 """
 
@@ -58,7 +58,7 @@ def weight(graph: Draft, tensor: str) -> Weight | None:
     shape, scaled = graph.values(node.input[1]), graph.producer(node.input[0], "Mul")
     if shape is None or scaled is None:
         return None
-    scales = _cast(graph, scaled.input[1])
+    scales = widened(graph, scaled.input[1])
     codes = _codes8(graph, scaled.input[0]) or _codes4(graph, scaled.input[0])
     if scales is None or scales.ndim != 3 or codes is None:
         return None
@@ -67,8 +67,8 @@ def weight(graph: Draft, tensor: str) -> Weight | None:
     return Weight(rows, tuple(shape), order)
 
 
-def _cast(graph: Draft, tensor: str) -> Array | None:
-    """A constant, or one that is cast."""
+def widened(graph: Draft, tensor: str) -> Array | None:
+    """A constant, or one that is cast; None for anything else."""
     node = graph.producer(tensor, "Cast")
     name = tensor if node is None else node.input[0]
     return graph.array(name) if graph.has(name) else None
@@ -76,7 +76,7 @@ def _cast(graph: Draft, tensor: str) -> Array | None:
 
 def _codes8(graph: Draft, tensor: str) -> tuple[int, Array] | None:
     """Cast(int8 blocks)"""
-    q = _cast(graph, tensor)
+    q = widened(graph, tensor)
     if q is None or q.dtype != np.int8:
         return None
     return 8, q.view(np.uint8) ^ np.uint8(128)

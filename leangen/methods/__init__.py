@@ -10,7 +10,7 @@ A method is one module with
 
 and, where it changes the graph before anything is rounded,
 
-    prepare(graph, sites, moments, scheme, options) -> None
+    prepare(graph, sites, moments, trial) -> None
 
 What a layer's output loses is measured as the mean of |W x - Q x|^2 over the data, which the
 moment H alone gives: tr((W - Q) H (W - Q)^T).
@@ -25,6 +25,8 @@ import numpy as np
 
 from leangen.schemes import Array
 
+SCHEMES = ("int4", "int3", "int2")
+"""The schemes that methods other than rounding to nearest are for."""
 METHODS = {
     "rtn": "leangen.methods.rtn",
     "imatrix": "leangen.methods.imatrix",
@@ -37,6 +39,11 @@ METHODS = {
 def get(name: str) -> ModuleType:
     """The method's module."""
     return import_module(METHODS[name])
+
+
+def name(method: ModuleType) -> str:
+    """What a method's module is called in `METHODS`."""
+    return method.__name__.rpartition(".")[2]
 
 
 def output_loss(error: Array, moment: Array) -> Array:

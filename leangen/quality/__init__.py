@@ -22,8 +22,12 @@ from leangen.session import Session
 FAMILIES = {
     "language": "leangen.quality.language",
     "embedding": "leangen.quality.embedding",
+    "seq2seq/text": "leangen.quality.seq2seq",
+    "seq2seq/transcription": "leangen.quality.seq2seq",
     "flow/density": "leangen.quality.density",
     "flow/speech": "leangen.quality.speech",
+    "autoregressive/image": "leangen.quality.autoregressive",
+    "autoregressive/audio": "leangen.quality.autoregressive",
     "diffusion": "leangen.quality.imaging",
     "oneshot": "leangen.quality.imaging",
 }

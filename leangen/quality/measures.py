@@ -53,8 +53,8 @@ class Task:
     """Density: samples drawn and scored."""
     features: Path | None = None
     """Images: an ONNX network for perceptual and Fréchet distances."""
-    whisper: Path | None = None
-    """Speech: a folder with a CTranslate2 Whisper model, for the word error rate."""
+    recogniser: Path | None = None
+    """Speech: a bundle that transcribes, for the word error rate."""
 
     def __post_init__(self) -> None:
         for name, least in (("tokens", 2), ("prompts", 0), ("new_tokens", 1), ("seeds", 1)):

@@ -46,7 +46,7 @@ def observe(session: Session, task: Task, reference: Spoken | None) -> Spoken:
         )
         for seed in range(task.seeds)
     ]
-    return Spoken(outputs, [] if task.whisper is None else _heard(session, task.whisper))
+    return Spoken(outputs, [] if task.recogniser is None else _heard(session, task.recogniser))
 
 
 def measure(reference: Spoken, candidate: Spoken) -> list[Measure]:
@@ -79,12 +79,12 @@ def cepstral_distance(a: Array, b: Array, sample_rate_hz: int) -> float:
     return float(per_frame.mean())
 
 
-def _heard(session: Session, whisper: Path) -> list[tuple[int, int]]:
-    hear = words.whisper(whisper)
+def _heard(session: Session, recogniser: Path) -> list[tuple[int, int]]:
+    hear = words.recogniser(recogniser)
     counts = []
     for text, ipa in words.SENTENCES:
         output = _speak(session, phonemes=ipa, seed=0)
-        heard = hear(words.resample(np.asarray(output.array), int(output.sample_rate_hz or 0)))
+        heard = hear(np.asarray(output.array), int(output.sample_rate_hz or 0))
         said = words.words(text)
         counts.append((words.errors(said, words.words(heard)), len(said)))
     return counts

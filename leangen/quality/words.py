@@ -1,7 +1,6 @@
-"""Word error rate of speech through a Whisper model: is it still understood?
+"""Word error rate of speech through a model that transcribes: is it still understood?
 
-Ten fixed sentences with their phonemes, so that no text has to be pronounced first. The recogniser
-is faster-whisper over a CTranslate2 folder, such as the catalog's data `whisper-tiny.en`.
+Ten fixed sentences with their phonemes, so that no text has to be pronounced first.
 """
 
 from __future__ import annotations
@@ -13,10 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from leangen.errors import DependencyError, SourceError
+from leangen.bundle import open_bundle
+from leangen.errors import RequestError
+from leangen.families import key, transcription
+from leangen.session import Session
 
 Array = np.ndarray[Any, Any]
-Hear = Callable[[Array], str]
+Hear = Callable[[Array, int], str]
+"""What was said in samples at a rate in Hz."""
 
 SENTENCES = (
     (
@@ -62,8 +65,6 @@ SENTENCES = (
 )
 """Text and IPA; the last seven are from the Harvard sentences (IEEE, 1969)."""
 
-WHISPER_RATE_HZ = 16_000
-
 
 def words(text: str) -> list[str]:
     """Lower-case words without punctuation.
@@ -92,33 +93,21 @@ def errors(said: Sequence[str], heard: Sequence[str]) -> int:
     return row[-1]
 
 
-def resample(samples: Array, rate_hz: int) -> Array:
-    """To 16 kHz for Whisper, by cutting the spectrum off at 8 kHz."""
-    count = round(len(samples) * WHISPER_RATE_HZ / rate_hz)
-    spectrum = np.fft.rfft(samples)[: count // 2 + 1]
-    return np.asarray(np.fft.irfft(spectrum, count) * (count / len(samples)), np.float32)
-
-
 @cache
-def whisper(folder: Path) -> Hear:
-    """A function that transcribes 16 kHz samples with the CTranslate2 model in `folder`.
+def recogniser(path: Path) -> Hear:
+    """A function that transcribes English with the bundle at `path`, greedily, in its precision.
 
-    Raises DependencyError without faster-whisper, SourceError for a folder without a model.
+    Raises RequestError for a bundle that does not transcribe.
     """
-    try:
-        from faster_whisper import WhisperModel
-    except ModuleNotFoundError as error:
-        if error.name != "faster_whisper":
-            raise
-        raise DependencyError(
-            "word error rates need a recogniser: pip install faster-whisper"
-        ) from None
-    if not (folder / "model.bin").is_file():
-        raise SourceError(f"{folder} has no model.bin: expected a CTranslate2 Whisper model")
-    model = WhisperModel(str(folder), device="cpu", compute_type="float32")
+    session = Session(open_bundle(path))
+    if key(session.bundle) != "seq2seq/transcription":
+        raise RequestError(
+            f"{session.bundle.name} is {key(session.bundle)}, expected a model that transcribes, "
+            "such as whisper-tiny-en"
+        )
 
-    def hear(samples: Array) -> str:
-        segments, _ = model.transcribe(samples, language="en", beam_size=5, temperature=0.0)
-        return " ".join(segment.text for segment in segments)
+    def hear(samples: Array, rate_hz: int) -> str:
+        request = transcription.Request(audio=samples, sample_rate_hz=rate_hz, language="en")
+        return "".join(step.text for step in transcription.run(session, request))
 
     return hear

@@ -144,7 +144,8 @@ def _asymmetric(
     base = (high / np.float32(q_max)) - (low / np.float32(q_max))
     best = np.full(unit.shape, np.inf, np.float32)
     scale, zero = np.ones_like(unit), np.zeros_like(unit)
-    for ratio in ratios:
+    # A whole zero point may need a step more than the span has.
+    for ratio in (q_max / (q_max - 1), *ratios):
         trial = _storable(base * np.float32(ratio), dtype)
         # The zero point of the span shrunk towards its middle, and the next nearest.
         centre = np.float32(q_max / 2) - (high / 2 + low / 2) / trial

@@ -30,6 +30,8 @@ OPEN_PATHS = ("/", "/health", "/ready")
 """Need no key: they tell nothing of what is served to whom."""
 LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]", "::1")
 BODY_S = 30.0
+UPLOAD_BYTES = {"/v1/audio/transcriptions": 26_000_000, "/v1/audio/translations": 26_000_000}
+"""What sound may be sent, as to OpenAI; other bodies are JSON."""
 LEAST_KEY = 16
 MOST_CLIENTS = 10_000
 
@@ -98,7 +100,7 @@ class Access:
             told["client"] = self._client(scope, headers)
             if scope["method"] == "POST":
                 self._count(told["client"])
-            body = await self._body(headers, receive)
+            body = await self._body(headers, receive, scope["path"])
             await self._app(scope, _replay(body, receive), watched)
         except LeangenError as error:
             await _answer(error, watched)
@@ -143,8 +145,8 @@ class Access:
                 f"more than {self._per_minute} requests a minute: try again in a few seconds"
             )
 
-    async def _body(self, headers: dict[bytes, bytes], receive: Receive) -> bytes:
-        limit = self._max_body_bytes
+    async def _body(self, headers: dict[bytes, bytes], receive: Receive, path: str) -> bytes:
+        limit = UPLOAD_BYTES.get(path, self._max_body_bytes)
         stated = headers.get(b"content-length", b"0")
         if stated.isdigit() and int(stated) > limit:
             raise TooLargeError(f"the body has {int(stated)} bytes, at most {limit} are taken")

@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 
 import leangen
 from leangen.errors import LeangenError
-from leangen.serve import embeddings, media, problems, text
+from leangen.serve import embeddings, media, problems, text, transcriptions
 from leangen.serve.calls import Server
 from leangen.serve.problems import NotFoundError
 
@@ -45,6 +45,7 @@ def create(server: Server) -> FastAPI:
     app.include_router(text.router(server))
     app.include_router(embeddings.router(server))
     app.include_router(media.router(server))
+    app.include_router(transcriptions.router(server))
     _operations(app, server)
     _name_models(app, list(server.models.by_name))
     return app

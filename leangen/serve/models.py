@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from leangen import families
@@ -14,8 +15,8 @@ from leangen.errors import RequestError, UnknownModelError
 from leangen.home import Notify
 from leangen.serve.account import Account
 from leangen.serve.power import PowerCap
-from leangen.serve.problems import OverloadError
 from leangen.serve.prometheus import Metrics
+from leangen.serve.room import Room
 from leangen.serve.worker import Limits, ModelWorker
 from leangen.store import Store
 
@@ -30,8 +31,6 @@ class Served:
     bundle: Bundle
     family: families.Family
     worker: ModelWorker
-    memory_bytes: int
-    """What it may come to hold: its weights, and the cache of a full batch."""
 
     @property
     def key(self) -> str:
@@ -71,23 +70,21 @@ class Models:
         memory_bytes: int | None = None,
         cap: PowerCap | None = None,
     ) -> None:
-        self._memory_bytes = memory_bytes
-        self._account = account
-        self._build = build
-        self._making_room = threading.Lock()
+        room = Room(memory_bytes)
         self.by_name: dict[str, Served] = {}
         for name, bundle in bundles.items():
+            need_bytes = bundle.size_bytes + cache_bytes(bundle, limits)
             worker = ModelWorker(
                 name,
-                self._loader(name, bundle),
+                partial(build, bundle),
+                room=room,
+                memory_bytes=need_bytes,
                 account=account,
                 metrics=metrics,
                 limits=limits,
                 cap=cap,
             )
-            need_bytes = bundle.size_bytes + cache_bytes(bundle, limits)
-            family = families.of(bundle)
-            self.by_name[name] = Served(name, bundle, family, worker, need_bytes)
+            self.by_name[name] = Served(name, bundle, families.of(bundle), worker)
             if memory_bytes is not None and need_bytes > memory_bytes:
                 raise RequestError(
                     f"{name} may take {need_bytes / 1e6:.0f} MB and --memory is "
@@ -131,39 +128,10 @@ class Models:
         for thread in threads:
             thread.join()
 
-    def _loader(self, name: str, bundle: Bundle) -> Callable[[], Engine]:
-        def load_it() -> Engine:
-            self._make_room(name)
-            engine = self._build(bundle)
-            engine.share_meters(self._account.selection, self._account.baseline)
-            return engine
-
-        return load_it
-
-    def _make_room(self, name: str) -> None:
-        """Unload the models that were not used for longest, until this one fits."""
-        if self._memory_bytes is None:
-            return
-        with self._making_room:
-            need = self.by_name[name].memory_bytes
-            others = sorted(
-                (o for o in self.by_name.values() if o.name != name and o.worker.holds_memory),
-                key=lambda other: other.worker.last_used_ns,
-            )
-            while sum(o.memory_bytes for o in others) + need > self._memory_bytes:
-                unused = next((o for o in others if o.worker.idle), None)
-                if unused is None:
-                    raise OverloadError(
-                        f"{name} does not fit beside the models that are in use: try again later"
-                    )
-                unused.worker.release()
-                others.remove(unused)
-            self.by_name[name].worker.holds_memory = True
-
 
 def cache_bytes(bundle: Bundle, limits: Limits) -> int:
     """What a full batch's keys and values take; 0 for other families."""
-    if bundle.family != "language":
+    if families.key(bundle) != "language" or "io" in bundle.config:
         return 0
     config = bundle.config
     per_token = 2 * config["layers"] * config["kv_heads"] * config["head_dim"] * FLOAT_BYTES

@@ -21,7 +21,7 @@ from leangen.errors import (
 
 
 class OverloadError(LeangenError):
-    """Too many requests wait, or the models in use leave no memory for this one."""
+    """Too many requests wait."""
 
 
 class BudgetError(LeangenError):

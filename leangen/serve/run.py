@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Callable
+from dataclasses import replace
 from types import FrameType
 from typing import Any
 
@@ -15,6 +17,7 @@ from leangen.engine import Engine
 from leangen.errors import DependencyError, RequestError
 from leangen.host import host
 from leangen.ledger import Ledger
+from leangen.records import Receipt
 from leangen.serve import models
 from leangen.serve.access import Access, read_keys
 from leangen.serve.account import Account
@@ -29,8 +32,12 @@ KEEP_ALIVE_S = 15
 CONNECTIONS = 512
 
 
-def build(options: Options) -> tuple[Any, Server]:
+def build(
+    options: Options, *, on_receipt: Callable[[Receipt], None] | None = None
+) -> tuple[Any, Server]:
     """The guarded ASGI app and its parts; models are found here, and loaded by their first job.
+
+    `on_receipt` is told of each receipt after it went to the ledger.
 
     Raises DependencyError without the extra `serve`, and what finding the models raises.
     """
@@ -52,6 +59,9 @@ def build(options: Options) -> tuple[Any, Server]:
         boot_id=host().boot_id,
         cache=store.home / "probes.json",
     )
+    if options.meter is not None and meters.is_external(options.meter):
+        # Clients see the reason: a path or a command of this machine is not for them.
+        selection = replace(selection, reason="a meter that the server was given")
     account = Account(selection)
     account.measure_baseline()
     metrics = Metrics()
@@ -65,12 +75,13 @@ def build(options: Options) -> tuple[Any, Server]:
             footprint=footprint,
             guard=guard,
             baseline_s=0.0,
-            meter=options.meter,
-            probes=store.home / "probes.json",
+            selection=selection,
         )
         engine.share_meters(selection, account.baseline)
         if options.otel:
             engine.on_receipt.append(otel.record)
+        if on_receipt is not None:
+            engine.on_receipt.append(on_receipt)
         return engine
 
     server = Server(
@@ -110,6 +121,8 @@ def run(options: Options) -> None:
     guarded, server = build(options)
     import uvicorn
 
+    from leangen.serve.connections import Connection
+
     class Graceful(uvicorn.Server):
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
             if self.should_exit:
@@ -122,6 +135,8 @@ def run(options: Options) -> None:
 
     config = uvicorn.Config(
         guarded,
+        http=Connection,
+        ws="none",
         host=options.host,
         port=options.port,
         log_config=None,

@@ -21,6 +21,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 MOST_REPLIES = 16
 MOST_TOKENS = 1_000_000
 MOST_TEXTS = 2048
+MOST_TOOLS = 128
 
 
 class Body(BaseModel):
@@ -106,11 +107,6 @@ class TextBody(Body):
         """How many likeliest tokens are wanted with each token's log-probability, if it is."""
         return None
 
-    def refuse_unsupported(self) -> None:
-        """RequestError for what this server cannot honour."""
-        if self.stream and self.likeliest() is not None:
-            raise RequestError("log-probabilities are not streamed: leave stream or logprobs out")
-
 
 Length = Annotated[int, Field(ge=1, le=MOST_TOKENS)]
 Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=MOST_TOKENS)]
@@ -131,8 +127,7 @@ class CompletionBody(TextBody):
         return self.logprobs
 
     def refuse_unsupported(self) -> None:
-        """As the base, and completions' own."""
-        super().refuse_unsupported()
+        """RequestError for what this server cannot honour."""
         refuse("echo", self.echo)
         refuse("suffix", self.suffix)
         refuse("best_of", None if self.best_of == (self.n or 1) else self.best_of)
@@ -147,21 +142,94 @@ class Part(BaseModel):
     text: str
 
 
+class Function(BaseModel):
+    """A function that the model may call."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    """The JSON schema of its arguments."""
+    strict: bool | None = None
+
+
+class Tool(BaseModel):
+    """One of `tools`."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    type: Literal["function"]
+    function: Function
+
+
+class Called(BaseModel):
+    """The function of a call that the model made."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    name: str
+    arguments: str
+
+
+class ToolCall(BaseModel):
+    """A call that the model made, sent back with its result."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    id: str
+    type: Literal["function"] = "function"
+    function: Called
+
+    def plain(self) -> dict[str, Any]:
+        """As templates take it: its arguments as JSON, where they are."""
+        try:
+            arguments = json.loads(self.function.arguments)
+        except ValueError:
+            arguments = self.function.arguments
+        function = {"name": self.function.name, "arguments": arguments}
+        return {"id": self.id, "type": self.type, "function": function}
+
+
+class Named(BaseModel):
+    """The name of a function."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    name: str
+
+
+class Choice(BaseModel):
+    """A `tool_choice` of one function."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    type: Literal["function"]
+    function: Named
+
+
 class Message(BaseModel):
     """One turn of a conversation."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[Part], Field(min_length=1)]
+    content: str | Annotated[list[Part], Field(min_length=1)] | None = None
     name: str | None = None
     refusal: None = None
+    tool_calls: Annotated[list[ToolCall], Field(min_length=1, max_length=MOST_TOOLS)] | None = None
+    tool_call_id: str | None = None
 
-    def plain(self) -> dict[str, str]:
-        """As the chat template takes it."""
+    def plain(self) -> dict[str, Any]:
+        """As the chat template takes it; RequestError for a message without content."""
         content = self.content
-        text = content if isinstance(content, str) else "".join(part.text for part in content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+        if content is None and not self.tool_calls:
+            raise RequestError("a message has no content, expected text")
+        parts = content if isinstance(content, list) else []
+        text = content if isinstance(content, str) else "".join(part.text for part in parts)
+        said = {"role": "system" if self.role == "developer" else self.role, "content": text}
+        calls = {"tool_calls": [call.plain() for call in self.tool_calls or ()]}
+        return said | (calls if self.tool_calls else {})
 
 
 class JsonSchema(BaseModel):
@@ -203,8 +271,8 @@ class ChatBody(TextBody):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
-    tools: list[Any] | None = None
-    tool_choice: Any = None
+    tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | Choice | None = None
     parallel_tool_calls: Any = None
     reasoning_effort: Any = None
 
@@ -220,9 +288,7 @@ class ChatBody(TextBody):
         return (self.top_logprobs or 0) if self.logprobs else None
 
     def refuse_unsupported(self) -> None:
-        """As the base, and chat's own."""
-        super().refuse_unsupported()
-        refuse("tools", self.tools)
+        """RequestError for what this server cannot honour."""
         refuse("reasoning_effort", self.reasoning_effort)
 
 

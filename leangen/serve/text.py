@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -17,7 +17,7 @@ from leangen import clock
 from leangen.errors import LeangenError
 from leangen.families import language
 from leangen.records import Output, Step
-from leangen.serve import calls, problems
+from leangen.serve import calls, problems, tools
 from leangen.serve.calls import Call, Server
 from leangen.serve.schemas import ChatBody, CompletionBody, TextBody
 
@@ -37,6 +37,8 @@ class _Form:
     created: int
     reason: str | None
     """Why another model than the named one answers."""
+    calls: tools.Form | None = None
+    """How the model writes calls of tools, where it was told of any."""
 
     @property
     def chat(self) -> bool:
@@ -47,21 +49,40 @@ class _Form:
         return head if self.reason is None else head | {"leangen": {"reason": self.reason}}
 
     def choice(self, index: int, output: Output) -> dict[str, Any]:
-        text = output.text or ""
+        text, finish = output.text or "", _finish(output)
         content: dict[str, Any] = {"text": text}
         if self.chat:
-            content = {"message": {"role": "assistant", "content": text, "refusal": None}}
-        told = output.extra.get("logprobs")
-        logprobs = None if told is None else (_chat_logprobs if self.chat else _logprobs)(told)
-        return {"index": index, **content, "logprobs": logprobs, "finish_reason": _finish(output)}
+            made = [] if self.calls is None else self.calls.read(text)
+            said = {"content": None, "tool_calls": made} if made else {"content": text}
+            content = {"message": {"role": "assistant", "refusal": None} | said}
+            finish = "tool_calls" if made else finish
+        told = self.logprobs(output.extra.get("logprobs") or ())
+        return {"index": index, **content, "logprobs": told, "finish_reason": finish}
 
-    def chunk(self, index: int, text: str, finish: str | None, *, first: bool) -> dict[str, Any]:
+    def chunk(
+        self,
+        index: int,
+        text: str,
+        finish: str | None = None,
+        *,
+        first: bool,
+        logprobs: dict[str, Any] | None = None,
+        made: Sequence[dict[str, Any]] = (),
+    ) -> dict[str, Any]:
         content: dict[str, Any] = {"text": text}
         if self.chat:
             delta: dict[str, Any] = {"role": "assistant"} if first else {}
-            content = {"delta": delta | ({"content": text} if text or first else {})}
-        choice = {"index": index, **content, "logprobs": None, "finish_reason": finish}
+            delta |= {"content": text} if text or (first and not made) else {}
+            numbered = [{"index": number, **call} for number, call in enumerate(made)]
+            content = {"delta": delta | ({"tool_calls": numbered} if made else {})}
+        choice = {"index": index, **content, "logprobs": logprobs, "finish_reason": finish}
         return self.head(self.chunk_object) | {"choices": [choice]}
+
+    def logprobs(self, told: Sequence[Mapping[str, Any]], offset: int = 0) -> Any:
+        """Of some tokens, the first of which stands at `offset` in the text; None of none."""
+        if not told:
+            return None
+        return _chat_logprobs(told) if self.chat else _logprobs(told, offset)
 
 
 def router(server: Server) -> APIRouter:
@@ -92,11 +113,14 @@ def router(server: Server) -> APIRouter:
         body.refuse_unsupported()
         messages = [message.plain() for message in body.messages]
         length = body.max_completion_tokens or body.max_tokens or CHAT_TOKENS
+        told = tools.of(body, server.models.get(body.model))
+        given: dict[str, Any] = {} if told is None else {"tools": told.told, "lark": told.lark}
         requests = [
-            language.Request(messages=messages, **body.options(length, seed))
+            language.Request(messages=messages, **body.options(length, seed), **given)
             for seed in _seeds(body)
         ]
-        return await _answer(server, body, request, requests, "chatcmpl", 1)
+        form = None if told is None else told.form
+        return await _answer(server, body, request, requests, "chatcmpl", 1, form)
 
     return routes
 
@@ -114,6 +138,7 @@ async def _answer(
     requests: list[language.Request],
     kind: str,
     prompts: int,
+    form_of_calls: tools.Form | None = None,
 ) -> Response:
     served, reason = await server.choose(body.model, "language")
     chat = kind == "chatcmpl"
@@ -124,6 +149,7 @@ async def _answer(
         model=served.name,
         created=int(datetime.fromisoformat(clock.utc_now()).timestamp()),
         reason=reason,
+        calls=form_of_calls,
     )
     told = request.scope.get("leangen")
     client = told["client"] if told else ""
@@ -159,17 +185,17 @@ async def _stream(
         return Response(status_code=499)  # nobody reads it
     told = request.scope.get("leangen")
 
+    replies = {index: _Streamed(form, index) for index in range(len(call.jobs))}
+
     async def chunks() -> AsyncIterator[str]:
-        begun: set[int] = set()
         try:
             async for index, event in _resume(first, events):
                 if isinstance(event, Step):
-                    text, finish = event.text, None
+                    parts = replies[index].step(event)
                 else:
-                    text, finish = "", _finish(call.finished[index].output)
-                if text or finish:
-                    yield _sse(form.chunk(index, text, finish, first=index not in begun), body)
-                    begun.add(index)
+                    parts = replies[index].end(call.finished[index].output)
+                for part in parts:
+                    yield _sse(part, body)
             if body.stream_options is not None and body.stream_options.include_usage:
                 tail = form.head(form.chunk_object) | {"choices": []}
                 yield _sse(tail | {"usage": calls.usage(call.receipts, prompts)}, None)
@@ -185,6 +211,34 @@ async def _stream(
     return StreamingResponse(chunks(), media_type="text/event-stream", headers=headers)
 
 
+class _Streamed:
+    """One reply as it is streamed: what may be a call of a tool is held back."""
+
+    def __init__(self, form: _Form, index: int) -> None:
+        self._form = form
+        self._index = index
+        self._hearing = None if form.calls is None else tools.Hearing(form.calls)
+        self._begun = False
+        self._offset = 0
+
+    def step(self, step: Step) -> list[dict[str, Any]]:
+        """The chunks of a step: one, or none where it shows nothing."""
+        text = step.text if self._hearing is None else self._hearing.push(step.text)
+        logprobs = self._form.logprobs(step.logprobs, self._offset)
+        self._offset += sum(len(one["token"]) for one in step.logprobs)
+        return [self._chunk(text, logprobs=logprobs)] if text or logprobs else []
+
+    def end(self, output: Output) -> list[dict[str, Any]]:
+        """The last chunks: what was held back, and why the reply ended."""
+        text, made = ("", []) if self._hearing is None else self._hearing.finish()
+        held = [self._chunk(text, made=made)] if text or made else []
+        return [*held, self._chunk("", "tool_calls" if made else _finish(output))]
+
+    def _chunk(self, text: str, finish: str | None = None, **more: Any) -> dict[str, Any]:
+        first, self._begun = not self._begun, True
+        return self._form.chunk(self._index, text, finish, first=first, **more)
+
+
 async def _resume(first: Any, rest: AsyncIterator[Any]) -> AsyncIterator[Any]:
     yield first
     async for event in rest:
@@ -197,7 +251,7 @@ def _sse(content: dict[str, Any], body: TextBody | None) -> str:
     return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
 
 
-def _chat_logprobs(told: list[dict[str, Any]]) -> dict[str, Any]:
+def _chat_logprobs(told: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     def entry(token: str, logprob: float) -> dict[str, Any]:
         return {"token": token, "logprob": logprob, "bytes": list(token.encode())}
 
@@ -209,13 +263,13 @@ def _chat_logprobs(told: list[dict[str, Any]]) -> dict[str, Any]:
     return {"content": content, "refusal": None}
 
 
-def _logprobs(told: list[dict[str, Any]]) -> dict[str, Any]:
+def _logprobs(told: Sequence[Mapping[str, Any]], offset: int) -> dict[str, Any]:
     lengths = [len(one["token"]) for one in told]
     return {
         "tokens": [one["token"] for one in told],
         "token_logprobs": [one["logprob"] for one in told],
         "top_logprobs": [dict(one["likeliest"]) for one in told],
-        "text_offset": [sum(lengths[:index]) for index in range(len(told))],
+        "text_offset": [offset + sum(lengths[:index]) for index in range(len(told))],
     }
 
 

@@ -23,7 +23,11 @@ from leangen.serve.jobs import FairQueue, Finished, Job
 from leangen.serve.power import PowerCap
 from leangen.serve.problems import DeadlineError, StoppingError
 from leangen.serve.prometheus import Metrics
+from leangen.serve.room import Room
 from leangen.serve.runners import Gain, Runner
+
+ROOM_S = 0.5
+"""How often a model that waits for room asks again, when nobody nudges it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,16 +64,19 @@ class ModelWorker:
         name: str,
         load: Callable[[], Engine],
         *,
+        room: Room,
+        memory_bytes: int,
         account: Account,
         metrics: Metrics,
         limits: Limits,
         cap: PowerCap | None = None,
     ) -> None:
         self.name = name
+        self.memory_bytes = memory_bytes
+        """What it may come to hold: its weights, and the cache of a full batch."""
         self.last_used_ns = 0
-        self.holds_memory = False
-        """Set by who grants the memory, before the model is loaded; given back with it."""
         self._load = load
+        self._room = room
         self._account = account
         self._metrics = metrics
         self._limits = limits
@@ -126,13 +133,18 @@ class ModelWorker:
             self._wake.notify()
 
     def release(self) -> None:
-        """Unload the model as soon as it has no job, and wait for that."""
+        """Begin no more jobs, and unload the model when those that run have ended.
+
+        Jobs that wait then have it loaded again.
+        """
         with self._wake:
-            thread = self._thread
-            self._release = thread is not None
+            self._release = True
             self._wake.notify()
-        if thread is not None:
-            thread.join()
+
+    def nudge(self) -> None:
+        """There may be room for the model now."""
+        with self._wake:
+            self._wake.notify()
 
     def stop(self, grace_s: float) -> None:
         """Hand back what waits, give what runs `grace_s` to finish, unload, and wait for that."""
@@ -181,19 +193,22 @@ class ModelWorker:
                 now_ns = clock.monotonic_ns()
                 gone = self._queue.clear() if self._stopping else self._queue.drop(now_ns)
                 if not gone:
+                    if self._release and self._runner is not None and not self._running:
+                        return False
                     wakes_ns = self._queue.wakes_ns()
                     if self._running or (wakes_ns is not None and wakes_ns <= now_ns):
                         return True
                     release_ns = idle_since_ns + int(self._limits.idle_release_s * 1e9)
-                    if wakes_ns is None and (
-                        self._stopping or self._release or now_ns >= release_ns
-                    ):
-                        self._release = False
+                    loaded = self._runner is not None
+                    if (loaded or wakes_ns is None) and (self._stopping or now_ns >= release_ns):
                         return False
                     until_ns = release_ns if wakes_ns is None else wakes_ns
+                    until_ns = min(until_ns, release_ns) if loaded else until_ns
                     self._wake.wait(max(0.001, (until_ns - now_ns) / 1e9))
             for job in gone:
                 self._tell_why_ended(job)
+            if gone and self._runner is None:
+                self._room.leave(self)  # who still has jobs asks again
 
     def _turn(self, account: Worker) -> None:
         """Load if need be, admit, end what is over, and compute one step."""
@@ -211,7 +226,11 @@ class ModelWorker:
         self.last_used_ns = clock.monotonic_ns()
 
     def _loaded_runner(self) -> Runner | None:
-        """The runner; None after telling every job why the model could not be loaded."""
+        """The runner; None while there is no room for it, or after telling every job why not."""
+        if self._runner is None and not self._room.enter(self):
+            with self._wake:
+                self._wake.wait(ROOM_S)
+            return None
         if self._runner is None:
             try:
                 self._engine = self._load()
@@ -230,10 +249,11 @@ class ModelWorker:
     def _unload(self) -> None:
         self._engine = self._runner = None
         gc.collect()  # the engine and its closures refer to each other
-        self.holds_memory = False
+        self._room.leave(self)
+        self._release = False
 
     def _admit(self, runner: Runner) -> None:
-        while runner.room:
+        while runner.room and not self._release:
             with self._wake:
                 job = self._queue.take(clock.monotonic_ns())
             if job is None:

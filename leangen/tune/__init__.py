@@ -15,13 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from leangen import families, quality, quantize
+from leangen import families, family_recipes, quality, quantize
 from leangen.bundle import Bundle
 from leangen.console import Progress, with_u
 from leangen.errors import RequestError
 from leangen.quality import Measure, Task
 from leangen.recipe import NodeRecipe
 from leangen.session import Session
+from leangen.treatments import read
 from leangen.tune import costs, harms, solve
 from leangen.tune.costs import Objective
 from leangen.tune.solve import Option, Solution, Table
@@ -96,13 +97,18 @@ class Tuned:
     trials: int
 
     def cost_of(self, bundle: Bundle) -> float | None:
-        """The modelled cost of another bundle of the model; None for treatments not looked at."""
-        total = 0.0
+        """The modelled cost of another bundle of the model; None for treatments not looked at.
+
+        Other unpacked forms than those looked at run as fp32 does too; of sizes, files tell.
+        """
+        total, sized = 0.0, self.objective.name == "size"
         nodes = {key.rpartition(":")[2]: e for key, e in bundle.quantization["nodes"].items()}
         for name, options in self.costs.items():
             treatment = nodes[name]["treatment"] if name in nodes else "fp32"
             if treatment not in options:
-                return None
+                if sized or read(treatment).kind != "w":
+                    return None
+                treatment = "fp32"
             total += options[treatment]
         return total
 
@@ -128,7 +134,7 @@ def tune(
         raise RequestError(f"given {bundle.name}:{bundle.scheme}, expected the fp32 bundle to tune")
     aim = costs.objective(minimize, meter)
     progress(0, 0, "calibrating")
-    calibration = quantize.Calibration(bundle)
+    calibration = quantize.Calibration(bundle, family_recipes.of(bundle).tuned_method)
     found = harms.measure(bundle, calibration, home, progress)
     prices = costs.measure(bundle, calibration, found, aim, progress)
     table = {
@@ -142,7 +148,7 @@ def tune(
         with tempfile.TemporaryDirectory(prefix="leangen-") as folder:
             made = quantize.replay(
                 bundle,
-                _recipe(bundle, solution),
+                _recipe(bundle, calibration, solution),
                 Path(folder) / "trial",
                 calibration=calibration,
             )
@@ -162,7 +168,7 @@ def tune(
         "trials": trials,
     }
     return Tuned(
-        recipe=_recipe(bundle, best, how),
+        recipe=_recipe(bundle, calibration, best, how),
         measures=measures,
         loss=loss,
         solution=best,
@@ -241,5 +247,11 @@ def _told(budget: Budget) -> str:
     return f"--{'min' if budget.kind == 'psnr' else 'max'}-{budget.kind} {budget.limit:g}"
 
 
-def _recipe(bundle: Bundle, solution: Solution, how: Mapping[str, Any] | None = None) -> NodeRecipe:
-    return NodeRecipe(bundle.name, bundle.digest, solution.choices, how or {})
+def _recipe(
+    bundle: Bundle,
+    calibration: quantize.Calibration,
+    solution: Solution,
+    how: Mapping[str, Any] | None = None,
+) -> NodeRecipe:
+    choices, method = solution.choices, calibration.method
+    return NodeRecipe(bundle.name, bundle.digest, choices, how or {}, method)

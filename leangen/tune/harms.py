@@ -1,8 +1,8 @@
 """What each treatment of each node alone does to a model's output: measured once, then kept.
 
 Nodes are tried inside the whole graph (`leangen.sensitivity`), on inputs that the model makes
-itself; a language model reads a text. The figure is the squared relative error of the graph's
-output, which for small disturbances adds up over nodes.
+itself. The figure is the squared relative error of the graph's output, for a language model the KL
+divergence of its predictions; for small disturbances both add up over nodes.
 """
 
 from __future__ import annotations
@@ -10,21 +10,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 
-import numpy as np
-
-from leangen import quantize
+from leangen import calibrate, calibration_data, quantize
 from leangen.bundle import Bundle
 from leangen.calibrate import Feeds
 from leangen.console import Progress
 from leangen.errors import BundleError
-from leangen.families import language
 from leangen.files import write_atomic
-from leangen.graph_edit import Graph
+from leangen.graph_edit import Array, Graph
+from leangen.quality.language import kl_and_top1
 from leangen.sensitivity import Probe, isolate
-from leangen.session import Session
 from leangen.sites import Site
 from leangen.treatments import Treatments, code_bits
 
@@ -32,12 +28,12 @@ Harms = dict[str, dict[str, float]]
 """Squared relative error by node and treatment."""
 
 TOKENS = 96
-"""Of the text that a language model reads while its nodes are tried."""
+"""Of its own text that a language model reads while its nodes are tried."""
 _COARSE = 2
-"""A group of nodes that together does less harm than 2 nodes do on average at the fewest bits is
-not looked into: its nodes share the figure."""
-_LANGUAGE = ("matmul4", "matmul4-asym-g16", "matmul8", "w16")
-_FP32_ARITHMETIC = ("w4", "w4-asym-g16", "w8", "w16")
+"""A group of nodes that together does less harm than 2 nodes do on average at 4 bits is not looked
+into: its nodes share the figure."""
+_LANGUAGE = ("matmul3", "matmul4-g128", "matmul4", "matmul4-asym-g16", "matmul8", "w16")
+_FP32_ARITHMETIC = ("w3", "w4-g128", "w4", "w4-asym-g16", "w8", "w16")
 _INT8_ARITHMETIC = ("w8a8", "matmul4", "matmul8")
 
 
@@ -56,7 +52,10 @@ def candidates(bundle: Bundle, site: Site, treatments: Treatments) -> list[str]:
 
 def feeds(bundle: Bundle, calibration: quantize.Calibration) -> Mapping[str, Sequence[Feeds]]:
     """Inputs of each graph."""
-    return {"model": [_text_feed(bundle)]} if bundle.family == "language" else calibration.feeds
+    if bundle.family != "language":
+        return calibration.feeds
+    text = calibration.feeds["model"][0]["input_ids"][0]
+    return {"model": [calibration_data.prefill(bundle, text[:TOKENS])]}
 
 
 def measure(
@@ -67,13 +66,15 @@ def measure(
     Every treatment is kept as soon as it is measured. Raises BundleError for a family that cannot
     be calibrated without data.
     """
-    key = hashlib.sha256(f"{bundle.digest} {TOKENS} {_COARSE}".encode()).hexdigest()[:16]
+    about = f"{bundle.digest} {calibration.method} {TOKENS} {_COARSE}"
+    key = hashlib.sha256(about.encode()).hexdigest()[:16]
     path = home / "tune" / f"{bundle.name.replace('/', '_')}-{key}.json"
     try:
         kept: dict[str, dict[str, float]] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):  # not yet, or damaged: measure
         kept = {}
     found: Harms = {}
+    distance = _divergence if bundle.family == "language" else calibrate.relative_error
     for role, inputs in feeds(bundle, calibration).items():
         if not inputs:
             raise BundleError(
@@ -92,8 +93,8 @@ def measure(
                 progress(done, len(names), f"{role}: trying {len(chosen)} nodes at {treatment}")
                 stand_ins = {site.node.name: treatments.apply(site, treatment) for site in chosen}
                 # One input puts the nodes in order; what they do together is checked end to end.
-                probe = Probe(graph, stand_ins, inputs[:1])
-                if not negligible:  # of the treatment of the fewest bits, which harms most
+                probe = Probe(graph, stand_ins, inputs[:1], distance)
+                if not negligible:  # of the first treatment
                     negligible = _COARSE * probe.error(stand_ins) / len(stand_ins)
                     kept[f"{role} negligible"] = {"": negligible}
                 kept[part] = isolate(list(stand_ins), probe.error, negligible)
@@ -104,8 +105,10 @@ def measure(
     return found
 
 
-def _order(treatment: str) -> tuple[int, str]:
-    return code_bits(treatment), treatment
+def _order(treatment: str) -> tuple[bool, int, str]:
+    """4 bits first, which say what is negligible: choices are made around there."""
+    bits = code_bits(treatment)
+    return bits != 4, bits, treatment
 
 
 def _only_logits(graph: Graph) -> None:
@@ -117,20 +120,9 @@ def _only_logits(graph: Graph) -> None:
         outputs.extend(kept)
 
 
-def _text_feed(bundle: Bundle) -> Feeds:
-    """A text as the graph reads it at once, with empty caches of its length."""
-    session, config = Session(bundle), bundle.config
-    text = files("leangen").joinpath("assets/quality.txt").read_text(encoding="utf-8")
-    tokens = language.tokenizer(session).encode(text).ids[:TOKENS]
-    cache = np.zeros((1, config["kv_heads"], len(tokens), config["head_dim"]), np.float32)
-    caches = {
-        f"past_{kind}_{layer}": cache
-        for layer in range(config["layers"])
-        for kind in ("key", "value")
-    }
-    return caches | {
-        "input_ids": np.array([tokens], np.int64),
-        "seqlens_k": np.array([len(tokens) - 1], np.int32),
-        "total_sequence_length": np.array(len(tokens), np.int32),
-        "logits_from": np.zeros(1, np.int64),
-    }
+def _divergence(outputs: Sequence[Array], reference: Sequence[Array]) -> float:
+    """Mean KL divergence of the predictions, in nats."""
+    (ours,), (exact,) = outputs, reference
+    vocabulary = exact.shape[-1]
+    kl, _ = kl_and_top1(exact.reshape(-1, vocabulary), ours.reshape(-1, vocabulary))
+    return float(kl.mean())

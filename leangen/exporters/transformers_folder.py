@@ -1,0 +1,144 @@
+"""What transformers saves of a model: its config, its weights in safetensors, its tokenizer."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from leangen.bundle import sha256_file
+from leangen.errors import DependencyError, SourceError
+from leangen.exporters.checkpoint import Checkpoint, Layout, Rows
+from leangen.exporters.gguf_blocks import Floats
+
+CONFIG, TOKENIZER, TEMPLATE = "config.json", "tokenizer.json", "chat_template.jinja"
+
+
+def folder_of(path: Path) -> Path:
+    """The folder of a model, which the path of its `config.json` may stand for."""
+    return path.parent if path.name == CONFIG else path
+
+
+def open_tensors(path: Path) -> tuple[list[Path], dict[str, Any]]:
+    """The safetensors files of a folder, and by tensor the opened file that has it."""
+    try:
+        import ml_dtypes  # noqa: F401  gives NumPy bfloat16
+        from safetensors import SafetensorError, safe_open
+    except ModuleNotFoundError as error:
+        if error.name not in ("safetensors", "ml_dtypes"):
+            raise
+        raise DependencyError(f"{path} holds safetensors: `pip install safetensors`") from None
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise SourceError(_no_weights(path))
+    tensors: dict[str, Any] = {}
+    for file in files:
+        try:
+            opened = safe_open(file, framework="np")
+        except (SafetensorError, OSError) as error:
+            raise SourceError(
+                f"{file} is truncated or damaged ({error}): download it again"
+            ) from error
+        tensors.update(dict.fromkeys(cast(Any, opened).keys(), opened))
+    return files, tensors
+
+
+class Tensors(Checkpoint):
+    """The weights in a folder's safetensors files."""
+
+    def __init__(self, path: Path, layout: Layout) -> None:
+        super().__init__(layout)
+        self.files, self._tensors = open_tensors(path)
+        # Some were saved without what stands around the layers: `h.0` for `transformer.h.0`.
+        self._bare = layout.names["embed"] + ".weight" not in self._tensors
+        self.check(path)
+
+    def __enter__(self) -> Tensors:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._tensors.clear()  # closes the files
+
+    def _tensor(self, name: str, suffix: str = ".weight") -> str:
+        stored = super()._tensor(name, suffix)
+        return stored.partition(".")[2] if self._bare and stored.count(".") > 1 else stored
+
+    def _shape(self, tensor: str) -> tuple[int, ...] | None:
+        if tensor not in self._tensors:
+            return None
+        return tuple(self._tensors[tensor].get_slice(tensor).get_shape())
+
+    def _rows(self, tensor: str) -> Rows:
+        rows: Rows = self._tensors[tensor].get_tensor(tensor)
+        return rows
+
+    def _floats(self, tensor: str, rows: Rows) -> Floats:
+        return np.asarray(rows, np.float32)
+
+
+def _no_weights(path: Path) -> str:
+    pickled = sorted(file.name for file in (*path.glob("*.bin"), *path.glob("*.pt")))
+    if pickled:
+        return (
+            f"{path} holds pickled weights only ({pickled[0]}), which could run code when read: "
+            "load it where you trust it and save it with save_pretrained, which writes safetensors"
+        )
+    return f"{path} holds no *.safetensors: expected a folder that save_pretrained wrote"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; SourceError for anything else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise SourceError(f"there is no {path}: expected a folder of transformers") from error
+    except (OSError, ValueError) as error:
+        raise SourceError(f"cannot read {path}: {error}") from error
+    if not isinstance(content, dict):
+        raise SourceError(f"{path} is not a JSON object: download it again")
+    return content
+
+
+def copy_tokenizer(
+    path: Path, folder: Path, said: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Copy the tokenizer and the chat template; the bundle's config keys about them.
+
+    `said` has `bos_token_id` and `eos_token_id`; by default `config.json` and
+    `generation_config.json` have them.
+    """
+    if not (path / TOKENIZER).is_file():
+        raise SourceError(
+            f"{path} has no {TOKENIZER}: save it there with "
+            "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+        )
+    shutil.copyfile(path / TOKENIZER, folder / TOKENIZER)
+    template: Any = None
+    if (path / TEMPLATE).is_file():
+        template = (path / TEMPLATE).read_text(encoding="utf-8")
+    elif (path / "tokenizer_config.json").is_file():
+        template = read_json(path / "tokenizer_config.json").get("chat_template")
+    if isinstance(template, list):  # several by name
+        template = next((t["template"] for t in template if t.get("name") == "default"), None)
+    if template:
+        (folder / TEMPLATE).write_text(template, encoding="utf-8")
+    config, ends = said, None
+    if config is None:
+        config, generation = read_json(path / CONFIG), path / "generation_config.json"
+        ends = read_json(generation).get("eos_token_id") if generation.is_file() else None
+    ends = config.get("eos_token_id") if ends is None else ends
+    return {
+        "bos_id": config.get("bos_token_id"),
+        "eos_ids": [] if ends is None else ends if isinstance(ends, list) else [ends],
+        "chat_template": TEMPLATE if template else None,
+    }
+
+
+def default_source(path: Path, files: Sequence[Path]) -> dict[str, Any]:
+    """What the manifest says of a folder that no one described."""
+    hashes = {file.name: sha256_file(file) for file in files}
+    return {"kind": "transformers", "folder": path.resolve().name, "sha256": hashes}

@@ -1,0 +1,65 @@
+"""Pipelines: parts, each a bundle with its own scheme, connected in a short TOML file.
+
+    summary = "Answers aloud what is asked aloud"
+
+    [inputs.audio]
+    about = "a question, as a .wav file"
+
+    [parts.ear]
+    model = "whisper-tiny-en:int8"
+    request = { audio = "{input.audio}" }
+
+    [parts.mind]
+    model = "smollm2-135m:int4"
+    request = { messages = [{ role = "user", content = "{ear.text}" }], max_new_tokens = 48 }
+
+    [parts.voice]
+    model = "piper-joe:int8"
+    request = { text = "{mind.text}" }
+
+A part's request holds options of its model's family; `{part.output}` in it is what an earlier part
+gave (see `template`). When a pipeline is loaded, each output is held against the field that takes
+it: kind, shape, type, range, sample rate, tokenizer (`ports`). One window is measured over a run;
+its joules are shared among the parts, which add up to the whole exactly (`accounts`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from leangen.engine import Engine
+from leangen.errors import LeangenError
+from leangen.pipeline.atoms import Atom, Runner
+from leangen.pipeline.retrieval import Retriever
+from leangen.pipeline.running import Pipeline, PipelineResult, PipelineStream
+from leangen.pipeline.spec import Spec, find, read, shipped
+
+__all__ = [
+    "Pipeline",
+    "PipelineResult",
+    "PipelineStream",
+    "Spec",
+    "find",
+    "load",
+    "read",
+    "shipped",
+]
+
+
+def load(path: Path, open_model: Callable[[str], Engine]) -> Pipeline:
+    """The pipeline in a file, its models opened by `open_model`, one part after the other.
+
+    Raises RequestError for a file that is not right and for parts that do not fit, and what
+    `open_model` raises, with the part's name before it.
+    """
+    spec = read(path)
+    atoms: dict[str, Runner] = {}
+    for part in spec.parts:
+        try:
+            engine = open_model(part.model)
+        except LeangenError as error:
+            raise type(error)(f"{spec.name}: parts.{part.name}: {error}") from error
+        engine.tag = engine.tag or spec.name
+        atoms[part.name] = Retriever(engine) if part.retrieve else Atom(engine)
+    return Pipeline(spec, atoms)
