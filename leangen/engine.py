@@ -52,9 +52,11 @@ class Result:
     def save(self, path: str | Path) -> Path:
         """Write the output by the suffix of `path`: .txt, .wav, .png, .csv, .npy.
 
+        A .wav and a .png keep the receipt in their metadata.
+
         Raises RequestError when this output has no such form.
         """
-        return media.save(self.output, Path(path))
+        return media.save(self.output, Path(path), self.receipt)
 
 
 class Stream(Iterator[Step]):
