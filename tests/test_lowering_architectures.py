@@ -16,7 +16,7 @@ from leangen.session import Session
 pytestmark = pytest.mark.skipif(
     leangen_kernels.library() is None, reason="no kernels: " + leangen_kernels.status()[1]
 )
-ALWAYS = {"GatherBlockQuantized", "Slice"}  # the embedding, and the positions that are wanted
+ALWAYS = {"Cast", "GatherBlockQuantized", "Slice"}  # the embedding, the positions that are wanted
 SHAPING = {"Concat", "Reshape", "Shape"}
 POSITIONS = {"Add", "Cast", "Range", "Squeeze", "Sub", "Unsqueeze"} | SHAPING
 NORMED_AFTER = {"Add", "RMSNormalization"} | SHAPING
