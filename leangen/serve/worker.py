@@ -52,6 +52,8 @@ class _Running:
     steps: list[tuple[str, float, int]] = field(default_factory=list)
     busy_ns: list[int] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
+    since_step_ns: int = 0
+    """Computing time since its last step."""
     began: bool = False
     """Whether it has got its first unit of work."""
 
@@ -247,6 +249,9 @@ class ModelWorker:
         return self._runner
 
     def _unload(self) -> None:
+        if self._runner is not None:
+            for job in self._running:  # left over by a mistake
+                self._runner.remove(job)
         self._engine = self._runner = None
         gc.collect()  # the engine and its closures refer to each other
         self._room.leave(self)
@@ -275,9 +280,11 @@ class ModelWorker:
             gains = runner.step()
         except LeangenError as error:
             failure = error
-        work = {self._running[gain.job].tab: gain.busy_ns for gain in gains}
+        work: Counter[Tab] = Counter()
+        for gain in gains:
+            work[self._running[gain.job].tab] += gain.busy_ns
         self._account.end_step(account, work)
-        self._metrics.stepped(self.name, len(gains))
+        self._metrics.stepped(self.name, len(work))
         for gain in gains:
             self._gained(gain)
         if failure is not None:
@@ -289,10 +296,12 @@ class ModelWorker:
 
     def _gained(self, gain: Gain) -> None:
         job, running = gain.job, self._running[gain.job]
+        running.since_step_ns += gain.busy_ns
         if gain.step is not None:
             now_ns = clock.monotonic_ns()
             running.steps.append((gain.step.kind, gain.step.units, now_ns - running.last_ns))
-            running.busy_ns.append(gain.busy_ns)
+            running.busy_ns.append(running.since_step_ns)
+            running.since_step_ns = 0
             running.counts.update(gain.step.counts)
             if gain.step.units and not running.began:
                 running.began = True
@@ -305,6 +314,9 @@ class ModelWorker:
             finished = self._end(job, gain.output)
             if finished is not None:
                 job.tell(finished)
+        elif gain.error is not None:
+            self._end(job, None)
+            job.tell(gain.error)
 
     def _end(self, job: Job, output: Output | None) -> Finished | None:
         """Take a job off, and put what it cost on the account; None where it did nothing."""
