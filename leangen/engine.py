@@ -221,7 +221,7 @@ class Engine:
     @property
     def media(self) -> Media:
         """What its outputs are."""
-        return self.family.MEDIA
+        return families.media(self.bundle)
 
     def request(self, prompt: Any = None, /, **options: Any) -> Any:
         """The family's validated request; RequestError names an option that it does not take."""

@@ -46,6 +46,10 @@ RECIPES = {
     "autoregressive/image": Recipe(measured=False),
     "flow/density": Recipe(
         caution=2.0,
+        keep_fp32={
+            "/bijection/*": "a matrix that the other direction has the inverse of: rounded apart, "
+            "they would no longer undo each other"
+        },
         method="gptq",
         tuned_method="gptq",
         fp32_activations={"*": "rounded activations shift a log-density by tenths of a nat"},

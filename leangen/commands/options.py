@@ -114,7 +114,8 @@ def request_options(sub: argparse.ArgumentParser) -> None:
     group.add_argument("--sampler", help="diffusion: ddim, heun, dpmpp_2m, unipc, ...")
     group.add_argument("--guidance", type=float, metavar="SCALE", help="diffusion: 1 is none")
     group.add_argument("--guidance-rescale", type=float, metavar="SHARE", help="diffusion: 0 to 1")
-    group.add_argument("--image", metavar="FILE", help="diffusion: picture or .npy to start from")
+    group.add_argument("--image", metavar="FILE", help="diffusion: start from; encoder: encode")
+    group.add_argument("--latent", metavar="FILE", help="one-shot decoder: .npy in place of noise")
     group.add_argument("--strength", type=float, help="diffusion: how far to leave --image, 0 to 1")
     group.add_argument("--mask", metavar="FILE", help="diffusion: white where to paint anew")
     group.add_argument(
@@ -135,6 +136,7 @@ _REQUEST_FIELDS = (
     *("ignore_eos", "phonemes", "phoneme_ids", "length_scale", "noise_scale", "count", "data"),
     *("steps", "conditions", "min_p", "presence_penalty", "frequency_penalty", "logit_bias", "n"),
     *("beams", "logprobs", "regex", "speculate", "sampler", "guidance", "guidance_rescale"),
+    "latent",
     *("image", "strength", "mask", "audio", "language", "task", "seconds"),
 )
 

@@ -29,6 +29,16 @@ def generator(seed: int, index: int) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64([seed, index]))
 
 
+def smooth_noise(
+    rng: np.random.Generator, shape: Sequence[int], limits: Sequence[float] | None
+) -> Array:
+    """Noise without fine detail, float32 [1, c, h, w], over the range of values (-1 to 1)."""
+    low, high = limits or (-1.0, 1.0)
+    coarse = rng.uniform(low, high, (shape[0], -(-shape[1] // 4), -(-shape[2] // 4)))
+    fine = np.repeat(np.repeat(coarse, 4, axis=1), 4, axis=2)[:, : shape[1], : shape[2]]
+    return fine[None].astype(np.float32)
+
+
 def condition_feeds(config: Mapping[str, Any], chosen: Mapping[str, float]) -> dict[str, Array]:
     """Feeds of the conditions, the model's defaults where none is chosen.
 

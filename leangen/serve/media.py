@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 from fastapi import APIRouter, Request, Response
 
-from leangen import audio, clock
+from leangen import audio, clock, families
 from leangen import media as files
 from leangen.errors import RequestError
+from leangen.families import density
 from leangen.records import Output
 from leangen.serve import calls, single
 from leangen.serve.calls import Server
@@ -91,10 +92,10 @@ def router(server: Server) -> APIRouter:
         output = await single.output(call, request, served)
         if output is None:
             return single.nobody()
-        rows = np.asarray(output.array)
+        rows = density.as_rows(output.array)
         content = {
             "model": served.name,
-            "columns": list(output.extra["columns"]),
+            "columns": list(served.bundle.config["columns"]),
             "rows": [[_finite(value) for value in row] for row in rows.tolist()],
             "usage": single.usage(call),
         }
@@ -108,10 +109,13 @@ def router(server: Server) -> APIRouter:
         output = await single.output(call, request, served)
         if output is None:
             return single.nobody()
-        values = np.asarray(output.array).tolist()
+        scores = np.asarray(output.array).reshape(len(body.rows), -1).T.tolist()
         content = {
             "model": served.name,
-            "log_density": [_finite(value) for value in values],
+            **{
+                name: [_finite(value) for value in column]
+                for name, column in zip(output.extra["columns"], scores, strict=True)
+            },
             "usage": single.usage(call),
         }
         return single.answer(call, content, reason)
@@ -124,6 +128,8 @@ async def _choose_images(server: Server, body: ImageBody) -> tuple[Served, str |
     served, reason = await server.choose(
         body.model, family if family in ("diffusion", "oneshot") else "diffusion"
     )
+    if families.media(served.bundle) != "image":
+        raise RequestError(f"{served.name} encodes images: expected a model that makes them")
     if body.prompt:
         raise RequestError(
             f"{served.name} draws from noise and conditions and reads no prompt: send an empty "

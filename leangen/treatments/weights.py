@@ -79,7 +79,7 @@ class Weights:
             options["scale_dtype"], stem = np.float16, f"{stem}-f16"
         if stem not in self._packed:
             scheme, w = schemes.get(form.scheme), self.matrix(site)
-            rounding = self._rounding if site.kind == "linear" else round_to_nearest
+            rounding = self._rounding if site.kind in ("linear", "matrix") else round_to_nearest
             self._packed[stem] = rounding(site, w, scheme, options)
         return self._packed[stem], stem
 
