@@ -1,4 +1,4 @@
-"""A language model of a billion parameters: what export, quantizing and decoding cost, beside torch.
+"""A language model of a billion parameters: export, quantizing and decoding, beside torch.
 
     python bench/large.py make DIR          a Llama of 1.24B random weights, fp16 safetensors
     python bench/large.py export DIR        to DIR/fp32
