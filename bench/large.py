@@ -59,10 +59,12 @@ def make(folder: Path) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     width, hidden, kv = 2048, 8192, 512
+    pool = rng.standard_normal(1 << 24, np.float32)  # drawing all of them would take a minute
 
     def matrix(rows: int, columns: int) -> np.ndarray:
-        values = rng.standard_normal((rows, columns), np.float32) / np.float32(columns**0.5)
-        return values.astype(np.float16)
+        start = int(rng.integers(len(pool) // 2))
+        values = np.resize(pool[start:], rows * columns).reshape(rows, columns)
+        return (values / np.float32(columns**0.5)).astype(np.float16)
 
     ones = np.ones(width, np.float16)
     index: dict[str, str] = {}
