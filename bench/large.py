@@ -1,14 +1,10 @@
-"""A language model of a billion parameters: export, quantizing and decoding, beside torch.
+"""Decoding with a model far larger than the caches, against streaming the same bytes.
 
-    python bench/large.py make DIR          a Llama of 1.24B random weights, fp16 safetensors
-    python bench/large.py export DIR        to DIR/fp32
-    python bench/large.py quantize DIR      to DIR/int4
-    python bench/large.py decode DIR int4   leangen
-    python bench/large.py torch DIR bfloat16
+    python bench/large.py [--threads 2] [--context 256] [--rounds 12] [--json]
 
-Each prints one JSON line with its seconds and the peak memory of its process. The shape is that of
-Llama-3.2-1B (16 layers, width 2048, 32 heads on 8, MLP 8192, vocabulary 128,256, tied head).
-Random weights take as long as trained ones; what they say is noise.
+The shape is Llama-3.2-1B's with random weights of 4 bits in groups of 32 (4.5 bits a weight), head
+included, embedding left out. Streaming is reading an array of the same size, a part for each
+thread. Both take turns in one process.
 """
 
 from __future__ import annotations
@@ -16,170 +12,146 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
-from collections.abc import Callable
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
+import leangen_kernels
 import numpy as np
+import onnx
+import onnxruntime as ort
+from leangen_kernels import layout
+from onnx import TensorProto, helper, numpy_helper
 
-from leangen import clock, exporters, host
-from leangen.bundle import open_bundle
-from leangen.engine import Engine
-from leangen.quantize import quantize
-from leangen.session import Session
-
-CONFIG = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 128_256,
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 64,
-    "max_position_embeddings": 4096,
-    "rope_theta": 500_000.0,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": True,
-    "hidden_act": "silu",
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-PROMPT = 64
-NEW = 24
+LAYERS, WIDTH, MLP, HEADS, KV_HEADS, HEAD, VOCAB = 16, 2048, 8192, 32, 8, 64, 128256
+QKV = (HEADS + 2 * KV_HEADS) * HEAD
+FORM = layout.FORMS["q4"]
 
 
-def make(folder: Path) -> dict[str, Any]:
-    """Write the checkpoint, one file a layer, so that little is in memory."""
-    from safetensors.numpy import save_file
-    from tokenizers import Tokenizer, models
-
-    folder.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(0)
-    width, hidden, kv = 2048, 8192, 512
-    pool = rng.standard_normal(1 << 24, np.float32)  # drawing all of them would take a minute
-
-    def matrix(rows: int, columns: int) -> np.ndarray:
-        start = int(rng.integers(len(pool) // 2))
-        values = np.resize(pool[start:], rows * columns).reshape(rows, columns)
-        return (values / np.float32(columns**0.5)).astype(np.float16)
-
-    ones = np.ones(width, np.float16)
-    index: dict[str, str] = {}
-
-    def write(file: str, tensors: dict[str, np.ndarray]) -> None:
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        index.update(dict.fromkeys(tensors, file))
-
-    write(
-        "model-00.safetensors",
-        {"model.embed_tokens.weight": matrix(128_256, width), "model.norm.weight": ones},
-    )
-    for layer in range(16):
-        stem = f"model.layers.{layer}"
-        write(
-            f"model-{layer + 1:02}.safetensors",
-            {
-                f"{stem}.self_attn.q_proj.weight": matrix(width, width),
-                f"{stem}.self_attn.k_proj.weight": matrix(kv, width),
-                f"{stem}.self_attn.v_proj.weight": matrix(kv, width),
-                f"{stem}.self_attn.o_proj.weight": matrix(width, width),
-                f"{stem}.mlp.gate_proj.weight": matrix(hidden, width),
-                f"{stem}.mlp.up_proj.weight": matrix(hidden, width),
-                f"{stem}.mlp.down_proj.weight": matrix(width, hidden),
-                f"{stem}.input_layernorm.weight": ones,
-                f"{stem}.post_attention_layernorm.weight": ones,
-            },
-        )
-    (folder / "model.safetensors.index.json").write_text(
-        json.dumps({"metadata": {}, "weight_map": index})
-    )
-    (folder / "config.json").write_text(json.dumps(CONFIG))
-    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(100)}, unk_token="w0"))
-    tokenizer.save(str(folder / "tokenizer.json"))
-    return {"bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors"))}
+def weights(n: int, k: int) -> np.ndarray:
+    """A packed matrix: the same 16 random rows again and again."""
+    rng = np.random.default_rng(k)
+    codes = rng.integers(0, 16, (layout.ROWS, k), dtype=np.uint8)
+    scales = (rng.random((layout.ROWS, k // 32)) / np.sqrt(k) / 4).astype(np.float16)
+    return np.tile(layout.pack(FORM, codes, scales.astype(np.float32)), n // layout.ROWS)
 
 
-def export(folder: Path) -> dict[str, Any]:
-    """Export to fp32."""
-    bundle = exporters.export(folder, folder / "fp32", replace=True)
-    return {"bytes": bundle.size_bytes}
+def write(path: Path, capacity: int) -> int:
+    """Write the decoder of one token; how many bytes its matrices have."""
+    nodes, sizes = [], []
+    gain = numpy_helper.from_array(np.ones(WIDTH, np.float32), "gain")
+    angles = np.outer(np.arange(capacity), 1e4 ** (-np.arange(HEAD // 2) / (HEAD // 2)))
+    turns = [(f(angles).astype(np.float32), name) for f, name in ((np.cos, "cos"), (np.sin, "sin"))]
+    constants = [gain, *(numpy_helper.from_array(*turn) for turn in turns)]
+
+    def linear(
+        x: str, n: int, k: int, name: str, gain: str = "", residual: str = "", **more: int
+    ) -> str:
+        packed = weights(n, k)
+        sizes.append(packed.nbytes)
+        constants.append(numpy_helper.from_array(packed, f"{name}.w"))
+        inputs = [x, f"{name}.w", gain, "", residual]
+        options = {"form": FORM.name, "n": n, "k": k, **more}
+        nodes.append(helper.make_node("Linear", inputs, [name], domain="leangen", **options))
+        return name
+
+    info, h = helper.make_tensor_value_info, "x"
+    cache = [1, KV_HEADS, capacity, HEAD]
+    inputs = [
+        info("x", TensorProto.FLOAT, [1, 1, WIDTH]), info("last", TensorProto.INT32, [1]),
+    ]  # fmt: skip
+    outputs = [info("logits", TensorProto.FLOAT, [1, 1, VOCAB])]
+    for i in range(LAYERS):
+        past, present = ([f"{when}{kind}{i}" for kind in "kv"] for when in ("past", "present"))
+        inputs += [info(name, TensorProto.FLOAT16, cache) for name in past]
+        outputs += [info(name, TensorProto.FLOAT16, cache) for name in present]
+        qkv = linear(h, QKV, WIDTH, f"qkv{i}", "gain")
+        node = helper.make_node(
+            "Attention", [qkv, *past, "last", "cos", "sin"], [f"y{i}", *present],
+            domain="leangen", heads=HEADS, kv_heads=KV_HEADS, cache="fp16",
+        )  # fmt: skip
+        nodes.append(node)
+        h = linear(f"y{i}", WIDTH, WIDTH, f"o{i}", residual=h)
+        y = linear(h, 2 * MLP, WIDTH, f"gate_up{i}", "gain", gated=1)
+        h = linear(y, WIDTH, MLP, f"down{i}", residual=h)
+    linear(h, VOCAB, WIDTH, "logits", "gain")
+    graph = helper.make_graph(nodes, "decoder", inputs, outputs, constants)
+    opsets = [helper.make_opsetid(*domain) for domain in (("", 21), ("leangen", 1))]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    onnx.save(model, path, save_as_external_data=True, location=f"{path.name}.data")
+    return sum(sizes)
 
 
-def to_int4(folder: Path) -> dict[str, Any]:
-    """Quantize to int4."""
-    bundle = quantize(open_bundle(folder / "fp32"), "int4", folder / "int4", replace=True)
-    return {"bytes": bundle.size_bytes}
+class Decoder:
+    """A session whose caches are bound so that they are updated in place."""
+
+    def __init__(self, path: Path, threads: int, capacity: int, context: int) -> None:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.add_session_config_entry("session.intra_op.spin_duration_us", "200")
+        options.register_custom_ops_library(str(leangen_kernels.library()))
+        self.session = ort.InferenceSession(str(path), options)
+        self.binding = self.session.io_binding()
+        shape = (1, KV_HEADS, capacity, HEAD)
+        for name in (f"{kind}{i}" for i in range(LAYERS) for kind in "kv"):
+            value = ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float16))
+            self.binding.bind_ortvalue_input(f"past{name}", value)
+            self.binding.bind_ortvalue_output(f"present{name}", value)
+        x = np.random.default_rng(1).standard_normal((1, 1, WIDTH)).astype(np.float32)
+        self.binding.bind_cpu_input("x", x)
+        self.binding.bind_cpu_input("last", np.array([context - 1], np.int32))
+        self.binding.bind_output("logits")
+
+    def token_s(self) -> float:
+        """Seconds of one token."""
+        start = time.perf_counter()
+        self.session.run_with_iobinding(self.binding)
+        return time.perf_counter() - start
 
 
-def decode(folder: Path, scheme: str) -> dict[str, Any]:
-    """Median seconds of a decoded token; prompts of `PROMPT` tokens; joules as the receipt says."""
-    engine = Engine(Session(open_bundle(folder / scheme)), baseline_s=0)
-    prompt = np.random.default_rng(1).integers(3, 128_000, PROMPT).tolist()
-    engine.generate(tokens=prompt, max_new_tokens=2, ignore_eos=True)
-    receipt = engine.generate(tokens=prompt, max_new_tokens=NEW, ignore_eos=True).receipt
-    energy = receipt.energy
-    return {
-        "prefill_s": receipt.latency.ttft_s,
-        "token_s": receipt.latency.step_p50_s,
-        "token_p95_s": receipt.latency.step_p95_s,
-        "joules_per_token": energy.per_unit_j,
-        "energy_source": energy.source,
-        "kernels": receipt.runtime.kernels,
-    }
+def stream_s(parts: list[np.ndarray], pool: ThreadPoolExecutor) -> float:
+    """Seconds of reading all parts at once."""
+    start = time.perf_counter()
+    list(pool.map(np.max, parts))
+    return time.perf_counter() - start
 
 
-def torch_decode(folder: Path, dtype: str) -> dict[str, Any]:
-    """The same with transformers on torch."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    torch.set_num_threads(2)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
-    ids = torch.tensor([np.random.default_rng(1).integers(3, 128_000, PROMPT).tolist()])
-    seconds: list[float] = []
-    with torch.inference_mode():
-        past = None
-        for _ in range(NEW):
-            begin_ns = clock.monotonic_ns()
-            out = model(ids, past_key_values=past, use_cache=True, logits_to_keep=1)
-            past, ids = out.past_key_values, out.logits[:, -1:].argmax(-1)
-            seconds.append((clock.monotonic_ns() - begin_ns) / 1e9)
-    later = sorted(seconds[1:])
-    return {
-        "prefill_s": seconds[0],
-        "token_s": statistics.median(later),
-        "token_p95_s": later[int(0.95 * len(later))],
-    }
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Run one part; print what it cost."""
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("part", choices=("make", "export", "quantize", "decode", "torch"))
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("form", nargs="?", default="int4", help="decode: scheme; torch: dtype")
-    options = parser.parse_args(arguments)
-    parts: dict[str, Callable[[], dict[str, Any]]] = {
-        "make": lambda: make(options.folder),
-        "export": lambda: export(options.folder),
-        "quantize": lambda: to_int4(options.folder),
-        "decode": lambda: decode(options.folder, options.form),
-        "torch": lambda: torch_decode(options.folder, options.form),
-    }
-    begin_ns = clock.monotonic_ns()
-    found = parts[options.part]()
-    total_s = (clock.monotonic_ns() - begin_ns) / 1e9
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--context", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    if leangen_kernels.library() is None:
+        parser.error(leangen_kernels.status()[1])
+    capacity = -(-args.context // 16) * 16
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "large.onnx"
+        size = write(path, capacity)
+        decoder = Decoder(path, args.threads, capacity, args.context)
+        parts = np.array_split(np.ones(size // 8, np.int64), args.threads)
+        decoder.token_s()  # brings the weights in
+        tokens, streams = [], []
+        with ThreadPoolExecutor(args.threads) as pool:
+            for _ in range(args.rounds):
+                tokens += [decoder.token_s() for _ in range(3)]
+                streams += [stream_s(parts, pool) for _ in range(3)]
+    token, stream = statistics.median(tokens), statistics.median(streams)
+    found = {
+        "weight_bytes": size, "threads": args.threads, "context": args.context,
+        "token_s": token, "stream_s": stream, "share_of_stream": stream / token,
+    }  # fmt: skip
+    if args.json:
+        print(json.dumps(found))
+        return
     print(
-        json.dumps(
-            {"part": options.part, "form": options.form, **found, "total_s": total_s}
-            | {"peak_rss_bytes": host.peak_rss_bytes()}
-        )
+        f"{size / 1e6:.0f} MB: {1 / token:.1f} tokens/s ({size / token / 1e9:.1f} GB/s), streamed "
+        f"at {size / stream / 1e9:.1f} GB/s: {stream / token:.0%}"
     )
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

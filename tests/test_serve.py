@@ -5,6 +5,9 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
+import shutil
+import subprocess
 import wave
 from http.client import HTTPConnection
 
@@ -276,6 +279,11 @@ def test_speech(client, running):
         assert file.getnframes() > 0
         assert file.getnchannels() == 1
     assert float(headers["x-leangen-energy-joules"]) > 0
+    asked = {"model": "tiny-voice", "input": "abc ab.", "extra_body": {"phonemes": True, "seed": 1}}
+    named = client.audio.speech.create(**asked, voice="alloy", response_format="wav")
+    assert named.content == sound
+    with pytest.raises(openai.BadRequestError, match="expected one of default"):
+        client.audio.speech.create(**asked, voice="bob", response_format="wav")
     assert kept(running, headers["x-leangen-receipt"])["family"] == "flow"
 
 
@@ -513,3 +521,23 @@ def test_a_huge_body_is_refused_before_it_is_read(http):
     except httpx.TransportError:  # the server may close while we still send
         return
     assert unstated.status_code == 413
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_curl(running):
+    def curl(path, body, *options):
+        command = ["curl", "-sN", f"{running[0]}{path}", "-H", "content-type: application/json"]
+        command += ["-d", json.dumps(body), *options]
+        done = subprocess.run(command, capture_output=True, check=True, timeout=60)
+        return done.stdout.decode()
+
+    asked = {"model": "tiny-text", "messages": CHAT, "max_tokens": 5, "temperature": 0}
+    whole = json.loads(curl("/v1/chat/completions", asked))
+    assert whole["usage"]["energy"]["joules"] > 0
+    lines = curl("/v1/chat/completions", asked | {"stream": True}).split("\n\n")
+    assert lines[-2:] == ["data: [DONE]", ""]
+    deltas = [json.loads(line[6:])["choices"][0]["delta"] for line in lines[:-2]]
+    text = "".join(delta.get("content") or "" for delta in deltas)
+    assert text == whole["choices"][0]["message"]["content"]
+    headers = curl("/v1/images/generations", {"model": "tiny-image"}, "-D", "-", "-o", "/dev/null")
+    assert re.search(r"x-leangen-energy-joules: [\d.]+", headers)

@@ -25,6 +25,7 @@ from leangen.serve.schemas import FlowDensityBody, FlowSampleBody, ImageBody, Sp
 PCM_HZ = 24_000
 """OpenAI's rate of raw `pcm`; a voice of another rate says its own in the header."""
 WAV_HEADER_BYTES = 44
+OPENAI_VOICES = tuple("alloy ash ballad coral echo fable nova onyx sage shimmer verse".split())
 
 
 def router(server: Server) -> APIRouter:
@@ -41,6 +42,7 @@ def router(server: Server) -> APIRouter:
         }
         if served.key == "diffusion":
             options |= {"steps": body.steps, "sampler": body.sampler}
+            options |= {"prompt": body.prompt or None}
         elif body.steps is not None or body.sampler is not None:
             raise RequestError(f"{served.name} draws in one step: leave steps and sampler out")
         call = single.call(server, served, request, body, options)
@@ -130,7 +132,7 @@ async def _choose_images(server: Server, body: ImageBody) -> tuple[Served, str |
     )
     if families.media(served.bundle) != "image":
         raise RequestError(f"{served.name} encodes images: expected a model that makes them")
-    if body.prompt:
+    if body.prompt and not served.bundle.config.get("text"):
         raise RequestError(
             f"{served.name} draws from noise and conditions and reads no prompt: send an empty "
             "one, and conditions if it has any"
@@ -146,14 +148,24 @@ def _pngs(output: Output) -> list[bytes]:
     ]
 
 
+def voices(served: Served) -> list[str]:
+    """The speakers of a voice model; those of OpenAI's names stand for them in turn."""
+    return list(served.bundle.config.get("speaker_ids") or {})
+
+
 def _speaker(served: Served, voice: str) -> str | None:
     """The voice's speaker; RequestError for one that it has not."""
-    speakers = served.bundle.config.get("speaker_ids") or {}
+    speakers = voices(served)
     if voice in speakers:
         return voice
-    if voice in ("default", served.name, served.bundle.name):
+    if voice in OPENAI_VOICES and speakers:
+        return speakers[OPENAI_VOICES.index(voice) % len(speakers)]
+    if voice in ("default", served.name, served.bundle.name, *OPENAI_VOICES):
         return None
-    raise RequestError(f"voice is {voice!r}, expected one of {', '.join(('default', *speakers))}")
+    raise RequestError(
+        f"voice is {voice!r}, expected one of {', '.join(('default', *speakers))}, or a name of "
+        "OpenAI's such as alloy"
+    )
 
 
 def _finite(value: float) -> float | None:

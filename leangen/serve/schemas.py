@@ -47,6 +47,8 @@ class Body(BaseModel):
     """Lower goes first, as in vLLM."""
     defer: bool = False
     """May wait for an hour with cleaner electricity."""
+    deadline_s: Annotated[Number, Field(gt=0)] | None = None
+    """Seconds after which the reply is of no more use; the server's own limit holds as well."""
     user: Any = None
     metadata: Any = None
     store: Any = None

@@ -153,7 +153,15 @@ async def _answer(
     )
     told = request.scope.get("leangen")
     client = told["client"] if told else ""
-    call = Call(server, served, requests, client=client, priority=body.priority, defer=body.defer)
+    call = Call(
+        server,
+        served,
+        requests,
+        client=client,
+        priority=body.priority,
+        defer=body.defer,
+        deadline_s=body.deadline_s,
+    )
     if body.stream:
         return await _stream(call, form, body, prompts, request)
     async with call:
