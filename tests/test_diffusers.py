@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from diffusers_models import PIPELINES, bare, change, diffusers, saved, torch
+from diffusers_models import PIPELINES, bare, change, diffusers, optimum, saved, torch
 
 from leangen import exporters
 from leangen.bundle import Bundle
@@ -18,7 +18,10 @@ from leangen.session import Session
 
 ALIKE = {"ddpm", "turbo", "imagen"}
 """Kinds whose graphs are like another's: quantized only when there is time."""
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings(
+    *(f"ignore::{kind}" for kind in ("FutureWarning", "DeprecationWarning", "UserWarning")),
+    "ignore::torch.jit.TracerWarning",
+)
 
 
 @pytest.fixture(scope="module")
@@ -201,3 +204,21 @@ def test_the_folder_names_the_bundle_and_its_components_are_graphs(made):
     assert diffusers_folder.accepts(made.root / "xl")
     low = {name.partition(":")[0] for name in bundle.files if name.endswith(".onnx")}
     assert low == {f"{role}.onnx" for role in bundle.graphs}
+
+
+@pytest.mark.parametrize("kind", ["xl", "lcm"])
+def test_pipelines_that_are_onnx_already_draw_what_their_weights_do(tmp_path, kind):
+    folder = optimum(kind, tmp_path)
+    wrapped = exporters.export(folder, tmp_path / "wrapped")
+    exported = exporters.export(folder.parent / "torch", tmp_path / "exported")
+    assert wrapped.config == exported.config and dict(wrapped.graphs) == dict(exported.graphs)
+    options = asked(exported)
+    np.testing.assert_allclose(drawn(wrapped, **options), drawn(exported, **options), atol=1e-4)
+    picture = np.zeros((16, 16, 3), np.float32)
+    options |= {"image": picture, "strength": 0.5}
+    np.testing.assert_allclose(drawn(wrapped, **options), drawn(exported, **options), atol=1e-4)
+    with pytest.raises(RequestError, match="holds ONNX graphs only"):
+        exporters.check(folder, wrapped)
+    (folder / "unet" / "model.onnx").write_bytes(b"no graph")
+    with pytest.raises(SourceError, match="unet/model.onnx is damaged"):
+        exporters.export(folder, tmp_path / "damaged")

@@ -15,7 +15,7 @@ from leangen.families import denoising, diffusion, latents
 from leangen.session import Session
 
 if TYPE_CHECKING:
-    from leangen.exporters.diffusers_folder import Saved
+    from leangen.exporters.diffusers_saved import Saved
 
 TOLERANCE = 1e-4
 """Largest difference that passes, times the largest value where that is above 1."""
