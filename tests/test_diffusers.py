@@ -12,7 +12,8 @@ from leangen.engine import Engine
 from leangen.errors import RequestError, SourceError, UnsupportedError
 from leangen.exporters import diffusers_folder
 from leangen.exporters.diffusers_pipelines import PIPELINES as KNOWN
-from leangen.families import diffusion
+from leangen.families import diffusion, step_choice
+from leangen.files import default_home
 from leangen.quantize import quantize
 from leangen.session import Session
 
@@ -222,3 +223,24 @@ def test_pipelines_that_are_onnx_already_draw_what_their_weights_do(tmp_path, ki
     (folder / "unet" / "model.onnx").write_bytes(b"no graph")
     with pytest.raises(SourceError, match="unet/model.onnx is damaged"):
         exporters.export(folder, tmp_path / "damaged")
+
+
+def test_steps_auto_takes_the_cheapest_that_draws_the_same(made, monkeypatch):
+    bundle = made("sd")
+    monkeypatch.setattr(step_choice, "STEPS", (1, 2, 30))
+    monkeypatch.setattr(step_choice, "TOLERANCE", 0.3)
+    engine = Engine(Session(bundle, threads=1), baseline_s=0)
+    result = engine.generate("a cat", steps="auto")
+    curve = step_choice._read(next((default_home() / "steps").iterdir()))
+    chosen = step_choice.best(curve)
+    request = result.receipt.request
+    assert (request["steps"], request["sampler"]) == (chosen.steps, chosen.sampler)
+    near = [point for point in curve if point.error <= 0.3]
+    assert near and chosen.joules == min(point.joules for point in near)
+    assert f"{chosen.steps} of {chosen.sampler} by auto" in result.receipt.runtime.reasons["steps"]
+    monkeypatch.setattr(step_choice, "_sampler", None)  # what was measured is not measured again
+    assert engine.generate("a dog", steps="auto").receipt.request["steps"] == chosen.steps
+    assert "steps" not in engine.generate("a dog", steps=1).receipt.runtime.reasons
+    distilled = Engine(Session(made("lcm"), threads=1), baseline_s=0)
+    with pytest.raises(RequestError, match="distilled to few steps"):
+        distilled.generate("a cat", steps="auto")

@@ -126,12 +126,13 @@ class Component:
     def load(self) -> Any:
         """The torch module with its weights, in fp32."""
         import diffusers
-        import torch
         import transformers
 
-        kind = getattr(diffusers if self.library == "diffusers" else transformers, self.kind)
-        name = "torch_dtype" if self.library == "diffusers" else "dtype"
-        return kind.from_pretrained(self.folder, **{name: torch.float32}).eval()
+        if self.library == "diffusers":
+            kind, options = getattr(diffusers, self.kind), {"low_cpu_mem_usage": False}
+        else:
+            kind, options = getattr(transformers, self.kind), {}
+        return kind.from_pretrained(self.folder, **options).float().eval()
 
     def forms(self, module: Any) -> dict[str, Form]:
         """Its graphs, by role."""
