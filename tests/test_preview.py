@@ -1,0 +1,52 @@
+"""Pictures in a terminal: two pixels a character, drawn over the one before, never into a pipe."""
+
+import io
+import re
+
+import numpy as np
+import pytest
+
+from leangen.preview import Preview, drawn
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def colours(line):
+    """The (upper, lower) colours of each character."""
+    found = re.findall(r"38;2;(\d+);(\d+);(\d+)m\x1b\[48;2;(\d+);(\d+);(\d+)m▀", line)
+    return [(tuple(map(int, row[:3])), tuple(map(int, row[3:]))) for row in found]
+
+
+def test_a_character_shows_two_pixels():
+    picture = np.float32([[[-1], [1]], [[1], [0]], [[1], [1]]])
+    lines = drawn(picture, (-1.0, 1.0))
+    black, grey, white = (0,) * 3, (128,) * 3, (255,) * 3
+    assert [colours(line) for line in lines] == [
+        [(black, white), (white, grey)],
+        [(white, black), (white, black)],  # an odd row has nothing below it
+    ]
+    assert all(line.endswith("\x1b[0m") for line in lines)
+
+
+@pytest.mark.parametrize(("size", "columns"), [(28, 28), (128, 43), (48, 48)])
+def test_a_large_picture_is_made_to_fit(size, columns):
+    picture = np.random.default_rng(0).random((size, size, 3), np.float32)
+    lines = drawn(picture, None)
+    assert {len(colours(line)) for line in lines} == {columns} and len(lines) == -(-columns // 2)
+
+
+def test_the_next_one_is_drawn_in_its_place():
+    out = Terminal()
+    preview = Preview(out, None)
+    for _ in range(3):
+        preview.show(np.random.default_rng(0).random((8, 8, 1), np.float32))
+    assert out.getvalue().count("\x1b[4A") == 2
+
+
+def test_a_pipe_gets_nothing():
+    out = io.StringIO()
+    Preview(out, None).show(np.zeros((4, 4, 1), np.float32))
+    assert out.getvalue() == ""
