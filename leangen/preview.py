@@ -15,13 +15,13 @@ WIDTH = 48
 """Columns of a picture at most; a character shows two pixels, one above the other."""
 
 
-def drawn(picture: Array, limits: tuple[float, float] | None, columns: int = WIDTH) -> list[str]:
+def drawn(picture: Array, columns: int = WIDTH) -> list[str]:
     """Lines of half blocks in 24-bit colours of an image [h, w, c], made no wider than `columns`.
 
-    `limits` are the values of black and white; None takes the image's own.
+    Its own least and largest values are black and white, as noise has no range.
     """
     step = max(1, -(-picture.shape[1] // columns))
-    pixels = media.to_bytes(picture[None, ::step, ::step], limits)[0]
+    pixels = media.to_bytes(picture[None, ::step, ::step], None)[0]
     pixels = np.repeat(pixels, 3, axis=-1) if pixels.shape[-1] == 1 else pixels[..., :3]
     pixels = np.pad(pixels, ((0, pixels.shape[0] % 2), (0, 0), (0, 0)))
     return [
@@ -37,15 +37,15 @@ def drawn(picture: Array, limits: tuple[float, float] | None, columns: int = WID
 class Preview:
     """One picture that is drawn again in its place; nothing where `out` is no terminal."""
 
-    def __init__(self, out: TextIO, limits: tuple[float, float] | None) -> None:
-        self._out, self._limits = out, limits
+    def __init__(self, out: TextIO) -> None:
+        self._out = out
         self._lines = 0
 
     def show(self, picture: Array) -> None:
         """Draw an image [h, w, c] over the one before."""
         if not self._out.isatty():
             return
-        lines = drawn(picture, self._limits, min(WIDTH, shutil.get_terminal_size().columns))
+        lines = drawn(picture, min(WIDTH, shutil.get_terminal_size().columns))
         back = f"\x1b[{self._lines}A" if self._lines else ""
         self._out.write(back + "\n".join(lines) + "\n")
         self._out.flush()

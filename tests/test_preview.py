@@ -5,8 +5,11 @@ import re
 
 import numpy as np
 import pytest
+from tiny_bundles import diffusion
 
+from leangen.engine import Engine
 from leangen.preview import Preview, drawn
+from leangen.session import Session
 
 
 class Terminal(io.StringIO):
@@ -22,7 +25,7 @@ def colours(line):
 
 def test_a_character_shows_two_pixels():
     picture = np.float32([[[-1], [1]], [[1], [0]], [[1], [1]]])
-    lines = drawn(picture, (-1.0, 1.0))
+    lines = drawn(picture)
     black, grey, white = (0,) * 3, (128,) * 3, (255,) * 3
     assert [colours(line) for line in lines] == [
         [(black, white), (white, grey)],
@@ -34,19 +37,27 @@ def test_a_character_shows_two_pixels():
 @pytest.mark.parametrize(("size", "columns"), [(28, 28), (128, 43), (48, 48)])
 def test_a_large_picture_is_made_to_fit(size, columns):
     picture = np.random.default_rng(0).random((size, size, 3), np.float32)
-    lines = drawn(picture, None)
+    lines = drawn(picture)
     assert {len(colours(line)) for line in lines} == {columns} and len(lines) == -(-columns // 2)
 
 
 def test_the_next_one_is_drawn_in_its_place():
     out = Terminal()
-    preview = Preview(out, None)
+    preview = Preview(out)
     for _ in range(3):
         preview.show(np.random.default_rng(0).random((8, 8, 1), np.float32))
     assert out.getvalue().count("\x1b[4A") == 2
 
 
+def test_a_denoiser_shows_what_it_has_so_far(tmp_path):
+    engine = Engine(Session(diffusion(tmp_path), threads=1))
+    stream = engine.stream(steps=3, seed=1)
+    pictures = [step.picture for step in stream]
+    assert len(pictures) == 3 and {picture.shape for picture in pictures} == {(8, 8, 1)}
+    np.testing.assert_array_equal(pictures[-1], stream.result.array[0])
+
+
 def test_a_pipe_gets_nothing():
     out = io.StringIO()
-    Preview(out, None).show(np.zeros((4, 4, 1), np.float32))
+    Preview(out).show(np.zeros((4, 4, 1), np.float32))
     assert out.getvalue() == ""
