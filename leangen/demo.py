@@ -68,8 +68,8 @@ ZOO = Show(
         ),
     },
 )
-SHOWN = 3
-"""Measures of quality that the page draws; a denoiser also has one for each step."""
+SHOWN = 2
+"""Measures of quality that the table and the page show; a denoiser also has one for each step."""
 SUFFIXES = {"text": ".txt", "audio": ".wav", "image": ".png"}
 COLUMNS = (
     *("model", "size", "bits/weight", "speed", "first unit", "joules per unit"),
@@ -163,7 +163,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         f"{with_u(row['j_per_unit'], row['j_per_unit_u'], 'J')} {row['energy_source']}",
         ", ".join(
             f"{m['name']} {with_u(m['value'], m['u'], m['unit']).strip()}"
-            for m in row["quality"][:2]  # the report has them all
+            for m in row["quality"][:SHOWN]
         )
         or "reference",
     ]
