@@ -402,7 +402,8 @@ def latency_of(
             first = index
             break
     later = [step_ns for _, _, step_ns in steps[first + 1 :]] or [ns for _, _, ns in steps]
-    p50, p95 = np.percentile(later, [50, 95]) / 1e9
+    # As np.percentile does it, which imports numpy.ma: 8 ms of the first token.
+    p50, p95 = np.interp([0.5, 0.95], np.linspace(0, 1, len(later)), np.sort(later)) / 1e9
     return Latency(
         total_s=duration_ns / 1e9 / repeats,
         ttft_s=ttft_s,

@@ -133,7 +133,9 @@ def run(session: Session, request: Request) -> Generator[Step, None, Output]:
         states = _states(session, request, given, imaging.generator(request.seed, index))
         for step in range(1, steps + 1):
             x = next(states)
-            yield Step(kind="denoise", units=float(step == steps and not decodes))
+            units = float(step == steps and not decodes)
+            picture = None if decodes else np.moveaxis(x[0], 0, -1)
+            yield Step(kind="denoise", units=units, picture=picture)
         drawn.append(latents.decoded(session, x))
         if decodes:
             yield Step(kind="decode", units=1)
