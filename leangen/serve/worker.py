@@ -17,7 +17,7 @@ from leangen.console import say
 from leangen.engine import Engine, Measured
 from leangen.errors import LeangenError
 from leangen.records import Output
-from leangen.serve import runners
+from leangen.serve import problems, runners
 from leangen.serve.account import Account, Tab, Worker
 from leangen.serve.jobs import FairQueue, Finished, Job
 from leangen.serve.power import PowerCap
@@ -124,8 +124,13 @@ class ModelWorker:
             self._queue.put(job)
             self.last_used_ns = clock.monotonic_ns()
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name=f"leangen-{self.name}")
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name=f"leangen-{self.name}")
+                try:
+                    thread.start()
+                except RuntimeError:
+                    self._queue.clear()  # without a thread there was no other job
+                    raise
+                self._thread = thread
             self._wake.notify()
 
     def cancel(self, job: Job) -> None:
@@ -165,7 +170,8 @@ class ModelWorker:
                 while self._wait():
                     self._turn(account)
                 self._unload()
-        except BaseException:  # a mistake in leangen: nobody may wait for ever because of it
+        except BaseException as error:  # nobody may wait for ever because of it
+            short = problems.out_of_memory(error)
             self._unload()
             with self._wake:
                 left = [*self._running, *self._queue.clear()]
@@ -174,8 +180,10 @@ class ModelWorker:
                 self._account.close(running.tab)
             self._running.clear()
             for job in left:
-                job.tell(LeangenError("the model's worker stopped unexpectedly"))
-            raise
+                job.tell(short or LeangenError("the model's worker stopped unexpectedly"))
+            if short is None:
+                raise
+            say(f"leangen: error: {self.name}: {short}")
         finally:
             self._account.dismiss(account)
 
