@@ -89,7 +89,7 @@ class Soak:
         self.lives += 1
         log = self.folder / f"server-{self.lives}.log"
         command = [sys.executable, "-m", "leangen", "serve", *names, "--port", "0"]
-        command += ["--max-batch", "4", "--context", "512", "--memory", "230MB", "--grace", "60"]
+        command += ["--max-batch", "4", "--context", "512", "--memory", "230MB", "--grace", "200"]
         command += ["--idle-release", "60", "--meter", f"file:{self.folder / 'meter.log'}"]
         command += ["--tag", "background_job_soak"]
         with log.open("wb") as out:
@@ -247,6 +247,9 @@ class Soak:
             terrain.rename(away)
 
         def model_back() -> None:
+            if terrain.exists():
+                self.problem("something was put where the model had been")
+                shutil.rmtree(terrain)
             away.rename(terrain)
             self.served_again()
             self.excused.discard("model_unavailable")

@@ -37,7 +37,7 @@ class Bundle:
     name: str
     """The model's name, without scheme: `smollm2-135m`."""
     family: str
-    """`language`, `seq2seq`, `embedding`, `flow`, `diffusion` or `oneshot`."""
+    """`language`, `seq2seq`, `autoregressive`, `embedding`, `flow`, `diffusion` or `oneshot`."""
     scheme: str
     """`fp32`, `gguf`, `int8`, `int4`, ..."""
     graphs: Mapping[str, str]

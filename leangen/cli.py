@@ -18,6 +18,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     command: Command = args.command
     try:
+        if getattr(args, "on_every_machine", False):
+            from leangen import cluster
+
+            return cluster.on_every_machine(sys.argv[1:] if argv is None else argv)
         return command(args)
     except LeangenError as error:
         say(f"leangen: error: {error}")

@@ -2,8 +2,8 @@
 
 It is one file of the bundle, written when a model is exported or quantized:
 
-    GRAPH/in/NAME     an input of one recorded run of the family's own calibration request
-    GRAPH/out/NAME    the outputs of the fp32 model, on ONNX Runtime's own kernels
+    GRAPH/in/NAME     an input of a run that the family's own calibration request made
+    GRAPH/out/NAME    values of the fp32 model's outputs, on ONNX Runtime's own kernels
     GRAPH/error       what this bundle's outputs were off then (relative RMS): its scheme's own loss
 
 `check` runs the graphs as a user would and finds those that are further off than that. It finds
@@ -28,8 +28,17 @@ from leangen.errors import BundleError
 from leangen.session import Activations, Session
 
 FILE = "probe.npz"
+DECODERS = {
+    "language": "model",
+    "seq2seq/text": "decoder",
+    "seq2seq/transcription": "decoder",
+    "autoregressive/image": "model",
+}
+"""Graphs that run with their caches bound, by `Decoder`: they are asked for logits."""
 TOKENS = 12
-"""Of a language model's prompt."""
+"""Of the prompt there."""
+MOST_VALUES = 1 << 16
+"""Of an output that are kept."""
 SLACK = {"fp32": 1e-3, "fp16": 0.01, "bf16": 0.03}
 LOW_BIT_SLACK = 0.04
 """How much further off than at export a graph may be: other kernels add up in another order, and
@@ -122,24 +131,27 @@ def _read(bundle: Bundle) -> tuple[Runs, dict[str, float]]:
 
 
 def _record(bundle: Bundle) -> Runs:
-    """One run of each graph that the family's first calibration request makes."""
-    if bundle.family == "language":
-        session = _plain(bundle, activations="fp32")
+    """One run of each graph that a request of the family makes, computed with fp32 activations."""
+    decoder = DECODERS.get(families.key(bundle))
+    feeds = {} if list(bundle.graphs) == [decoder] else _feeds(bundle)
+    if decoder is not None:
         tokens = np.arange(1, TOKENS + 1) * 7919 % bundle.config["vocab_size"]
-        return {"model": ({"tokens": tokens}, {"logits": _logits(session, tokens)})}
+        feeds[decoder] = {"tokens": tokens}
+    outputs = _computed(_plain(bundle, activations="fp32"), feeds)
+    return {role: (feeds[role], outputs[role]) for role in outputs}
+
+
+def _feeds(bundle: Bundle) -> dict[str, Mapping[str, Array]]:
+    """What the graphs are fed by the family's first request for calibration, or its example."""
     family = families.of(bundle)
-    requests = getattr(family, "calibration_requests", None)
-    if requests is None:
-        return {}
     recorder = Recorder(bundle)
-    for _ in family.run(recorder, requests(recorder)[0]):
-        pass
-    session = _plain(bundle, activations="fp32")
-    return {
-        role: (feeds[-1], _outputs(session, role, feeds[-1]))
-        for role, feeds in recorder.feeds(1).items()
-        if feeds
-    }
+    requests = getattr(family, "calibration_requests", None)
+    request = family.Request(**family.EXAMPLE) if requests is None else requests(recorder)[0]
+    steps = family.run(recorder, request)
+    for step in steps:
+        if families.key(bundle) in DECODERS and step.units == 0:
+            steps.close()  # an encoder has run; what follows is computed from its outputs
+    return {role: feeds[-1] for role, feeds in recorder.feeds(1).items() if feeds}
 
 
 def _plain(bundle: Bundle, activations: Activations = "int8") -> Session:
@@ -149,11 +161,9 @@ def _plain(bundle: Bundle, activations: Activations = "int8") -> Session:
 
 def _errors(session: Session, runs: Runs) -> dict[str, float]:
     found = {}
-    for role, (feeds, reference) in runs.items():
-        if session.bundle.family == "language":
-            outputs = {"logits": _logits(session, feeds["tokens"])}
-        else:
-            outputs = _outputs(session, role, feeds)
+    computed = _computed(session, {role: feeds for role, (feeds, _) in runs.items()})
+    for role, (_, reference) in runs.items():
+        outputs = computed[role]
         if outputs.keys() != reference.keys():
             raise BundleError(
                 f"bundle {session.bundle.path}: graph {role!r} gives {', '.join(outputs)}, its "
@@ -164,16 +174,35 @@ def _errors(session: Session, runs: Runs) -> dict[str, float]:
     return found
 
 
-def _outputs(session: Session, role: str, feeds: Mapping[str, Array]) -> dict[str, Array]:
-    names = [value.name for value in session.graph(role).get_outputs()]
-    return dict(zip(names, session.run(role, feeds, names), strict=True))
+def _computed(
+    session: Session, feeds: Mapping[str, Mapping[str, Array]]
+) -> dict[str, dict[str, Array]]:
+    """The outputs of each graph, thinned to `MOST_VALUES` evenly spaced ones."""
+    made: dict[str, dict[str, Array]] = {}
+    decoder = DECODERS.get(families.key(session.bundle))
+    for role, named in feeds.items():
+        if role == decoder:
+            made[role] = {"logits": _logits(session, role, named["tokens"], made.get("encoder"))}
+        else:
+            names = [value.name for value in session.graph(role).get_outputs()]
+            made[role] = dict(zip(names, session.run(role, named, names), strict=True))
+    return {
+        role: {name: _thinned(value) for name, value in named.items()}
+        for role, named in made.items()
+    }
 
 
-def _logits(session: Session, tokens: Array) -> Array:
-    """Logits [vocab] after the prompt, by the path that generation takes."""
+def _thinned(value: Array) -> Array:
+    return value.reshape(-1)[:: -(-value.size // MOST_VALUES) or 1]
+
+
+def _logits(
+    session: Session, role: str, tokens: Array, beside: Mapping[str, Array] | None
+) -> Array:
+    """Logits [vocab] after a prompt, by the path that generation takes."""
     from leangen.families.decoder import Decoder
 
-    with Decoder(session, len(tokens)) as decoder:
+    with Decoder(session, len(tokens), role=role, beside=beside) as decoder:
         return decoder.feed(tokens.tolist()).copy()
 
 

@@ -26,6 +26,7 @@ from leangen.moments import Moments
 from leangen.precision import Precision
 from leangen.schemes import Packed
 from leangen.sites import Site
+from leangen.treatments.weights import masked
 
 MOST_BITS = 4
 """Codes of more bits are rounded to the nearest by every method."""
@@ -62,7 +63,8 @@ class Rounder:
     ) -> Packed:
         """Codes of `w` [n, k]: by the method where bits are few, else to the nearest."""
         packed: Packed | None
-        if scheme.BITS > MOST_BITS or (self._method.NEEDS_DATA and self._moments is None):
+        blind = self._method.NEEDS_DATA and self._moments is None
+        if scheme.BITS > MOST_BITS or blind or masked(w):
             packed = scheme.quantize(w, **options)
         elif self._moments is None or not self._method.NEEDS_DATA:
             packed = self._method.quantize(w, scheme, None, **options)
@@ -70,10 +72,12 @@ class Rounder:
             told = " ".join(f"{name}={value}" for name, value in sorted(options.items()))
             key = f"{site.weight} {zlib.crc32(np.ascontiguousarray(w)):x} {scheme.__name__} {told}"
             packed = self._kept.get(key)
-            if packed is None:
+            if packed is None and site.kind == "matrix":
+                packed = scheme.quantize(w, **options)  # what it is multiplied with is not seen
+            elif packed is None:
                 moment = self._moments[site.node.input[0]]
                 packed = self._method.quantize(w, scheme, moment, **options)
-                self._kept[key] = packed
+            self._kept[key] = packed
         assert packed is not None
         return packed
 

@@ -10,7 +10,8 @@ from onnx import NodeProto
 
 from leangen.graph_edit import Graph, attributes
 
-Kind = Literal["conv", "deconv", "linear", "embedding"]
+Kind = Literal["conv", "deconv", "linear", "embedding", "matrix"]
+"""`matrix`: outputs of a weight [k, n] are picked, to multiply with them later."""
 
 _MIN_WEIGHTS = 1024
 """Smaller weights stay as they are: nothing to save."""
@@ -31,6 +32,11 @@ class Site:
     """The stored weight has its inputs first: [k, n], or [in, out, ...] of ConvTranspose."""
 
     @property
+    def place(self) -> int:
+        """Which input of the node is the weight."""
+        return list(self.node.input).index(self.weight)
+
+    @property
     def weights(self) -> int:
         """How many weights it has."""
         return self.rows * self.columns
@@ -47,7 +53,7 @@ def find_sites(graph: Graph) -> list[Site]:
         if not graph.has(weight) or not graph.is_float(weight):
             continue
         shape = graph.shape(weight)
-        if len(shape) < 2 or (kind in ("linear", "embedding") and len(shape) != 2):
+        if len(shape) < 2 or (kind in ("linear", "embedding", "matrix") and len(shape) != 2):
             continue
         size = int(np.prod(shape, dtype=np.int64))
         rows = shape[1] if swapped else shape[0]
@@ -78,4 +84,6 @@ def _classify(graph: Graph, node: NodeProto) -> tuple[str, Kind, bool] | None:
             return node.input[1], "linear", not options.get("transB", 0)
         case "Gather" if options.get("axis", 0) == 0:
             return node.input[0], "embedding", False
+        case "Gather" if options["axis"] == 1:
+            return node.input[0], "matrix", True
     return None

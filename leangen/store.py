@@ -7,7 +7,9 @@ it all lies on the disk.
 from __future__ import annotations
 
 import difflib
+import lzma
 import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,6 +28,7 @@ from leangen.errors import (
     UnknownModelError,
     UnknownSchemeError,
 )
+from leangen.files import atomic_file
 from leangen.home import BusyError, Home, Notify, row
 
 
@@ -254,9 +257,7 @@ class Store:
 
     def _export(self, entry: Entry, scheme: str, job: _Job) -> Bundle:
         if isinstance(entry.source, Packaged):
-            path = entry.source.path
-            if not path.is_file() or sha256_file(path) != entry.source.sha256:
-                raise ChecksumError(f"{path} is missing or damaged: install leangen again")
+            path = self._packaged_file(entry.name, entry.source)
         elif isinstance(entry.source, Wheel):
             path = self._wheel_file(entry.name, entry.source, job)
         else:
@@ -278,6 +279,19 @@ class Store:
         )
         attach = self._probe or import_module("leangen.probe").attach
         return cast(Bundle, attach(bundle))
+
+    def _packaged_file(self, name: str, source: Packaged) -> Path:
+        """The file in the package; one that is compressed is unpacked beside the downloads."""
+        path = source.path
+        if not path.is_file() or sha256_file(path) != source.sha256:
+            raise ChecksumError(f"{path} is missing or damaged: install leangen again")
+        if path.suffix != ".xz":
+            return path
+        unpacked = self._home.sources(name) / source.sha256[:12] / path.stem
+        if not unpacked.is_file():
+            with lzma.open(path) as packed, atomic_file(unpacked) as file:
+                shutil.copyfileobj(packed, file)
+        return unpacked
 
     def _wheel_file(self, name: str, wheel: Wheel, job: _Job) -> Path:
         folder = self._home.sources(name) / wheel.id

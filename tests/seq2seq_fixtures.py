@@ -31,6 +31,8 @@ class Random(Checkpoint):
         self.stored = {}
         for name, wanted in expected(layout):
             size = [96 if n is None else n for n in wanted]
+            if layout.transposed and name.startswith("layers."):
+                size = size[::-1]
             scale = 1 / np.sqrt(size[-1]) if len(size) > 1 else 0.1
             self.stored[self._tensor(name)] = rng.normal(size=size).astype(np.float32) * scale
 

@@ -12,18 +12,20 @@ import httpx
 import tiny_bundles
 import uvicorn
 
-from leangen.serve import run
+from leangen.serve import connections, run
 from leangen.serve.options import Options
 from leangen.serve.worker import Limits
 
 NAMES = {
     "language": "tiny-text",
+    "seq2seq/text": "tiny-translator",
     "seq2seq/transcription": "tiny-ears",
     "embedding": "tiny-vectors",
     "flow/speech": "tiny-voice",
     "flow/density": "tiny-flow",
     "diffusion": "tiny-image",
     "oneshot": "tiny-shot",
+    "autoregressive/image": "tiny-pixels",
 }
 
 
@@ -41,7 +43,9 @@ def serving(models, **options):
     options.setdefault("limits", Limits(max_batch=4, context=128))
     options.setdefault("grace_s", 5.0)
     guarded, server = run.build(Options(models=models, port=0, threads=1, **options))
-    config = uvicorn.Config(guarded, log_config=None, access_log=False)
+    config = uvicorn.Config(
+        guarded, http=connections.Connection, ws="none", log_config=None, access_log=False
+    )
     listener = run._listen(uvicorn.Config(guarded, host="127.0.0.1", port=0))
     web = uvicorn.Server(config)
     thread = threading.Thread(target=web.run, args=([listener],))

@@ -188,7 +188,7 @@ def test_an_image_goes_from_part_to_part(load):
             "takes no part's output as seed: it takes prompt",
         ),
         (TWO_PAINTERS.format(other="painter", filters="|sharpen 1 2"), "no filter 'sharpen'"),
-        (TWO_PAINTERS.format(other="painter", filters="|resize 4"), "resize takes two numbers"),
+        (TWO_PAINTERS.format(other="painter", filters="|resize 4"), "expected resize HEIGHT WIDTH"),
         (TWO_PAINTERS.format(other="painter", filters="|range 0 1"), "its range is not known"),
         (
             TWO_WRITERS.replace("first.text", "first.text|resize 4 4"),

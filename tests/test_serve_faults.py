@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 import signal
+import socket
 import threading
 import time
 from datetime import datetime, timedelta
@@ -17,7 +19,7 @@ import tiny_bundles
 from leangen import budget, clock
 from leangen.families.batch import Batch
 from leangen.ledger import Ledger
-from leangen.serve import room
+from leangen.serve import access, connections, room
 from leangen.serve.worker import Limits
 
 LONG = {"model": "tiny-text", "prompt": "hello", "max_tokens": 60, "ignore_eos": True, "seed": 1}
@@ -155,6 +157,15 @@ def test_a_deadline_ends_a_request(text_model, slowly):
         assert len(server.ledger.entries()) == 2  # what it cost is on the account all the same
 
 
+def test_a_request_may_have_a_deadline_of_its_own(text_model, slowly):
+    with serving.serving([text_model]) as (address, _), client(address) as http:
+        reply = http.post("/v1/completions", json=LONG | {"deadline_s": 0.3})
+        assert reply.status_code == 504
+        assert http.post("/v1/completions", json=LONG | {"deadline_s": 0}).status_code == 400
+        asked = LONG | {"max_tokens": 2, "deadline_s": 20}
+        assert http.post("/v1/completions", json=asked).status_code == 200
+
+
 def test_unused_models_leave_the_memory(text_model):
     limits = Limits(max_batch=2, context=64, idle_release_s=0.2)
     with serving.serving([text_model], limits=limits) as (address, server), client(address) as http:
@@ -228,6 +239,91 @@ def test_what_meter_it_is_stays_on_the_server(text_model, tmp_path):
             assert str(tmp_path) not in text
 
 
+def test_what_has_not_ended_within_the_grace_is_handed_back():
+    told = []
+
+    async def endless(scope, receive, send):
+        await asyncio.Event().wait()
+
+    async def receive():
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message):
+        told.append(message)
+
+    async def stopped():
+        guard = access.Access(
+            endless, keys=None, local=True, max_body_bytes=9, per_minute=None, refused=told.append
+        )
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "client": None}
+        task = asyncio.ensure_future(
+            guard(scope | {"headers": [(b"host", b"localhost")]}, receive, send)
+        )
+        await asyncio.sleep(0.01)
+        task.cancel()
+        await task
+
+    asyncio.run(stopped())
+    assert told[0]["status"] == 503
+    assert json.loads(told[1]["body"])["error"]["code"] == "shutting_down"
+
+
+def sent(address, *parts, wait_s=0.0):
+    """What comes back on a connection that sends these bytes one after the other, till its end."""
+    host, port = address.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        answer = b""
+        try:
+            for part in parts:
+                connection.sendall(part)
+                time.sleep(wait_s)
+            while chunk := connection.recv(65536):
+                answer += chunk
+        except ConnectionError:
+            pass  # closed while we still sent
+    return answer
+
+
+def test_slow_senders_are_cut_off_and_harm_nobody(text_model, monkeypatch):
+    monkeypatch.setattr(connections, "HEAD_S", 0.4)
+    monkeypatch.setattr(access, "BODY_S", 0.4)
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 90\r\n"
+    head += b"content-type: application/json\r\n\r\n"
+    with serving.serving([text_model]) as (address, _), client(address) as http:
+        slow = [
+            (b"",),
+            (b"GET /health HTTP/1.1\r\n", *[b"x-a: b\r\n"] * 30),
+            tuple(bytes([byte]) for byte in head[:20]),
+            (head, b" ", b" "),
+        ]
+        answers = [None] * len(slow)
+
+        def send(number):
+            answers[number] = sent(address, *slow[number], wait_s=0.05)
+
+        begin_ns = clock.monotonic_ns()
+        threads = [threading.Thread(target=send, args=(number,)) for number in range(len(slow))]
+        for thread in threads:
+            thread.start()
+        asked = LONG | {"max_tokens": 2}
+        assert http.post("/v1/completions", json=asked).status_code == 200
+        for thread in threads:
+            thread.join()
+        assert (clock.monotonic_ns() - begin_ns) / 1e9 < 5
+        assert answers[:3] == [b""] * 3
+        assert answers[3].startswith(b"HTTP/1.1 504") and b"deadline_exceeded" in answers[3]
+        # A second request on a kept connection has its time too; a quick one after it has none.
+        twice = b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n"
+        assert sent(address, twice, twice, b"GET /hea", wait_s=0.2).count(b'"ok"') == 2
+
+
+def test_what_is_not_http_gets_the_shape_of_every_error(text_model):
+    with serving.serving([text_model]) as (address, _):
+        answer = sent(address, b"\x16\x03\x01 nonsense\r\n\r\n")
+        assert answer.startswith(b"HTTP/1.1 400")
+        assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "invalid_http"
+
+
 def test_models_that_do_not_fit_together_take_turns(tmp_path, monkeypatch):
     monkeypatch.setattr(room, "TURN_S", 0.05)
     names = ("one", "two", "three")
@@ -292,6 +388,9 @@ def test_a_model_whose_file_is_gone_is_named_without_its_path(tmp_path):
         assert reply.json()["error"]["code"] == "model_unavailable"
         assert str(tmp_path) not in reply.text
         assert http.get("/ready").status_code == 200
+        assert not bundle.path.exists()  # nothing was put in its place
+        tiny_bundles.language(tmp_path / "again").path.rename(bundle.path)
+        assert http.post("/v1/completions", json=LONG | {"model": "gone"}).status_code == 200
 
 
 def test_asking_too_often(text_model):

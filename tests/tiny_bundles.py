@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from pathlib import Path
 
+import autoregressive_fixtures
 import numpy as np
 import onnx
 import seq2seq_fixtures
@@ -112,6 +113,8 @@ BUILDERS = {
     "seq2seq/text": seq2seq_fixtures.text_to_text,
     "seq2seq/transcription": transcription,
     "embedding": embedding,
+    "autoregressive/image": autoregressive_fixtures.image,
+    "autoregressive/audio": autoregressive_fixtures.sound,
     "flow/speech": speech,
     "flow/density": density,
     "diffusion": diffusion,
@@ -122,6 +125,8 @@ OPTIONS = {
     "embedding": {"prompt": ["w1 w2 w3", "w4", "w5 w6"]},
     "seq2seq/text": {"tokens": [3, 4, 5, 2], "max_new_tokens": 6, "ignore_eos": True},
     "seq2seq/transcription": {"audio": [0.1, -0.1] * 12_000, "max_new_tokens": 6},
+    "autoregressive/image": {"count": 2},
+    "autoregressive/audio": {"seconds": 0.5},
     "flow/speech": {"phonemes": "abc ab."},
     "flow/density": {"count": 20},
     "diffusion": {"steps": 3, "conditions": {"wetness": 0.2}},

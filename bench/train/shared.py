@@ -5,9 +5,11 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import lzma
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +133,36 @@ def train(
     return curve, ema.weights
 
 
+def export_onnx(
+    model: nn.Module, inputs: Mapping[str, Tensor], outputs: Sequence[str], path: Path
+) -> None:
+    """An ONNX file of a model, `path`, and `path`.xz, as which a package keeps it.
+
+    Weights are rounded to fp16 and stored as fp32, so that what is judged is what is kept: the
+    compressed file is hardly larger than fp16. The first size of inputs and outputs is left open.
+    """
+    names = [*inputs, *outputs]
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(weight.half())
+    with warnings.catch_warnings():
+        # The tracing exporter is enough for these models, and writes no copy of each shape.
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            model.eval(),
+            tuple(inputs.values()),
+            str(path),
+            input_names=list(inputs),
+            output_names=list(outputs),
+            dynamic_axes={name: {0: "n"} for name in names},
+            opset_version=18,
+            dynamo=False,
+        )
+    packed = lzma.compress(path.read_bytes(), preset=9 | lzma.PRESET_EXTREME)
+    path.with_name(path.name + ".xz").write_bytes(packed)
+    say(f"{path.name}.xz: {len(packed)} bytes, sha256 {hashlib.sha256(packed).hexdigest()}")
+
+
 def batches(count: int, size: int) -> Iterator[slice]:
     """Slices of `size` over `count` rows."""
     return (slice(start, start + size) for start in range(0, count, size))
@@ -141,7 +173,7 @@ def parameters(model: nn.Module) -> int:
     return sum(weight.numel() for weight in model.parameters())
 
 
-def write_card(path: Path, card: dict[str, Any], say_without: Sequence[str] = ()) -> None:
-    """The card as JSON beside the model, and on standard output without its long entries."""
+def write_card(path: Path, card: dict[str, Any]) -> None:
+    """The card as JSON beside the model, and on standard output without its loss curve."""
     path.write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps({key: value for key, value in card.items() if key not in say_without}))
+    print(json.dumps({key: value for key, value in card.items() if key != "loss_curve"}))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-from leangen.commands.options import request, request_options, run_options, share
+from leangen.commands.options import on_every_machine, request, request_options, run_options, share
 
 
 def declare(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -27,6 +27,7 @@ def declare(add: Callable[..., argparse.ArgumentParser]) -> None:
     )
     request_options(sub)
     run_options(sub)
+    on_every_machine(sub)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from leangen.commands.options import request, request_options, run_options, share
+from leangen.commands.options import on_every_machine, request, request_options, run_options, share
 from leangen.commands.task import task_of, task_options
 from leangen.console import print_json, progress_bar, say, table
 
@@ -42,6 +42,7 @@ def declare(add: Callable[..., argparse.ArgumentParser]) -> None:
     request_options(sub)
     task_options(sub)
     run_options(sub)
+    on_every_machine(sub)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -45,7 +45,8 @@ def run(args: argparse.Namespace) -> int:
         meter=args.meter,
     )
     if args.output is not None:
-        media.suffix_for(engine.media, args.output)  # before the work, not after it
+        kind = engine.media if args.data is None else "table"  # of scores
+        media.suffix_for(kind, args.output)  # before the work, not after it
     stream = engine.stream(prompt, **options)
     sample = 0
     for step in stream:

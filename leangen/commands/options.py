@@ -45,6 +45,16 @@ def run_options(sub: argparse.ArgumentParser, *, as_json: bool = True) -> None:
     )
 
 
+def on_every_machine(sub: argparse.ArgumentParser) -> None:
+    """`--ray`, of commands that measure."""
+    sub.add_argument(
+        "--ray",
+        dest="on_every_machine",
+        action="store_true",
+        help="on every machine of a Ray cluster, one at a time on each (leangen[ray])",
+    )
+
+
 def speculate(sub: argparse._ActionsContainer, default: int | None = None) -> None:
     """`--speculate [N]`."""
     sub.add_argument(
@@ -61,7 +71,8 @@ def speculate(sub: argparse._ActionsContainer, default: int | None = None) -> No
 def request_options(sub: argparse.ArgumentParser) -> None:
     """Every option defaults to None: what is not given is the family's or the model's default."""
     group = sub.add_argument_group("what to generate")
-    group.add_argument("--prompt", help="text to continue, or to speak")
+    group.add_argument("--prompt", help="text to continue, to speak or to draw")
+    group.add_argument("--negative-prompt", help="diffusion: what to keep away from")
     group.add_argument("--seed", type=int)
     group.add_argument("--chat", action="store_true", help="language: through the chat template")
     group.add_argument("--max-new-tokens", type=int)
@@ -97,17 +108,26 @@ def request_options(sub: argparse.ArgumentParser) -> None:
     group.add_argument("--audio", metavar="WAV", help="transcription: what to write down")
     group.add_argument("--language", metavar="CODE", help="transcription: what is spoken, like en")
     group.add_argument("--task", help="transcription: `transcribe`, or `translate` into English")
+    group.add_argument("--seconds", type=float, help="sound: how much to make")
     group.add_argument("--count", type=int, help="samples or images to draw")
     group.add_argument("--data", help="flow: rows (.npy, .csv) whose log-density is wanted")
     group.add_argument("--steps", type=int, help="diffusion steps")
     group.add_argument("--sampler", help="diffusion: ddim, heun, dpmpp_2m, unipc, ...")
     group.add_argument("--guidance", type=float, metavar="SCALE", help="diffusion: 1 is none")
     group.add_argument("--guidance-rescale", type=float, metavar="SHARE", help="diffusion: 0 to 1")
-    group.add_argument("--image", metavar="FILE", help="diffusion: picture or .npy to start from")
+    group.add_argument(
+        "--image", metavar="FILE", help="diffusion: start from, or enlarge; encoder: encode"
+    )
+    group.add_argument("--latent", metavar="FILE", help="one-shot decoder: .npy in place of noise")
     group.add_argument("--strength", type=float, help="diffusion: how far to leave --image, 0 to 1")
     group.add_argument("--mask", metavar="FILE", help="diffusion: white where to paint anew")
     group.add_argument(
-        "--condition", dest="conditions", action="append", type=_condition, metavar="NAME=VALUE"
+        "--condition",
+        dest="conditions",
+        action="append",
+        type=_condition,
+        metavar="NAME=VALUE",
+        help="diffusion: `class=3`, `class=otter`, `crop=0,0`; may be repeated",
     )
     group.add_argument(
         "--input",
@@ -124,7 +144,8 @@ _REQUEST_FIELDS = (
     *("ignore_eos", "phonemes", "phoneme_ids", "length_scale", "noise_scale", "count", "data"),
     *("steps", "conditions", "min_p", "presence_penalty", "frequency_penalty", "logit_bias", "n"),
     *("beams", "logprobs", "regex", "speculate", "sampler", "guidance", "guidance_rescale"),
-    *("image", "strength", "mask", "audio", "language", "task"),
+    *("latent", "negative_prompt"),
+    *("image", "strength", "mask", "audio", "language", "task", "seconds"),
 )
 
 
@@ -152,9 +173,14 @@ def _file(option: str, path: str) -> str:
         raise RequestError(f"cannot read {option} {path}: {error}") from None
 
 
-def _condition(text: str) -> tuple[str, float]:
+def _condition(text: str) -> tuple[str, Any]:
+    """A number, several with commas between, or a name."""
     name, _, value = text.partition("=")
-    return name, float(value)
+    try:
+        numbers = [float(part) for part in value.split(",")]
+    except ValueError:
+        return name, value
+    return name, numbers if len(numbers) > 1 else numbers[0]
 
 
 def _named(text: str) -> tuple[str, str | int | float]:

@@ -19,6 +19,9 @@ def declare(add: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument("--host", default="127.0.0.1", help="another needs --api-key-file")
     sub.add_argument("--port", type=int, default=8000, help="0 takes a free one")
     sub.add_argument("--api-key-file", type=Path, metavar="FILE", help="one NAME:KEY a line")
+    sub.add_argument(
+        "--ray", action="store_true", help="on a Ray cluster's machines (leangen[ray])"
+    )
     sub.add_argument("--threads", type=int, help="default: physical cores that we may use")
     size = sub.add_argument_group("how much")
     size.add_argument("--max-batch", type=int, default=8, help="sequences that run at once")
@@ -51,11 +54,12 @@ def declare(add: Callable[..., argparse.ArgumentParser]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serve until SIGTERM or Ctrl-C."""
-    from leangen.serve import options
+    from leangen.serve import on_ray, options
     from leangen.serve import run as server
     from leangen.serve.worker import Limits
 
-    server.run(
+    serve = on_ray.run if args.ray else server.run
+    serve(
         options.Options(
             models=args.models,
             host=args.host,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from leangen.charts import si
-from leangen.commands.options import METER_HELP, json_and_threads
+from leangen.commands.options import METER_HELP, json_and_threads, on_every_machine
 from leangen.commands.task import reference_of, task_of, task_options
 from leangen.console import human_bytes, print_json, progress_bar, say, table, with_u
 
@@ -52,6 +52,7 @@ def declare(add: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument("--meter", metavar="SPEC", help=METER_HELP)
     task_options(sub)
     json_and_threads(sub)
+    on_every_machine(sub)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -13,25 +13,35 @@ that leangen cannot run UnsupportedError.
 from __future__ import annotations
 
 from importlib import import_module
-from inspect import signature
+from inspect import Parameter, signature
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 from leangen.bundle import Bundle
 from leangen.errors import RequestError, SourceError
 
 if TYPE_CHECKING:
-    from leangen.exporters.transformers_check import Difference
+    from leangen.exporters import diffusers_check, torch_check, transformers_check
+
+    Difference: TypeAlias = (
+        "transformers_check.Difference | torch_check.Difference | diffusers_check.Difference"
+    )
 
 EXPORTERS = {
+    "torch": "leangen.exporters.torch_module",
     "gguf": "leangen.exporters.gguf",
     "piper": "leangen.exporters.piper",
     "pzflow": "leangen.exporters.pzflow",
     "onnx": "leangen.exporters.onnx_file",
+    "diffusers": "leangen.exporters.diffusers_folder",
+    "annalog": "leangen.exporters.annalog",
+    "onnx-lm": "leangen.exporters.onnx_lm",
     "ctranslate2": "leangen.exporters.ctranslate2",
     "seq2seq": "leangen.exporters.transformers_seq2seq",
     "embedding": "leangen.exporters.embedding",
+    "imagegpt": "leangen.exporters.imagegpt",
+    "wavenet": "leangen.exporters.wavenet",
     "transformers": "leangen.exporters.transformers_lm",
 }
 """Modules by kind, the more particular first: a Piper voice is an ONNX file too."""
@@ -39,12 +49,12 @@ EXPORTERS = {
 
 def find(path: Path) -> ModuleType:
     """The exporter of what is at `path`; SourceError when there is nothing, or none accepts it."""
+    for kind, module_name in EXPORTERS.items():
+        module = import_module(module_name)
+        if (path.exists() or kind == "torch") and module.accepts(path):
+            return module
     if not path.exists():
         raise SourceError(f"there is no {path}: give the path of a model to export")
-    for module_name in EXPORTERS.values():
-        module = import_module(module_name)
-        if module.accepts(path):
-            return module
     raise SourceError(
         f"{path} is none of the kinds that leangen exports ({', '.join(EXPORTERS)}): "
         "check that the file is complete"
@@ -65,15 +75,17 @@ def export(
     """
     module = find(path)
     taken = signature(module.export).parameters
+    any_option = any(parameter.kind is Parameter.VAR_KEYWORD for parameter in taken.values())
     for option in options:
-        if option not in taken:
+        if option not in taken and not any_option:
             raise RequestError(f"--{option} does not apply to {path.name}: leave it out")
     return cast(Bundle, module.export(path, out, name=name, replace=replace, **options))
 
 
-def check(path: Path, bundle: Bundle) -> list[Difference]:
+def check(path: Path, bundle: Bundle, **options: object) -> list[Difference]:
     """Compare `bundle` with torch's result for the source at `path` that it was exported from.
 
+    `options` are those that it was exported with.
     Raises RequestError for sources that torch does not run.
     """
     module = find(path)
@@ -81,4 +93,6 @@ def check(path: Path, bundle: Bundle) -> list[Difference]:
         raise RequestError(
             f"--check compares with torch, which does not run {path.name}: leave it out"
         )
-    return cast("list[Difference]", module.check(path, bundle))
+    taken = signature(module.check).parameters
+    used = options if "options" in taken else {k: v for k, v in options.items() if k in taken}
+    return cast("list[Difference]", module.check(path, bundle, **used))

@@ -209,6 +209,7 @@ def expected(layout: Layout) -> list[tuple[str, Shape]]:
         shapes["relative"] = (config.relative.buckets, config.heads)
     if encoder is not None:
         shapes |= {"encoder.norm": (encoder.width,), "encoder.conv1": (encoder.width, None, 3)}
+        shapes["encoder.embed"] = (encoder.vocab, encoder.width)
         shapes["encoder.conv2"] = (encoder.width, encoder.width, 3)
         shapes["encoder.positions"] = (encoder.context, encoder.width)
         if encoder.relative is not None:

@@ -46,6 +46,7 @@ def _t5(json: Json, stored: Collection[str]) -> Layout:
     )
     names = {
         "embed": "shared",
+        "encoder.embed": "shared",
         "head": "lm_head",
         "norm": "decoder.final_layer_norm",
         "relative": "decoder.block.0.layer.0.SelfAttention.relative_attention_bias",

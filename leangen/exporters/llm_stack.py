@@ -23,6 +23,7 @@ class Stack:
         self.writer = writer
         self.config = config
         self.weights = weights
+        self.prefix = prefix
         # Rounding in the last layer's MLP meets the logits raw: int8 activations everywhere but
         # there take a fifth off the KL divergence of SmolLM2-135M and cost too little to measure.
         self.linears = Linears(writer, weights, exact=f"/layers.{config.layers - 1}/mlp/")
@@ -103,7 +104,7 @@ class Stack:
         )
 
     def _looked_up(self, ids: str) -> str:
-        node, weight = self.writer.node, self.weights.matrix("embed")
+        node, weight = self.writer.node, self.weights.matrix(f"{self.prefix}embed")
         self.linears.hold("/embed", weight)
         if not isinstance(weight, Blocks):
             return node("Gather", "/embed", [self.writer.constant("embed.weight", weight), ids])

@@ -52,9 +52,9 @@ def export(
     model, else `euler`), `steps` (1 for `sample` predictions in sigma, else 20), `sigma_min` 0.002,
     `sigma_max` 80, `schedule` (linear betas 1e-4 to 0.02 over 1000 timesteps) with `spacing` and
     `offset`, for `flow` predictions `scale` 1000 and `shift` 1, and `guidance`. Of a generator:
-    `latent` (`normal` or `uniform`). Of both: `shape` for sizes that the file leaves open,
-    `range` [low, high] of the values, `render` (`relief` for heightmaps), `conditions` name ->
-    {min, max, default, unconditional}.
+    `latent` (`normal` or `uniform`), or `encoder` for one that takes an `image`. Of both: `shape`
+    for sizes that the file leaves open, `range` [low, high] of the values, `render` (`relief` for
+    heightmaps), `conditions` name -> {min, max, default, unconditional}.
     Raises SourceError for a file that is not ONNX or is cut off, UnsupportedError when its inputs
     are not understood or an option does not fit.
     """
@@ -204,6 +204,10 @@ def _diffusion_config(
 def _oneshot_config(
     path: Path, inputs: dict[str, _Input], output: str, options: dict[str, Any]
 ) -> dict[str, Any]:
+    if options.pop("encoder", False):
+        image, shape = _image_input(path, inputs, ("image",), options)
+        entry = {"image": {"input": image, "shape": shape}, "output": output}
+        return entry | _common(path, inputs, {image}, options)
     latent, shape = _image_input(path, inputs, LATENT_NAMES, options)
     kind = options.pop("latent", "normal")
     if kind not in ("normal", "uniform"):

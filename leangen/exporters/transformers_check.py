@@ -37,6 +37,12 @@ class Difference:
         """Whether it is within `TOLERANCE`."""
         return self.largest <= TOLERANCE * max(1.0, self.scale)
 
+    def __str__(self) -> str:
+        return (
+            f"{self.input}: logits of {self.tokens} tokens differ from torch by at most "
+            f"{self.largest:.2g} (the largest is {self.scale:.3g})"
+        )
+
 
 def differences(path: Path, bundle: Bundle) -> list[Difference]:
     """Run the model in folder `path` with torch, and the bundle made of it, on the same tokens.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -103,8 +103,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def copy_tokenizer(path: Path, folder: Path) -> dict[str, Any]:
-    """Copy the tokenizer and the chat template; the bundle's config keys about them."""
+def copy_tokenizer(
+    path: Path, folder: Path, said: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Copy the tokenizer and the chat template; the bundle's config keys about them.
+
+    `said` has `bos_token_id` and `eos_token_id`; by default `config.json` and
+    `generation_config.json` have them.
+    """
     if not (path / TOKENIZER).is_file():
         raise SourceError(
             f"{path} has no {TOKENIZER}: save it there with "
@@ -120,9 +126,10 @@ def copy_tokenizer(path: Path, folder: Path) -> dict[str, Any]:
         template = next((t["template"] for t in template if t.get("name") == "default"), None)
     if template:
         (folder / TEMPLATE).write_text(template, encoding="utf-8")
-    config = read_json(path / CONFIG)
-    generation = path / "generation_config.json"
-    ends = read_json(generation).get("eos_token_id") if generation.is_file() else None
+    config, ends = said, None
+    if config is None:
+        config, generation = read_json(path / CONFIG), path / "generation_config.json"
+        ends = read_json(generation).get("eos_token_id") if generation.is_file() else None
     ends = config.get("eos_token_id") if ends is None else ends
     return {
         "bos_id": config.get("bos_token_id"),

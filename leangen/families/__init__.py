@@ -11,7 +11,8 @@ A family is one module with
     prepare(session)         opens what a first generation would otherwise have to wait for
     run(session, request)    a generator: yields a Step as each is done, returns an Output
 
-and, where bundles of it can be calibrated without data, `calibration_requests(session)`.
+and, where bundles of it can be calibrated without data, `calibration_requests(session)`; where what
+comes out depends on the bundle, `media(config)`.
 `Request.describe()` gives the options that the receipt keeps, never the prompt's text. The engine
 times every family the same way. The flow family has a module per task, each with its own unit.
 """
@@ -65,6 +66,8 @@ FAMILIES = {
     "embedding": "leangen.families.embedding",
     "flow/speech": "leangen.families.speech",
     "flow/density": "leangen.families.density",
+    "autoregressive/image": "leangen.families.image_tokens",
+    "autoregressive/audio": "leangen.families.waveform",
     "diffusion": "leangen.families.diffusion",
     "oneshot": "leangen.families.oneshot",
 }
@@ -85,3 +88,11 @@ def of(bundle: Bundle) -> Family:
             f"family {name!r} is not one of {', '.join(FAMILIES)}: update leangen to run it"
         )
     return cast(Family, import_module(FAMILIES[name]))
+
+
+def media(bundle: Bundle) -> Media:
+    """What a bundle's generations put out."""
+    family = of(bundle)
+    if hasattr(family, "media"):
+        return cast(Media, family.media(bundle.config))
+    return family.MEDIA

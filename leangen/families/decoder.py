@@ -15,6 +15,7 @@ import numpy as np
 import onnxruntime as ort
 
 from leangen.families import key_values
+from leangen.families.grown_cache import GrownCache
 from leangen.session import Session
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
@@ -46,9 +47,9 @@ class Decoder:
         beside: Mapping[str, Floats] | None = None,
     ) -> None:
         self._role, self._beside = role, beside or {}
-        self._spare: list[_Cache] = session.keep("language.spare_caches", list)
+        self._spare: list[Any] = session.keep("language.spare_caches", list)
         try:  # one call, so that two threads never get the same one
-            spare: _Cache | None = self._spare.pop()
+            spare = self._spare.pop()
         except IndexError:
             spare = None
         self.length = 0 if spare is None else _shared(spare.tokens, prefix)
@@ -59,7 +60,7 @@ class Decoder:
             return
         if self.length == 0:
             spare = None  # freed before the larger one is made
-        self._cache = _Cache(session, role, -(-capacity // _ROUND) * _ROUND)
+        self._cache = _new_cache(session, role, capacity)
         self._cache.put_beside(self._beside)
         if spare is not None:
             self._cache.copy(spare, self.length)
@@ -104,9 +105,15 @@ class Decoder:
     def _run(self, tokens: Sequence[int], *, all_logits: bool) -> Floats:
         before, self.length = self.length, self.length + len(tokens)
         del self._cache.tokens[before:]
-        logits = self._cache.run(tokens, self.length, all_logits=all_logits)
+        logits: Floats = self._cache.run(tokens, self.length, all_logits=all_logits)
         self._cache.tokens += tokens
         return logits
+
+
+def _new_cache(session: Session, role: str, capacity: int) -> Any:
+    if "io" in session.bundle.config:
+        return GrownCache(session, role)
+    return _Cache(session, role, -(-capacity // _ROUND) * _ROUND)
 
 
 class _Cache:

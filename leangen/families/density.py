@@ -1,8 +1,14 @@
-"""Rows of numbers from a normalizing flow: draw samples, or score rows by log-density.
+"""Rows or images from a normalizing flow: draw samples, or score data by log-density.
 
 A bundle of this task has the graphs `sample` (latent -> x) and `log_prob` (x -> log_prob, latent),
-float64 [n, d], and this config: `columns` (d names) and `latent` (`kind`: uniform or normal, and
-`bound` of the uniform one).
+[n, d], and this config:
+
+    columns   d names
+    latent    {"kind": "uniform" or "normal", "bound" of the uniform one}
+    dtype     `float32` or `float64` of all inputs and outputs; by default `float64`
+    image     {"shape": [c, h, w], "range": [low, high], "levels"} where a row is an image, its
+              values stand channel by channel, and the flow was trained on dequantized ones: pixel
+              level k, plus noise between 0 and 1, over `levels` goes from low to high
 """
 
 from __future__ import annotations
@@ -16,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from leangen.errors import RequestError
+from leangen.families import imaging
 from leangen.records import Media, Output, Step
 from leangen.session import Session
 
@@ -27,9 +34,14 @@ EXAMPLE = {"count": 1000}
 Array = np.ndarray[Any, Any]
 
 BATCH = 8192
-"""Rows per step: enough to keep the cores busy, few enough for about 200 MB of memory."""
+"""Rows per step, at most: enough to keep the cores busy, few enough for about 200 MB of memory."""
+BATCH_VALUES = 2**18
+"""Values of all rows of a step: wide rows go in smaller steps."""
 
 CALIBRATION_ROWS = 2048
+CALIBRATION_VALUES = 2**17
+
+_PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +52,8 @@ class Request:
     """How many rows to draw."""
     data: Any = None
     """Rows to score: array-like [n, d], or the path of a `.npy` or `.csv` file (a header row may
-    name the columns, in any order)."""
+    name the columns, in any order). Images: also [n, h, w, c] of the model's values, a picture or
+    a folder of them, dequantized with noise of the seed."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -60,6 +73,11 @@ class Request:
         return {"mode": mode, "count": self.count, "seed": self.seed}
 
 
+def media(config: Mapping[str, Any]) -> Media:
+    """Samples are images where the rows are images; scores are a table all the same."""
+    return "image" if "image" in config else MEDIA
+
+
 def prepare(session: Session) -> None:
     """Open the graph of each direction."""
     for role in ("sample", "log_prob"):
@@ -69,59 +87,116 @@ def prepare(session: Session) -> None:
 def run(session: Session, request: Request) -> Generator[Step, None, Output]:
     """Draw or score, in steps `flow` of up to BATCH rows.
 
-    The output's array is float64: samples [n, d], or log-densities [n] in nats (-inf outside the
-    flow's support). `extra["columns"]` names the columns. The seed alone decides the samples, in
-    whatever batches they are drawn.
+    The output's array: samples [n, d] or [n, h, w, c], or log-densities [n] in nats (-inf outside
+    the flow's support), of images with their bits per dimension beside them, [n, 2].
+    `extra["columns"]` names the columns. The seed alone decides the samples, in whatever batches
+    they are drawn.
     """
-    columns = list(session.bundle.config["columns"])
+    config = session.bundle.config
     if request.count is not None:
         role, batches = "sample", latents(session, request.count, request.seed)
         feed, result = "latent", "x"
     else:
-        rows = rows_of(request.data, columns)
-        role, batches = "log_prob", iter(np.split(rows, range(BATCH, len(rows), BATCH)))
+        rows = rows_of(request.data, config, request.seed)
+        role, batches = "log_prob", batches_of(rows, config)
         feed, result = "x", "log_prob"
-        columns = ["log_density"]
     parts = []
     for batch in batches:
         parts += session.run(role, {feed: batch}, [result])
         yield Step(kind="flow", units=len(batch))
-    return Output(array=np.concatenate(parts), media=MEDIA, extra={"columns": columns})
+    made = np.concatenate(parts)
+    if request.count is None:
+        columns = ["log_density"]
+        if "image" in config:
+            made = np.stack([made, bits_per_dimension(made, config)], axis=1)
+            columns.append("bits_per_dimension")
+        return Output(array=made, media=MEDIA, extra={"columns": columns})
+    if "image" in config:
+        pictures = imaging.images([made.reshape(-1, *config["image"]["shape"])])
+        return Output(array=pictures, media="image", extra=imaging.rendering(config["image"]))
+    return Output(array=made, media=MEDIA, extra={"columns": list(config["columns"])})
 
 
 def calibration_requests(session: Session) -> list[Request]:
     """Draws, and the scoring of those draws: both graphs see what they see in use."""
+    dim = len(session.bundle.config["columns"])
+    count = min(CALIBRATION_ROWS, max(64, CALIBRATION_VALUES // dim))
     drawn = [
         session.run("sample", {"latent": latent}, ["x"])[0]
-        for latent in latents(session, CALIBRATION_ROWS, seed=0)
+        for latent in latents(session, count, seed=0)
     ]
-    return [Request(count=CALIBRATION_ROWS), Request(data=np.concatenate(drawn))]
+    return [Request(count=count), Request(data=np.concatenate(drawn))]
 
 
 def latents(session: Session, count: int, seed: int) -> Iterator[Array]:
-    """Draws of the latent distribution, float64 [up to BATCH, d] at a time."""
-    latent, dim = session.bundle.config["latent"], len(session.bundle.config["columns"])
+    """Draws of the latent distribution, [rows of a step, d] at a time."""
+    config = session.bundle.config
+    latent, size = config["latent"], batch_rows(config)
     rng = np.random.default_rng(seed)
-    for start in range(0, count, BATCH):
-        shape = (min(BATCH, count - start), dim)
+    for start in range(0, count, size):
+        shape = (min(size, count - start), len(config["columns"]))
         if latent["kind"] == "normal":
-            yield rng.standard_normal(shape)
+            drawn = rng.standard_normal(shape)
         else:
-            yield rng.uniform(-latent["bound"], latent["bound"], shape)
+            drawn = rng.uniform(-latent["bound"], latent["bound"], shape)
+        yield drawn.astype(config.get("dtype", "float64"), copy=False)
 
 
-def rows_of(data: Any, columns: Sequence[str]) -> Array:
+def batch_rows(config: Mapping[str, Any]) -> int:
+    """Rows of a step."""
+    return max(1, min(BATCH, max(16, BATCH_VALUES // len(config["columns"]))))
+
+
+def batches_of(rows: Array, config: Mapping[str, Any]) -> Iterator[Array]:
+    """Rows [n, d] in the type and the portions that the graphs take."""
+    size = batch_rows(config)
+    typed = rows.astype(config.get("dtype", "float64"), copy=False)
+    return iter(np.split(typed, range(size, len(rows), size)))
+
+
+def bits_per_dimension(log_density: Array, config: Mapping[str, Any]) -> Array:
+    """Bits that a lossless code of the pixels' levels would take, per value of an image.
+
+    The density of dequantized values bounds it (Theis et al., arXiv:1511.01844, section 3.1).
+    """
+    image = config["image"]
+    low, high = image["range"]
+    levels_per_unit = image["levels"] / (high - low)
+    dim = len(config["columns"])
+    bits: Array = np.log2(levels_per_unit) - np.asarray(log_density) / (dim * np.log(2))
+    return bits
+
+
+def as_rows(array: Any) -> Array:
+    """Images [n, h, w, c] as rows [n, d] in the order of the model's values; rows as they are."""
+    array = np.asarray(array)
+    rows: Array = np.moveaxis(array, -1, 1).reshape(len(array), -1) if array.ndim == 4 else array
+    return rows
+
+
+def rows_of(data: Any, config: Mapping[str, Any], seed: int = 0) -> Array:
     """The rows to score, float64 [n, d]; RequestError when they are not that."""
+    columns = config["columns"]
     if isinstance(data, str | Path):
-        data = _read(Path(data), columns)
+        path = Path(data)
+        if "image" in config and path.suffix not in (".npy", ".csv"):
+            return _pictures(path, config["image"], seed)
+        data = _read(path, columns)
     try:
         rows = np.asarray(data, np.float64)
     except (TypeError, ValueError) as error:
         raise RequestError(f"data is not numeric ({error}): expected rows of numbers") from None
+    if "image" in config and rows.ndim == 4:
+        channels, *size = config["image"]["shape"]
+        if rows.shape[1:] != (*size, channels):
+            raise RequestError(
+                f"data has shape {list(rows.shape)}, expected images [n, *{[*size, channels]}]"
+            )
+        rows = as_rows(rows)
     if rows.ndim != 2 or rows.shape[1] != len(columns) or not len(rows):
         raise RequestError(
             f"data has shape {list(rows.shape)}, expected [rows, {len(columns)}] with the columns "
-            f"{', '.join(columns)}"
+            f"{', '.join(columns[:10])}{', ...' if len(columns) > 10 else ''}"
         )
     bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
     if bad.size:
@@ -129,6 +204,20 @@ def rows_of(data: Any, columns: Sequence[str]) -> Array:
             f"{bad.size} of {len(rows)} rows hold NaN or infinity, row {bad[0]} first: remove them"
         )
     return rows
+
+
+def _pictures(path: Path, image: Mapping[str, Any], seed: int) -> Array:
+    """A picture, or all of a folder, as dequantized rows [n, d]."""
+    names = sorted(path.iterdir()) if path.is_dir() else [path]
+    names = [name for name in names if not path.is_dir() or name.suffix.lower() in _PICTURES]
+    if not names:
+        raise RequestError(f"{path} holds no pictures ({', '.join(_PICTURES)})")
+    low, high = image["range"]
+    samples = [imaging.picture(name, image["shape"], (0.0, 255.0)) for name in names]
+    levels = np.floor(np.concatenate(samples).astype(np.float64) * image["levels"] / 256)
+    noise = np.random.default_rng(seed).uniform(size=levels.shape)
+    values: Array = low + (levels + noise) / image["levels"] * (high - low)
+    return values.reshape(len(values), -1)
 
 
 def _read(path: Path, columns: Sequence[str]) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
+from leangen.errors import RequestError
 from leangen.families import pages
 from leangen.session import Session
 
@@ -22,6 +23,11 @@ def allocate(session: Session, rows: int, capacity: int, role: str = "model") ->
     memory.
     """
     config = session.bundle.config
+    if "io" in config:
+        raise RequestError(
+            f"{session.bundle.name} wraps a graph of another program, whose cache holds one "
+            "sequence and no calibration data: export the model from its own weights instead"
+        )
     inputs = session.graph(role).get_inputs()
     kept = next(_TYPES[given.type] for given in inputs if given.name.startswith("past_key_"))
     shape = (config["layers"], 2, rows, config["kv_heads"], capacity, config["head_dim"])

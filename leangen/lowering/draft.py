@@ -29,7 +29,7 @@ class Draft(Graph):
         self._live: dict[int, NodeProto] = {}
         self._producers: dict[str, NodeProto] = {}
         self._consumers: dict[str, list[NodeProto]] = defaultdict(list)
-        self._outputs = {output.name for output in self.model.graph.output}
+        self._outputs = {value.name: value for value in self.model.graph.output}
         self._inputs = {value.name: value for value in self.model.graph.input}
         for node in self.nodes:
             self.add_node(node)
@@ -58,9 +58,10 @@ class Draft(Graph):
         """Whether a tensor is an input of the graph."""
         return tensor in self._inputs
 
-    def input_shape(self, tensor: str) -> list[int | str]:
-        """The shape of an input of the graph: sizes, or names of those that vary."""
-        dims = self._inputs[tensor].type.tensor_type.shape.dim
+    def stated_shape(self, tensor: str) -> list[int | str]:
+        """The shape of an input or output of the graph: sizes, or names of those that vary."""
+        value = self._inputs.get(tensor) or self._outputs[tensor]
+        dims = value.type.tensor_type.shape.dim
         return [dim.dim_param or int(dim.dim_value) for dim in dims]
 
     def is_output(self, tensor: str) -> bool:

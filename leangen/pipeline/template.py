@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from leangen import audio
 from leangen.errors import RequestError
 from leangen.pipeline.ports import Port
 
@@ -76,8 +77,9 @@ def _reference(whole: str, inner: str) -> Reference:
             values = tuple(map(float, numbers))
         except ValueError:
             values = ()
-        if len(values) != 2:
-            raise RequestError(f"{whole!r}: {name} takes two numbers, such as {name} 28 28")
+        takes = FILTERS[name].numbers
+        if len(values) != len(takes):
+            raise RequestError(f"{whole!r}: expected {' '.join([name, *takes])}")
         filters.append((name, values))
     return Reference(match[1], match[2], tuple(filters))
 
@@ -106,37 +108,30 @@ def fill(value: Any, lookup: Callable[[Reference], Any]) -> Any:
     return value
 
 
-def resize(value: Array, port: Port, height: float, width: float) -> tuple[Array, Port]:
+def resize(value: Array, port: Port, height: float, width: float) -> Array:
     """Images [..., h, w, c] at another size, bicubic."""
     from PIL import Image
 
     size = int(width), int(height)
-    images = value.reshape(-1, *value.shape[-3:])
-    resized = [
-        np.stack(
-            [
-                np.asarray(Image.fromarray(image[..., c]).resize(size, Image.Resampling.BICUBIC))
-                for c in range(image.shape[-1])
-            ],
-            axis=-1,
-        )
-        for image in images.astype(np.float32)
+    channels = [
+        np.asarray(Image.fromarray(channel).resize(size, Image.Resampling.BICUBIC))
+        for image in value.astype(np.float32).reshape(-1, *value.shape[-3:])
+        for channel in np.moveaxis(image, -1, 0)
     ]
-    whole = np.stack(resized).reshape(*value.shape[:-3], size[1], size[0], value.shape[-1])
-    if port.range is not None:  # bicubic overshoots at edges
-        whole = np.clip(whole, *port.range)
-    return whole, _resized(port, height, width)
+    resized = np.moveaxis(np.reshape(channels, (-1, value.shape[-1], *size[::-1])), 1, -1)
+    resized = resized.reshape(*value.shape[:-3], *resized.shape[1:])
+    return resized if port.range is None else np.clip(resized, *port.range)  # it overshoots
 
 
-def _resized(port: Port, height: float, width: float) -> Port:
-    return replace(port, shape=(int(height), int(width), *(port.shape or (None,))[2:]))
-
-
-def rescale(value: Array, port: Port, low: float, high: float) -> tuple[Array, Port]:
+def rescale(value: Array, port: Port, low: float, high: float) -> Array:
     """Values of the port's range as values of `low` to `high`, in proportion."""
     begin, end = port.range or (0.0, 1.0)
-    scaled = low + (np.asarray(value, np.float32) - begin) / (end - begin) * (high - low)
-    return scaled.astype(np.float32), replace(port, range=(low, high))
+    return np.asarray(low + (value - begin) / (end - begin) * (high - low), np.float32)
+
+
+def resample(value: Array, port: Port, rate_hz: float) -> Array:
+    """Sound at another rate."""
+    return audio.resample(value, port.rate_hz or int(rate_hz), int(rate_hz))
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,14 +140,29 @@ class Filter:
 
     kind: str
     """Of the ports that it takes."""
-    apply: Callable[[Array, Port, float, float], tuple[Array, Port]]
-    port: Callable[[Port, float, float], Port]
-    """What it makes of a port, without a value."""
+    numbers: tuple[str, ...]
+    """What follows its name."""
+    apply: Callable[..., Array]
+    """The value, its port and the numbers to the new value."""
+    port: Callable[..., Port]
+    """The same without a value: what it makes of the port."""
 
 
 FILTERS: Mapping[str, Filter] = {
-    "resize": Filter("image", resize, _resized),
-    "range": Filter("image", rescale, lambda port, low, high: replace(port, range=(low, high))),
+    "resize": Filter(
+        "image",
+        ("HEIGHT", "WIDTH"),
+        resize,
+        lambda port, *size: replace(
+            port, shape=(*map(int, size), *(port.shape or (None,) * 3)[2:])
+        ),
+    ),
+    "range": Filter(
+        "image", ("LOW", "HIGH"), rescale, lambda port, *ends: replace(port, range=ends)
+    ),
+    "rate": Filter(
+        "audio", ("HZ",), resample, lambda port, rate_hz: replace(port, rate_hz=int(rate_hz))
+    ),
 }
 """By the name that is written after `|`."""
 
@@ -171,5 +181,6 @@ def through(filters: Sequence[tuple[str, tuple[float, ...]]], port: Port, where:
 def apply(filters: Sequence[tuple[str, tuple[float, ...]]], value: Any, port: Port) -> Any:
     """The value after its filters, which `through` has accepted."""
     for name, numbers in filters:
-        value, port = FILTERS[name].apply(np.asarray(value), port, *numbers)
+        value = FILTERS[name].apply(np.asarray(value), port, *numbers)
+        port = FILTERS[name].port(port, *numbers)
     return value

@@ -26,6 +26,8 @@ FAMILIES = {
     "seq2seq/transcription": "leangen.quality.seq2seq",
     "flow/density": "leangen.quality.density",
     "flow/speech": "leangen.quality.speech",
+    "autoregressive/image": "leangen.quality.autoregressive",
+    "autoregressive/audio": "leangen.quality.autoregressive",
     "diffusion": "leangen.quality.imaging",
     "oneshot": "leangen.quality.imaging",
 }

@@ -39,18 +39,19 @@ class Scored:
 
 def observe(session: Session, task: Task, reference: Scored | None) -> Scored:
     """Score the rows given, or the reference's own draws; draw, and invert the draws."""
+    config = session.bundle.config
     drawn = _run(session, density.Request(count=task.rows))
     if reference is not None:
         rows = reference.rows
     elif task.data is not None:
-        rows = density.rows_of(task.data, session.bundle.config["columns"])
+        rows = density.rows_of(task.data, config)
     else:
         rows = drawn
     latents = np.concatenate(list(density.latents(session, task.rows, 0)))
     back = np.concatenate(
         [
             session.run("log_prob", {"x": part}, ["latent"])[0]
-            for part in np.split(drawn, range(density.BATCH, len(drawn), density.BATCH))
+            for part in density.batches_of(drawn, config)
         ]
     )
     return Scored(
@@ -127,4 +128,5 @@ def _run(session: Session, request: density.Request) -> Array:
         try:
             next(steps)
         except StopIteration as stop:
-            return np.asarray(stop.value.array)
+            made = density.as_rows(stop.value.array)
+            return made if request.count is not None or made.ndim == 1 else made[:, 0]

@@ -56,8 +56,11 @@ def observe(session: Session, task: Task, reference: Drawn | None) -> Drawn:
 def measure(reference: Drawn, candidate: Drawn) -> list[Measure]:
     """Relative RMSE first; PSNR, SSIM, steps, spectra, and the named network's distances."""
     pairs = list(zip(reference.images, candidate.images, strict=True))
+    apart = mean("relative RMSE", [relative_rmse(a, b) for a, b in pairs], "seeds")
+    if reference.images[0].shape[0] == 1:  # an encoder's latents are no picture
+        return [apart]
     return [
-        mean("relative RMSE", [relative_rmse(a, b) for a, b in pairs], "seeds"),
+        apart,
         mean("PSNR", [psnr_db(a, b) for a, b in pairs], "seeds", "dB"),
         mean("SSIM", [ssim(a, b) for a, b in pairs], "seeds"),
         *_per_step(reference, candidate),
@@ -129,7 +132,7 @@ def _perceived(reference: Drawn, candidate: Drawn) -> list[Measure]:
 
 
 def _states(session: Session, task: Task, seed: int) -> list[Array]:
-    """What each step leaves, [1, c, h, w]; a one-shot decoder has a single one."""
+    """What each step leaves, [1, c, h, w]; a one-shot model has a single one."""
     if session.bundle.family == "diffusion":
         return list(diffusion.trajectory(session, diffusion.Request(seed=seed, steps=task.steps)))
     steps: Any = oneshot.run(session, oneshot.Request(seed=seed))
@@ -137,4 +140,7 @@ def _states(session: Session, task: Task, seed: int) -> list[Array]:
         try:
             next(steps)
         except StopIteration as stop:
-            return [np.moveaxis(np.asarray(stop.value.array), -1, 1)]
+            made = np.asarray(stop.value.array)
+            if made.ndim == 2:  # an encoder's latents
+                return [made[:, None, None]]
+            return [np.moveaxis(made, -1, 1)]

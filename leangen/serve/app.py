@@ -118,6 +118,8 @@ def _model(server: Server, name: str) -> dict[str, Any]:
         "loaded": served.worker.loaded,
         "conditions": served.bundle.config.get("conditions") or {},
         "columns": served.bundle.config.get("columns") or [],
+        "voices": media.voices(served),
+        "reads_text": bool(served.bundle.config.get("text")),
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from types import FrameType
 from typing import Any
@@ -16,6 +17,7 @@ from leangen.engine import Engine
 from leangen.errors import DependencyError, RequestError
 from leangen.host import host
 from leangen.ledger import Ledger
+from leangen.records import Receipt
 from leangen.serve import models
 from leangen.serve.access import Access, read_keys
 from leangen.serve.account import Account
@@ -30,8 +32,12 @@ KEEP_ALIVE_S = 15
 CONNECTIONS = 512
 
 
-def build(options: Options) -> tuple[Any, Server]:
+def build(
+    options: Options, *, on_receipt: Callable[[Receipt], None] | None = None
+) -> tuple[Any, Server]:
     """The guarded ASGI app and its parts; models are found here, and loaded by their first job.
+
+    `on_receipt` is told of each receipt after it went to the ledger.
 
     Raises DependencyError without the extra `serve`, and what finding the models raises.
     """
@@ -74,6 +80,8 @@ def build(options: Options) -> tuple[Any, Server]:
         engine.share_meters(selection, account.baseline)
         if options.otel:
             engine.on_receipt.append(otel.record)
+        if on_receipt is not None:
+            engine.on_receipt.append(on_receipt)
         return engine
 
     server = Server(
@@ -113,6 +121,8 @@ def run(options: Options) -> None:
     guarded, server = build(options)
     import uvicorn
 
+    from leangen.serve.connections import Connection
+
     class Graceful(uvicorn.Server):
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
             if self.should_exit:
@@ -125,6 +135,8 @@ def run(options: Options) -> None:
 
     config = uvicorn.Config(
         guarded,
+        http=Connection,
+        ws="none",
         host=options.host,
         port=options.port,
         log_config=None,

@@ -153,6 +153,6 @@ class SingleRunner:
 
 def runner(engine: Engine, *, rows: int, capacity: int) -> Runner:
     """The runner that fits a model's family."""
-    if engine.bundle.family == "language":
+    if engine.bundle.family == "language" and "io" not in engine.bundle.config:
         return BatchRunner(engine, rows=rows, capacity=capacity)
     return SingleRunner(engine)

@@ -18,7 +18,7 @@ from leangen.precision import HALVES
 from leangen.sites import Site
 from leangen.treatments import floats, products, static
 from leangen.treatments.forms import STANDARD, TABLES, Form, code_bits, read
-from leangen.treatments.weights import Rounding, Weights, round_to_nearest
+from leangen.treatments.weights import Rounding, Weights, masked, round_to_nearest
 
 __all__ = ["STANDARD", "Form", "Rounding", "Treated", "Treatments", "code_bits", "read"]
 
@@ -68,9 +68,7 @@ class Treatments:
             return False
         if form.scheme == "fp16" and np.abs(self._graph.array(site.weight)).max() > 65504:
             return False
-        if form.rank and (form.scheme not in methods.SCHEMES or site.kind == "embedding"):
-            return False
-        if form.rank >= min(site.rows, site.columns) / 2:
+        if form.rank and not self._splits(site, form):
             return False
         blocks = form.scheme in HALVES or self._weights.block(site, form) is not None
         if form.kind == "gather":
@@ -78,6 +76,15 @@ class Treatments:
         if site.kind == "embedding" or (form.kind == "matmul" and site.kind != "linear"):
             return False
         return blocks
+
+    def _splits(self, site: Site, form: Form) -> bool:
+        """Whether a part of the form's rank can stand beside a site's codes."""
+        return (
+            site.kind in ("conv", "deconv", "linear")
+            and form.scheme in methods.SCHEMES
+            and form.rank < min(site.rows, site.columns) / 2
+            and not masked(self._weights.matrix(site))
+        )
 
     def stored_bits(self, site: Site, treatment: str) -> float:
         """About how many bits a site's weight takes with a treatment."""

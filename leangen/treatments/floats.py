@@ -67,7 +67,10 @@ def unpacked(weights: Weights, site: Site, form: Form) -> tuple[list[NodeProto],
     if site.swapped:
         order = [1, 0, *range(2, len(shape))]
         nodes.append(make("Transpose", [last], f"{label}/w", perm=order))
-    return [*nodes, with_weight(site.node, 1, f"{label}/w")], packed.stored_bits + extra_bits
+    return [
+        *nodes,
+        with_weight(site.node, site.place, f"{label}/w"),
+    ], packed.stored_bits + extra_bits
 
 
 def half(weights: Weights, site: Site, form: Form) -> tuple[list[NodeProto], int]:
@@ -89,4 +92,4 @@ def half(weights: Weights, site: Site, form: Form) -> tuple[list[NodeProto], int
         widen = make("Cast", [gather.output[0]], site.node.output[0], to=TensorProto.FLOAT)
         return [gather, widen], bits
     cast = make("Cast", [stored], f"{label}/w", to=TensorProto.FLOAT)
-    return [cast, with_weight(site.node, 1, f"{label}/w")], bits
+    return [cast, with_weight(site.node, site.place, f"{label}/w")], bits

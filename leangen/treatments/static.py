@@ -44,9 +44,9 @@ def static_int8(
         bias_scale = graph.add(f"{label}/bias_scale", step)
         nodes.append(make("DequantizeLinear", [bias_q, bias_scale], f"{label}/b", axis=0))
         conv.input[2] = f"{label}/b"
-    conv.output[0] = f"{label}/y"
+    conv.output[0] = f"{label}/unrounded"
     nodes.append(conv)
-    nodes += _qdq(f"{label}/y", target, shared(scale_y), shared(zero_y))
+    nodes += _qdq(f"{label}/unrounded", target, shared(scale_y), shared(zero_y))
     return nodes, packed.stored_bits
 
 

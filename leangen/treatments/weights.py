@@ -20,6 +20,9 @@ from leangen.treatments.unpacking import node
 BLOCK = 32
 """Weights per scale where nothing else is asked; MatMulNBits rounds activations in its blocks."""
 
+MASKED_SHARE = 0.01
+"""A weight with more zeros than this has a mask."""
+
 Rounding = Callable[[Site, Array, ModuleType, Mapping[str, Any]], Packed]
 """Makes codes of a site's matrix: (site, w [n, k], scheme, its options) -> Packed."""
 
@@ -88,7 +91,7 @@ class Weights:
             if form.rank:
                 left, right = self._split(site, form)
                 w = w - left.astype(np.float32) @ right.astype(np.float32)
-            rounding = self._rounding if site.kind == "linear" else round_to_nearest
+            rounding = self._rounding if site.kind in ("linear", "matrix") else round_to_nearest
             packed = rounding(site, w, scheme, options)
             if self._readers[site.weight] > 1:
                 self._packed[stem] = packed
@@ -144,6 +147,15 @@ class Weights:
             for name, plane in zip(names, make(), strict=True):
                 self.graph.add(name, plane)
         return names
+
+
+def masked(w: Array) -> bool:
+    """Whether a weight has zeros that stand for what an output must not depend on.
+
+    Rounded to the nearest they stay zeros; methods that spread errors, and a part of low rank, would fill them in, and an
+    autoregressive flow would be none any more.
+    """
+    return float(np.mean(w == 0)) > MASKED_SHARE
 
 
 def with_weight(original: NodeProto, place: int, weight: str) -> NodeProto:

@@ -1,0 +1,105 @@
+"""What a bundle computes, beside what the torch module that it was made of does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from leangen.bundle import Bundle
+from leangen.exporters import torch_flow, torch_image
+from leangen.exporters.torch_module import Made
+from leangen.session import Session
+
+TOLERANCE = 1e-4
+"""Largest difference that passes, times the largest value where that is above 1."""
+ROWS = 5
+"""Samples in each comparison: another number than tracing used."""
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """An output of the bundle against that of torch, both in fp32, on one input."""
+
+    input: str
+    """`example` or `random`."""
+    output: str
+    largest: float
+    """Of the absolute differences."""
+    scale: float
+    """The largest absolute value of torch."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether it is within `TOLERANCE`."""
+        return self.largest <= TOLERANCE * max(1.0, self.scale)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.input}: {self.output} differs from torch by at most {self.largest:.2g} (the "
+            f"largest is {self.scale:.3g})"
+        )
+
+
+def differences(made: Made, bundle: Bundle) -> list[Difference]:
+    """Run module and bundle on the example and on random inputs of about its size."""
+    session = Session(bundle, kernels="ort")
+    found = []
+    for name, inputs in (("example", made.examples), ("random", _random(made.examples))):
+        rows = [x[torch.arange(ROWS) % len(x)] for x in inputs]
+        with torch.no_grad():
+            if made.kind == "flow":
+                found += _of_flow(name, made.module, rows[0], session)
+            else:
+                found.append(_of_graph(name, made, rows, session))
+    return found
+
+
+def _random(examples: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Twice as spread as the examples: beyond the bounds of splines too; integers are mixed."""
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for x in examples:
+        if x.is_floating_point():
+            spread = 2 * max(float(x.double().std(correction=0)), 0.5)
+            noise = torch.randn(ROWS, *x.shape[1:], generator=generator)
+            made.append(x.mean() + spread * noise)
+        else:
+            made.append(x[torch.randint(len(x), (ROWS,), generator=generator)])
+    return made
+
+
+def _of_flow(
+    name: str, module: nn.Module, data: torch.Tensor, session: Session
+) -> list[Difference]:
+    flow = torch_flow.open_flow(module, data)
+    rows = data.flatten(1).numpy()
+    log_prob, latent = session.run("log_prob", {"x": rows}, ["log_prob", "latent"])
+    expected = flow.encode(data)[0]
+    back = flow.decode(expected.reshape(ROWS, *flow.latent_shape)).flatten(1)
+    sample = session.run("sample", {"latent": expected.flatten(1).numpy()}, ["x"])[0]
+    pairs: Mapping[str, tuple[Any, Any]] = {
+        "log-density": (flow.log_density(data), log_prob),
+        "latent": (expected.flatten(1), latent),
+        "sample": (back, sample),
+    }
+    return [_difference(name, output, *pair) for output, pair in pairs.items()]
+
+
+def _of_graph(
+    name: str, made: Made, inputs: Sequence[torch.Tensor], session: Session
+) -> Difference:
+    function = torch_image.as_function(made.module, made.kind, made.options.get("noise_at", 1))
+    names = torch_image.input_names(made.module, len(inputs), made.kind)
+    feeds = {key: value.numpy() for key, value in zip(names, inputs, strict=True)}
+    return _difference(name, "output", function(*inputs), session.run("model", feeds)[0])
+
+
+def _difference(name: str, output: str, expected: torch.Tensor, got: Any) -> Difference:
+    wanted = expected.double().numpy()
+    largest = float(np.abs(np.asarray(got, np.float64) - wanted).max())
+    return Difference(name, output, largest, float(np.abs(wanted).max()))
