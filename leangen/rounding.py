@@ -63,7 +63,8 @@ class Rounder:
     ) -> Packed:
         """Codes of `w` [n, k]: by the method where bits are few, else to the nearest."""
         packed: Packed | None
-        blind = self._method.NEEDS_DATA and self._moments is None
+        # What a `matrix` is multiplied with is not seen.
+        blind = self._method.NEEDS_DATA and (self._moments is None or site.kind == "matrix")
         if scheme.BITS > MOST_BITS or blind or masked(w):
             packed = scheme.quantize(w, **options)
         elif self._moments is None or not self._method.NEEDS_DATA:
@@ -72,12 +73,10 @@ class Rounder:
             told = " ".join(f"{name}={value}" for name, value in sorted(options.items()))
             key = f"{site.weight} {zlib.crc32(np.ascontiguousarray(w)):x} {scheme.__name__} {told}"
             packed = self._kept.get(key)
-            if packed is None and site.kind == "matrix":
-                packed = scheme.quantize(w, **options)  # what it is multiplied with is not seen
-            elif packed is None:
+            if packed is None:
                 moment = self._moments[site.node.input[0]]
                 packed = self._method.quantize(w, scheme, moment, **options)
-            self._kept[key] = packed
+                self._kept[key] = packed
         assert packed is not None
         return packed
 

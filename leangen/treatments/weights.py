@@ -152,8 +152,8 @@ class Weights:
 def masked(w: Array) -> bool:
     """Whether a weight has zeros that stand for what an output must not depend on.
 
-    Rounded to the nearest they stay zeros; methods that spread errors, and a part of low rank, would fill them in, and an
-    autoregressive flow would be none any more.
+    Rounded to the nearest they stay zeros; methods that spread errors, and a part of low rank,
+    would fill them in, and an autoregressive flow would be none any more.
     """
     return float(np.mean(w == 0)) > MASKED_SHARE
 
