@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
         else:
             names = [name.strip() for name in args.tasks.split(",") if name.strip()]
             asked = harness.Asked(names, args.limit, args.few_shot, args.chat)
-            found = harness.evaluate(*sessions, asked, progress)
+            found = harness.evaluate(sessions[0], sessions[1], asked, progress)
     names = [f"{bundle.name}:{bundle.scheme}" for bundle in (candidate, reference)]
     if args.json:
         measures = [measure.to_json() for measure in found]
