@@ -71,7 +71,8 @@ class Rounder:
             packed = self._method.quantize(w, scheme, None, **options)
         else:
             told = " ".join(f"{name}={value}" for name, value in sorted(options.items()))
-            key = f"{site.weight} {zlib.crc32(np.ascontiguousarray(w).data):x} {scheme.__name__} {told}"
+            content = zlib.crc32(np.ascontiguousarray(w).data)
+            key = f"{site.weight} {content:x} {scheme.__name__} {told}"
             packed = self._kept.get(key)
             if packed is None:
                 moment = self._moments[site.node.input[0]]
