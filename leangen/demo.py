@@ -68,6 +68,8 @@ ZOO = Show(
         ),
     },
 )
+SHOWN = 2
+"""Measures of quality that the table and the page show; a denoiser also has one for each step."""
 SUFFIXES = {"text": ".txt", "audio": ".wav", "image": ".png"}
 COLUMNS = (
     *("model", "size", "bits/weight", "speed", "first unit", "joules per unit"),
@@ -161,7 +163,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         f"{with_u(row['j_per_unit'], row['j_per_unit_u'], 'J')} {row['energy_source']}",
         ", ".join(
             f"{m['name']} {with_u(m['value'], m['u'], m['unit']).strip()}"
-            for m in row["quality"][:2]  # the report has them all
+            for m in row["quality"][:SHOWN]
         )
         or "reference",
     ]
@@ -170,7 +172,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
 def _write_page(
     out: Path, show: Show, rows: Sequence[dict[str, Any]], notes: Sequence[str]
 ) -> None:
-    models = []
+    models, plotted = [], set[str]()
     for heading, (name, _) in show.runs.items():
         group = [row for row in rows if row["heading"] == heading]
         entry = CATALOG[name]
@@ -178,10 +180,11 @@ def _write_page(
             {
                 "name": heading,
                 "about": f"{entry.summary} ({entry.source.title}, {entry.source.licence})",
-                "plots": _plots(group),
+                "plots": [] if name in plotted else _plots(group),  # of a model, once
                 "outputs": [_output(out, row) for row in group],
             }
         )
+        plotted.add(name)
     page.write_page(
         out / "report.html",
         title=show.title,
@@ -210,7 +213,7 @@ def _plots(group: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         charts.bars("Time of one generation", "ms", [bar(r, *_spread_ms(r)) for r in group]),
         charts.bars("Size on disk", "MB", [bar(r, r["size_bytes"] / 1e6) for r in group]),
     ]
-    for index, measure in enumerate(group[-1]["quality"]):
+    for index, measure in enumerate(group[-1]["quality"][:SHOWN]):
         plots.append(
             charts.bars(
                 f"{measure['name']} against fp32",

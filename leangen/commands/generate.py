@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ def declare(add: Callable[..., argparse.ArgumentParser]) -> None:
 def run(args: argparse.Namespace) -> int:
     """Stream the text, save what else came, and print the receipt."""
     from leangen import api, media, report
+    from leangen.preview import Preview
 
     prompt, options = request(args)
     engine = api.load(
@@ -48,8 +50,10 @@ def run(args: argparse.Namespace) -> int:
         kind = engine.media if args.data is None else "table"  # of scores
         media.suffix_for(kind, args.output)  # before the work, not after it
     stream = engine.stream(prompt, **options)
-    sample = 0
+    sample, seen = 0, Preview(sys.stderr)
     for step in stream:
+        if step.picture is not None:
+            seen.show(step.picture)
         if not args.json:
             print("\n---\n" * (step.sample - sample) + step.text, end="", flush=True)
             sample = step.sample

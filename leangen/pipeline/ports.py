@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from leangen import families
+from leangen.families import latents
 from leangen.records import Output
 from leangen.session import Session
 
@@ -115,12 +116,15 @@ def _density(session: Session) -> Ports:
 
 
 def _diffusion(session: Session) -> Ports:
-    channels, height, width = session.bundle.config["sample"]["shape"]
-    if "decoder" in session.bundle.graphs:  # the samples are latents, of another size
-        channels = height = width = None
+    config = session.bundle.config
+    channels, height, width = latents.image_shape(config)
     image = _image(session, (height, width, channels))
+    taken = image
+    if "upscale" in config:
+        channels, height, width = config["upscale"]["shape"]
+        taken = _image(session, (height, width, channels))
     mask = Port(kind="image", shape=(height, width), range=(0.0, 1.0))
-    return Ports({"image": image}, {"image": image, "mask": mask, "prompt": TEXT})
+    return Ports({"image": image}, {"image": taken, "mask": mask, "prompt": TEXT})
 
 
 def _pixels(session: Session) -> Ports:
