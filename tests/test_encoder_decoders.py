@@ -112,6 +112,13 @@ def test_every_one_quantizes_and_generates_with_a_receipt(tmp_path, kind, scheme
     assert result.receipt.units.count == (4 if kind in TEXTS else 1.0)
 
 
+def test_methods_that_calibrate_are_refused(tmp_path):
+    checkpoint(tmp_path / "saved", "t5", VARIANTS["t5"][0])
+    bundle = exporters.export(tmp_path / "saved", tmp_path / "fp32")
+    with pytest.raises(RequestError, match="makes none itself: give --data"):
+        quantize(bundle, "int4-gptq", tmp_path / "low")
+
+
 @pytest.fixture(scope="module")
 def text_model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("t5")
