@@ -137,6 +137,7 @@ def replay(
         planned,
         out,
         method=recipe.method,
+        config=recipe.config(),
         replace=replace,
         progress=progress,
     )

@@ -212,7 +212,7 @@ def tokens_of(session: Session, request: Request) -> list[int]:
     if request.tokens is not None:
         tokens = _checked(request.tokens, config["vocab_size"])
     elif request.messages is not None:
-        text = _chat(session)(request.messages, request.tools)
+        text = chat_template(session)(request.messages, request.tools)
         tokens = tokenizer(session).encode(text, add_special_tokens=False).ids
     else:
         tokens = tokenizer(session).encode(request.prompt or "").ids
@@ -260,7 +260,9 @@ def _checked(tokens: Sequence[int], vocab: int) -> list[int]:
     return [int(token) for token in tokens]
 
 
-def _chat(session: Session) -> Any:
+def chat_template(session: Session) -> Any:
+    """The function from messages (and tools) to the prompt; RequestError where there is none."""
+
     def build() -> Any:
         from leangen.families import chat
 
