@@ -299,8 +299,10 @@ def test_from_python_and_the_command_line(folder, tmp_path, capsys):
     assert leangen.load(path).generate(start="ab").text
     argv = ["generate", str(path), "--input", "start=ab"]
     assert main([*argv, "--json"]) == 0
-    receipt = json.loads(capsys.readouterr().out)["receipt"]
-    assert [part["model"] for part in receipt["parts"]] == ["tiny", "tiny"]
+    document = json.loads(capsys.readouterr().out)
+    assert [part["model"] for part in document["receipt"]["parts"]] == ["tiny", "tiny"]
+    assert document["parts"].keys() == {"first", "second"}
+    assert document["parts"]["second"] == document["text"]
     assert main(argv) == 0
     assert "first (tiny:fp32): 4 tokens in" in capsys.readouterr().err
     assert "needs the input 'start'" in fails(capsys, "generate", str(path))

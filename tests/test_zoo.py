@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+import leangen
 from leangen import verification
 from leangen.catalog import CATALOG, Packaged
 from leangen.engine import Engine
@@ -41,6 +42,16 @@ def test_a_label_decides_what_is_drawn(clothes):
 def test_labels_that_there_are_not(clothes):
     with pytest.raises(RequestError, match="condition label is 11, expected 0 to 9"):
         clothes.generate(conditions={"label": 11})
+
+
+def test_repaint_changes_what_the_mask_covers_and_nothing_else(monkeypatch, store):
+    monkeypatch.setenv("LEANGEN_HOME", str(store.home))
+    result = leangen.load("repaint", ledger=False).generate(seed=2)
+    before, after = result.parts["first"].array[0], result.array[0]
+    assert np.allclose(before[:14], after[:14], atol=1e-5)
+    assert np.abs(before[14:] - after[14:]).mean() > 0.05
+    parts = [part.receipt.energy.gross_uj for part in result.parts.values()]
+    assert sum(parts) == result.receipt.energy.gross_uj
 
 
 def test_a_damaged_package_says_so(tmp_path, monkeypatch):

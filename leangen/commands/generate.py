@@ -32,6 +32,7 @@ def declare(add: Callable[..., argparse.ArgumentParser]) -> None:
 def run(args: argparse.Namespace) -> int:
     """Stream the text, save what else came, and print the receipt."""
     from leangen import api, media, report
+    from leangen.pipeline import PipelineResult
     from leangen.preview import Preview
 
     prompt, options = request(args)
@@ -68,6 +69,9 @@ def run(args: argparse.Namespace) -> int:
         document: dict[str, Any] = {"text": result.text}
         if "samples" in result.output.extra:
             document["samples"] = [reply.to_json() for reply in result.output.extra["samples"]]
+        if isinstance(result, PipelineResult):
+            texts = {name: part.text for name, part in result.parts.items()}
+            document["parts"] = {name: text for name, text in texts.items() if text is not None}
         if saved is not None:
             document["path"] = str(saved)
         print_json(document | {"receipt": result.receipt.to_json()})

@@ -114,6 +114,8 @@ def _blur(image: Array) -> Array:
 
 def _per_step(reference: Drawn, candidate: Drawn) -> list[Measure]:
     steps = len(reference.trajectories[0])
+    if len(candidate.trajectories[0]) != steps:
+        return []
     pairs = list(zip(reference.trajectories, candidate.trajectories, strict=True))
     return [
         mean(
