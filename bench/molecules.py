@@ -10,27 +10,15 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
-import math
-from typing import Any
 
 from rdkit import Chem, RDLogger
+from shares import interval, percent
 
 import leangen as lg
 from leangen.console import progress_bar, table
 from leangen.store import Store
 
 JUDGED = ("valid", "unique", "novel")
-
-
-def interval(successes: int, trials: int) -> tuple[float, float, float]:
-    """The share and its interval."""
-    if not trials:
-        return math.nan, 0.0, 1.0
-    z, share = 1.96, successes / trials
-    middle = (share + z * z / (2 * trials)) / (1 + z * z / trials)
-    half = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials**2))
-    half /= 1 + z * z / trials
-    return share, middle - half, middle + half
 
 
 def known_molecules() -> set[str]:
@@ -76,14 +64,8 @@ def main() -> None:
         print(json.dumps(rows))
         return
     table(
-        ["model", *JUDGED], [[row["model"], *(percent(key, row) for key in JUDGED)] for row in rows]
+        ["model", *JUDGED], [[row["model"], *(percent(row[key]) for key in JUDGED)] for row in rows]
     )
-
-
-def percent(key: str, row: dict[str, Any]) -> str:
-    """`83.0% (79.0-86.4)`"""
-    share, low, high = (100 * value for value in row[key])
-    return f"{share:.1f}% ({low:.1f}-{high:.1f})"
 
 
 if __name__ == "__main__":

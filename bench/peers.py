@@ -6,6 +6,7 @@ decoding; the first round warms up and is dropped. Medians over the rounds are c
 
     python bench/peers.py model.gguf --threads 2 --json
     python bench/peers.py model.gguf --llama-python ~/llama/bin/python
+    python bench/peers.py model.gguf --form Q4_K_M       (the file requantized by llama.cpp first)
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-ENGINES = ("leangen", "leangen on ORT", "llama.cpp")
+ENGINES = ("leangen", "leangen on ORT", "llama.cpp", "llama.cpp flash")
+FORMS = ("Q4_0", "Q4_1", "Q4_K_M", "Q8_0")
 SEED = 0
 
 Round = Callable[[list[int], int], tuple[float, float]]
@@ -57,8 +59,8 @@ def leangen_engine(
     return run, f"onnxruntime {onnxruntime.__version__}, kernels {session.kernels}"
 
 
-def llama_engine(model: str, threads: int, context: int) -> tuple[Round, str]:
-    """A round in llama.cpp, by its C interface: no Python between its tokens but the argmax."""
+def import_llama() -> Any:
+    """The module llama_cpp; says what to do where there is none."""
     try:
         import llama_cpp
     except ModuleNotFoundError as error:
@@ -68,10 +70,24 @@ def llama_engine(model: str, threads: int, context: int) -> tuple[Round, str]:
             f"{sys.executable} has no llama-cpp-python: `pip install llama-cpp-python` into it, "
             "or name an interpreter that has it with --llama-python"
         )
+    return llama_cpp
+
+
+def llama_engine(
+    model: str, threads: int, context: int, *, flash: bool = False
+) -> tuple[Round, str]:
+    """A round in llama.cpp, by its C interface: no Python between its tokens but the argmax."""
     import numpy as np
 
+    llama_cpp = import_llama()
     llama = llama_cpp.Llama(
-        model, n_ctx=context, n_batch=512, n_threads=threads, n_threads_batch=threads, verbose=False
+        model,
+        n_ctx=context,
+        n_batch=512,
+        n_threads=threads,
+        n_threads_batch=threads,
+        flash_attn=flash,
+        verbose=False,
     )
     vocab = llama.n_vocab()
 
@@ -100,6 +116,7 @@ def serve(engine: str, model: str, threads: int, context: int) -> None:
         "leangen": leangen_engine,
         "leangen on ORT": partial(leangen_engine, kernels="ort"),
         "llama.cpp": llama_engine,
+        "llama.cpp flash": partial(llama_engine, flash=True),
     }[engine]
     run, version = make(model, threads, context)
     print(json.dumps({"version": version}), flush=True)
@@ -112,6 +129,16 @@ def serve(engine: str, model: str, threads: int, context: int) -> None:
             "peak_rss_bytes": peak_rss_bytes(),
         }
         print(json.dumps(answer), flush=True)
+
+
+def requantize(model: str, form: str, out: str) -> None:
+    """The child process that writes a GGUF file with other blocks, of the weights in `model`."""
+    llama_cpp = import_llama()
+    options = llama_cpp.llama_model_quantize_default_params()
+    options.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{form}")
+    options.allow_requantize = True
+    if llama_cpp.llama_model_quantize(model.encode(), out.encode(), options):
+        sys.exit(f"llama.cpp does not requantize {model} to {form}")
 
 
 def peak_rss_bytes() -> int | None:
@@ -134,7 +161,7 @@ class Engine:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "PYTHONPATH": path} if name != "llama.cpp" else None,
+            env=None if name.startswith("llama.cpp") else {**os.environ, "PYTHONPATH": path},
         )
         self.version = self._answer()["version"]
 
@@ -163,16 +190,23 @@ class Engine:
 def compare(args: argparse.Namespace) -> dict[str, Any]:
     """Run the rounds; medians, ranges and memory for each engine."""
     from leangen.exporters import gguf
+    from leangen.session import Session
 
     with tempfile.TemporaryDirectory() as folder:
-        bundle = gguf.export(args.model, Path(folder) / "bundle", form="gguf")
+        model = args.model
+        if args.form:
+            model = Path(folder) / f"{args.form}.gguf"
+            command = [args.llama_python, __file__, "--requantize", args.form]
+            subprocess.run([*command, str(args.model), "--out", str(model)], check=True)
+        bundle = gguf.export(model, Path(folder) / "bundle", form="gguf")
+        Session(bundle).graph("model")  # lowered here, so that its memory is not the engine's
         # Which tokens does not matter for speed; all of them are ordinary text tokens.
         vocab = bundle.config["vocab_size"]
         prompt = random.Random(SEED).choices(range(vocab // 2), k=args.prompt_tokens)
         context = args.prompt_tokens + args.new_tokens
         engines = [
-            Engine(name, args.llama_python, str(args.model), args.threads, context)
-            if name == "llama.cpp"
+            Engine(name, args.llama_python, str(model), args.threads, context)
+            if name.startswith("llama.cpp")
             else Engine(name, sys.executable, str(bundle.path), args.threads, context)
             for name in ENGINES
         ]
@@ -196,6 +230,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     }
     return {
         "model": args.model.name,
+        "form": args.form,
         "threads": args.threads,
         "prompt_tokens": args.prompt_tokens,
         "new_tokens": args.new_tokens,
@@ -223,7 +258,7 @@ def summary(rounds: list[dict[str, Any]], args: argparse.Namespace) -> dict[str,
 
 def table(result: dict[str, Any]) -> str:
     """The comparison for a reader."""
-    lines = [f"{'':14} {'decode tok/s':>24} {'prefill tok/s':>24} {'peak RSS MB':>12}"]
+    lines = [f"{'':15} {'decode tok/s':>24} {'prefill tok/s':>24} {'peak RSS MB':>12}"]
     for name, engine in result["engines"].items():
         cells = [
             "{median:.1f} ({min:.1f}-{max:.1f})".format(**engine[key])
@@ -231,7 +266,7 @@ def table(result: dict[str, Any]) -> str:
         ]
         peak = engine["peak_rss_bytes"]
         memory = "unknown" if peak is None else f"{peak / 1e6:.0f}"
-        lines.append(f"{name:14} {cells[0]:>24} {cells[1]:>24} {memory:>12}")
+        lines.append(f"{name:15} {cells[0]:>24} {cells[1]:>24} {memory:>12}")
     return "\n".join(lines)
 
 
@@ -244,10 +279,16 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=256)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--llama-python", default=sys.executable, metavar="PYTHON")
+    parser.add_argument("--form", choices=FORMS, help="requantize the file to this form first")
     parser.add_argument("--json", action="store_true", help="print JSON only")
     parser.add_argument("--serve", choices=ENGINES, help=argparse.SUPPRESS)
+    parser.add_argument("--requantize", choices=FORMS, help=argparse.SUPPRESS)
+    parser.add_argument("--out", help=argparse.SUPPRESS)
     parser.add_argument("--context", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.requantize:
+        requantize(str(args.model), args.requantize, args.out)
+        return
     if args.serve:
         serve(args.serve, str(args.model), args.threads, args.context)
         return

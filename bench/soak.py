@@ -89,7 +89,7 @@ class Soak:
         self.lives += 1
         log = self.folder / f"server-{self.lives}.log"
         command = [sys.executable, "-m", "leangen", "serve", *names, "--port", "0"]
-        command += ["--max-batch", "4", "--context", "512", "--memory", "230MB", "--grace", "60"]
+        command += ["--max-batch", "4", "--context", "512", "--memory", "230MB", "--grace", "200"]
         command += ["--idle-release", "60", "--meter", f"file:{self.folder / 'meter.log'}"]
         command += ["--tag", "background_job_soak"]
         with log.open("wb") as out:
@@ -247,13 +247,16 @@ class Soak:
             terrain.rename(away)
 
         def model_back() -> None:
+            if terrain.exists():
+                self.problem("something was put where the model had been")
+                shutil.rmtree(terrain)
             away.rename(terrain)
             self.served_again()
             self.excused.discard("model_unavailable")
 
         def no_memory() -> None:
             assert self.child is not None
-            self.excused.add("out_of_memory")
+            self.excused.update(("out_of_memory", "model_unavailable"))
             size = int(re.search(r"VmSize:\s+(\d+)", status_of(self.child.pid))[1]) * 1024  # type: ignore[index]
             resource.prlimit(self.child.pid, resource.RLIMIT_AS, (size + 20_000_000, -1))
 
@@ -261,7 +264,7 @@ class Soak:
             assert self.child is not None
             resource.prlimit(self.child.pid, resource.RLIMIT_AS, (-1, -1))
             self.served_again()
-            self.excused.discard("out_of_memory")
+            self.excused -= {"out_of_memory", "model_unavailable"}
 
         for share, fault in (
             (0.08, restart(signal.SIGTERM)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import wave
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,14 +24,17 @@ FLOOR = 1e-5
 """Smallest mel magnitude that counts, as in HiFi-GAN's spectrogram: silence is no -inf dB."""
 
 
-def write_wav(path: Path, samples: Array, sample_rate_hz: int) -> None:
+def write_wav(
+    path: Path, samples: Array, sample_rate_hz: int, notes: Mapping[str, str] | None = None
+) -> None:
     """Write `wav_bytes` to a file; raises what it raises, and StorageError for the disk."""
-    write_atomic(path, wav_bytes(samples, sample_rate_hz))
+    write_atomic(path, wav_bytes(samples, sample_rate_hz, notes))
 
 
-def wav_bytes(samples: Array, sample_rate_hz: int) -> bytes:
+def wav_bytes(samples: Array, sample_rate_hz: int, notes: Mapping[str, str] | None = None) -> bytes:
     """A WAV file of mono 16-bit PCM; samples are floats in [-1, 1], what lies outside is clipped.
 
+    notes: texts of its LIST-INFO chunk by their four-letter names, such as ISFT (software), ICMT.
     Raises RequestError for samples that are not finite.
     """
     samples = np.asarray(samples, np.float32).reshape(-1)
@@ -46,7 +50,18 @@ def wav_bytes(samples: Array, sample_rate_hz: int) -> bytes:
         file.setsampwidth(2)
         file.setframerate(sample_rate_hz)
         file.writeframes(pcm.tobytes())
-    return buffer.getvalue()
+    if not notes:
+        return buffer.getvalue()
+    listed = b"INFO" + b"".join(
+        _chunk(name.encode(), text.encode() + b"\0") for name, text in notes.items()
+    )
+    body = buffer.getvalue()[8:] + _chunk(b"LIST", listed)
+    return _chunk(b"RIFF", body)
+
+
+def _chunk(name: bytes, content: bytes) -> bytes:
+    """A RIFF chunk, padded to an even length that its size does not count."""
+    return name + len(content).to_bytes(4, "little") + content + b"\0" * (len(content) % 2)
 
 
 def read_wav(path: Path | BinaryIO) -> tuple[Array, int]:

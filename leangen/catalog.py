@@ -88,7 +88,10 @@ class HubFiles:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Packaged:
-    """A file inside leangen's own package: a small model that the project has trained."""
+    """A file inside leangen's own package: a small model that the project has trained.
+
+    A name that ends in .xz says that it is compressed.
+    """
 
     filename: str
     sha256: str
@@ -154,6 +157,30 @@ def gguf_forms(kind: str) -> dict[str, Any]:
     return fields
 
 
+CLOTHES = (
+    *("t-shirt", "trouser", "pullover", "dress", "coat"),
+    *("sandal", "shirt", "sneaker", "bag", "ankle boot"),
+)
+FASHION_DDPM: Mapping[str, Any] = {
+    "family": "diffusion",
+    "prediction": "v",
+    "schedule": {"kind": "cosine", "timesteps": 1000},
+    "sampler": "dpmpp_2m",
+    "steps": 20,
+    "guidance": 2.0,
+    "conditions": {
+        "label": {
+            "min": 0,
+            "max": 9,
+            "default": 9,
+            "unconditional": 10,
+            "names": {name: label for label, name in enumerate(CLOTHES)},
+        }
+    },
+    "range": [-1.0, 1.0],
+}
+"""How the denoisers of bench/train/fashion_ddpm.py were trained, and are best drawn from."""
+
 _ENTRIES = (
     Entry(
         name="smollm2-135m",
@@ -176,9 +203,9 @@ _ENTRIES = (
         family="language",
         summary="molecules as SMILES, 5.6M parameters, trained by bench/train/smiles_lm.py",
         source=Packaged(
-            filename="smiles-lm.gguf",
-            sha256="2a2e381d357c71668c761e602dea9c6c4962c95c5d75e0e72fc3d9521dc3e572",
-            size_bytes=11_305_760,
+            filename="smiles-lm.gguf.xz",
+            sha256="76f04bb5150bfc4c808b2e156cc5a6443814036a8c7fb5346944dedc754c7811",
+            size_bytes=10_161_052,
             licence="MIT (weights; data MOSES, MIT)",
         ),
         exporter="gguf",
@@ -293,6 +320,19 @@ _ENTRIES = (
                 "render": "relief",
             }
         },
+    ),
+    Entry(
+        name="fashion-ddpm",
+        family="diffusion",
+        summary="UNet of 0.5M parameters, clothes at 28 x 28 by label; bench/train/fashion_ddpm.py",
+        source=Packaged(
+            filename="fashion-ddpm.onnx.xz",
+            sha256="14798bf92bc9b8baa69ea6e700a7057b1b422b88433651336fc161f65c9d1a23",
+            size_bytes=915_260,
+            licence="MIT (weights; data Fashion-MNIST, MIT)",
+        ),
+        exporter="onnx",
+        forms={"fp32": FASHION_DDPM},
     ),
     Entry(
         name="galaxy-flow",

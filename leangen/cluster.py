@@ -26,6 +26,12 @@ from leangen.store import Store
 TOLD = ("LEANGEN_HOME", "LEANGEN_LEDGER", "PYTHONPATH")
 """Environment variables that the nodes' processes get from this one."""
 
+PATIENCE = {
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60",
+}
+"""A small board takes longer to start a process than the 5 s that Ray Serve waits."""
+
 
 @dataclass(frozen=True, slots=True)
 class Measured:
@@ -50,7 +56,7 @@ def connect() -> Any:
             raise
         raise DependencyError("--ray needs Ray: pip install 'leangen[ray]'") from error
     if not ray.is_initialized():
-        told = {name: os.environ[name] for name in TOLD if name in os.environ}
+        told = PATIENCE | {name: os.environ[name] for name in TOLD if name in os.environ}
         ray.init(runtime_env={"env_vars": told}, log_to_driver=False, configure_logging=False)
     return ray
 
@@ -106,7 +112,7 @@ def _measure(command: Sequence[str]) -> Measured:
     """What a node does: the command in a process of its own, with a ledger of its own."""
     with tempfile.TemporaryDirectory(prefix="leangen-") as folder:
         path = Path(folder) / "ledger.sqlite"
-        shared = isinstance(Store().ledger_path, str) and "://" in str(Store().ledger_path)
+        shared = isinstance(Store().ledger_path, str)
         env = os.environ if shared else os.environ | {"LEANGEN_LEDGER": str(path)}
         done = subprocess.run(
             [sys.executable, "-m", "leangen", *command], capture_output=True, text=True, env=env

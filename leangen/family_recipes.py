@@ -64,12 +64,25 @@ RECIPES = {
             "/dec/*": "rounded activations put a hiss under silence (log-mel distance 6 dB)"
         },
     ),
+    "diffusion/pipeline": Recipe(
+        measured=False,
+        keep_fp32={
+            "*/conv_in/*": "first convolution: few weights, and all that follows sees its errors",
+            "*/conv_out/*": "last convolution: few weights, and its errors are the picture's",
+            "*/time_embedding/*": "noise level: few weights, and every layer sees its errors",
+        },
+    ),
 }
 """Recipes by family or family/task; the rest take the default one."""
 
 
 def of(bundle: Bundle) -> Recipe:
-    """The recipe of a bundle's family and task."""
+    """The recipe of a bundle's family and task.
+
+    A diffusion pipeline of several graphs is too large to try its layers one by one.
+    """
     task = bundle.config.get("task")
+    if bundle.family == "diffusion" and len(bundle.graphs) > 1:
+        task = "pipeline"
     key = bundle.family if task is None else f"{bundle.family}/{task}"
     return RECIPES.get(key, Recipe())

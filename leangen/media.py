@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 from leangen import audio
 from leangen.errors import RequestError
 from leangen.files import write_atomic
-from leangen.records import Media, Output
+from leangen.records import Media, Output, Receipt
 
 SUFFIXES = {
     "text": (".txt",),
@@ -21,17 +22,38 @@ SUFFIXES = {
 }
 
 
-def save(output: Output, path: Path) -> Path:
+def save(output: Output, path: Path, receipt: Receipt | None = None) -> Path:
     """Write an output in the form that the suffix names, atomically; returns the path.
 
+    A .png and a .wav carry their receipt, request and seed included, but not the machine's ids.
     Raises RequestError for a suffix that the output cannot take.
     """
     suffix = suffix_for(output.media, path)
     if suffix == ".wav":
-        audio.write_wav(path, np.asarray(output.array), int(output.sample_rate_hz or 0))
+        told = {} if receipt is None else _notes(receipt)
+        notes = {_INFO[name]: text for name, text in told.items()}
+        rate_hz = int(output.sample_rate_hz or 0)
+        audio.write_wav(path, np.asarray(output.array), rate_hz, notes)
     else:
-        write_atomic(path, encode(output, suffix))
+        write_atomic(path, encode(output, suffix, receipt))
     return path
+
+
+_INFO = {"Title": "INAM", "Software": "ISFT", "Comment": "ICMT"}
+"""The names that PNG gives to texts, and those of WAV."""
+
+
+def _notes(receipt: Receipt) -> dict[str, str]:
+    """What a file says of how it was made; the comment is the receipt as JSON."""
+    document = receipt.to_json()
+    for part in (document, *document.get("parts", ())):
+        del part["host"]
+    seed = receipt.request.get("seed")
+    return {
+        "Title": f"{receipt.model}:{receipt.scheme}" + ("" if seed is None else f", seed {seed}"),
+        "Software": f"leangen {receipt.runtime.versions.get('leangen', '')}".strip(),
+        "Comment": json.dumps(document, ensure_ascii=False),
+    }
 
 
 def suffix_for(media: Media, path: Path) -> str:
@@ -45,8 +67,8 @@ def suffix_for(media: Media, path: Path) -> str:
     return suffix
 
 
-def encode(output: Output, suffix: str) -> bytes:
-    """The bytes of an output as .txt, .png, .csv or .npy."""
+def encode(output: Output, suffix: str, receipt: Receipt | None = None) -> bytes:
+    """The bytes of an output as .txt, .png (which keeps the receipt), .csv or .npy."""
     if suffix == ".txt":
         return (output.text or "").encode()
     array = np.asarray(output.array)
@@ -59,12 +81,16 @@ def encode(output: Output, suffix: str) -> bytes:
         np.savetxt(buffer, rows, delimiter=",", header=header, comments="", fmt="%.9g")
     else:
         from PIL import Image
+        from PIL.PngImagePlugin import PngInfo
 
         if output.extra.get("render") == "relief":
             tiles = np.stack([relief(image[..., 0]) for image in array])
         else:
             tiles = to_bytes(array, output.extra.get("range"))
-        Image.fromarray(grid(tiles)).save(buffer, "png")
+        info = PngInfo()
+        for name, text in ({} if receipt is None else _notes(receipt)).items():
+            info.add_itxt(name, text, zip=len(text) > 1000)
+        Image.fromarray(grid(tiles)).save(buffer, "png", pnginfo=info)
     return buffer.getvalue()
 
 

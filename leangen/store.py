@@ -7,7 +7,9 @@ it all lies on the disk.
 from __future__ import annotations
 
 import difflib
+import lzma
 import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,6 +28,7 @@ from leangen.errors import (
     UnknownModelError,
     UnknownSchemeError,
 )
+from leangen.files import atomic_file
 from leangen.home import BusyError, Home, Notify, row
 
 
@@ -76,7 +79,8 @@ class Store:
     @property
     def ledger_path(self) -> Path | str:
         """Where receipts are kept: `$LEANGEN_LEDGER` (path or `postgresql://`), or in the store."""
-        return os.environ.get("LEANGEN_LEDGER") or self.home / "ledger.sqlite"
+        given = os.environ.get("LEANGEN_LEDGER", "")
+        return given if "://" in given else Path(given or self.home / "ledger.sqlite")
 
     def resolve(
         self,
@@ -254,9 +258,7 @@ class Store:
 
     def _export(self, entry: Entry, scheme: str, job: _Job) -> Bundle:
         if isinstance(entry.source, Packaged):
-            path = entry.source.path
-            if not path.is_file() or sha256_file(path) != entry.source.sha256:
-                raise ChecksumError(f"{path} is missing or damaged: install leangen again")
+            path = self._packaged_file(entry.name, entry.source)
         elif isinstance(entry.source, Wheel):
             path = self._wheel_file(entry.name, entry.source, job)
         else:
@@ -267,7 +269,11 @@ class Store:
         note = entry.notes.get(scheme)
         job.say(f"{entry.name}:{scheme}: exporting, this once" + (f" ({note})" if note else ""))
         exporters = self._exporters or import_module("leangen.exporters").EXPORTERS
-        bundle = import_module(exporters[entry.exporter]).export(
+        module = import_module(exporters[entry.exporter])
+        if entry.exporter == "transformers" and self._exporters is None:
+            # Only its config.json says what kind of model a folder has.
+            module = import_module("leangen.exporters").find(path)
+        bundle = module.export(
             path,
             self._home.models(entry.name) / scheme,
             name=entry.name,
@@ -278,6 +284,19 @@ class Store:
         )
         attach = self._probe or import_module("leangen.probe").attach
         return cast(Bundle, attach(bundle))
+
+    def _packaged_file(self, name: str, source: Packaged) -> Path:
+        """The file in the package; one that is compressed is unpacked beside the downloads."""
+        path = source.path
+        if not path.is_file() or sha256_file(path) != source.sha256:
+            raise ChecksumError(f"{path} is missing or damaged: install leangen again")
+        if path.suffix != ".xz":
+            return path
+        unpacked = self._home.sources(name) / source.sha256[:12] / path.stem
+        if not unpacked.is_file():
+            with lzma.open(path) as packed, atomic_file(unpacked) as file:
+                shutil.copyfileobj(packed, file)
+        return unpacked
 
     def _wheel_file(self, name: str, wheel: Wheel, job: _Job) -> Path:
         folder = self._home.sources(name) / wheel.id

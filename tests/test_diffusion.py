@@ -110,7 +110,6 @@ def test_a_sample_is_the_same_whatever_the_count(tmp_path):
         ({"guidance_rescale": 1.5}, "guidance_rescale is 1.5, expected 0 to 1"),
         ({"strength": 0.5}, "strength is given without an image"),
         ({"mask": [[1.0]]}, "mask is given without an image"),
-        ({"image": [[1.0]]}, "give strength .* or a mask"),
         ({"image": [[1.0]], "strength": 0.0}, "strength is 0.0, expected more than 0, up to 1"),
     ],
 )
@@ -283,6 +282,8 @@ def test_images_and_masks_that_do_not_fit_are_refused(tmp_path):
     Image.fromarray(np.zeros((16, 16), np.uint8)).save(tmp_path / "p.png")
     image = ramp()
     for options, text in [
+        ({"image": image}, "image is given alone: give strength .* or a mask"),
+        ({"prompt": "a cat"}, "prompt is given, but gauss reads no text"),
         ({"image": image[:8], "strength": 0.5}, r"image has shape \[8, 16, 1\], expected \[16, 16"),
         ({"image": image, "mask": image}, r"mask has shape \[16, 16, 1\], expected \[16, 16\]"),
         ({"image": image, "mask": image[..., 0]}, "mask goes from -1 to 1, expected 0"),

@@ -189,7 +189,8 @@ def check_rows(machine, rng):
         machine.call("rotate", pairs, y := np.zeros(2 * n, np.float32), cosines, sines, n, 0.5)
         assert np.allclose(y, reference.rotate(pairs, cosines, sines) / 2, atol=1e-6)
     numbers = np.concatenate([np.linspace(-20, 20, 999), [0.0, -0.0, 1e-38, 1e4, -1e4]])
-    for name, twin in (("gelu", reference.gelu), ("gelu_tanh", reference.gelu_tanh)):
+    activations = ("gelu", "gelu_tanh", "relu")
+    for name, twin in ((name, getattr(reference, name)) for name in activations):
         machine.call(name, y := numbers.astype(np.float32), len(numbers))
         expected = twin(numbers.astype(np.float32))
         assert (np.abs(y - expected) <= 3e-7 * np.abs(numbers) + 1e-37).all()
@@ -203,6 +204,10 @@ def check_rows(machine, rng):
     # exp(-gate) stops growing at exp(87) = 6e37; 3e-45 is two steps between denormals.
     allowed = 2e-6 * np.abs(expected) + 2e-38 * np.abs(gate.astype(np.float64) * up) + 3e-45
     assert (np.abs(y - expected) <= allowed).all()
+    both[np.abs(both) > 1e4] = 1e4
+    machine.call("gelu_tanh_multiply", both, y, 1008)
+    expected = reference.gelu_tanh_multiply(both[None])[0]
+    assert (np.abs(y - expected) <= 1e-6 * np.abs(expected) + 1e-5 * (np.abs(expected) < 1)).all()
 
 
 def test_rows(machine, rng):
@@ -347,7 +352,8 @@ def test_the_smallest_form_without_loss_is_chosen():
     assert layout.form_for(4, half, not_half).name == "q4_min_wide"
     assert layout.form_for(8, half).name == "q8"
     assert layout.form_for(8, half, block=16).name == "q8_g16"
-    with pytest.raises(ValueError, match="no layout holds 8 bits with minima"):
-        layout.form_for(8, half, half)
+    assert layout.form_for(8, half, half).name == "q8_min"
+    with pytest.raises(ValueError, match="no layout holds 8 bits with minima for 16 weights"):
+        layout.form_for(8, half, half, block=16)
     with pytest.raises(ValueError, match="do not fit 16 rows"):
         layout.pack(layout.FORMS["q4"], np.zeros((16, 96), np.uint8), np.ones((16, 5), np.float32))

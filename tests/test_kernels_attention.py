@@ -14,14 +14,19 @@ CAPACITY = 192
 TYPES = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "int8": TensorProto.INT8}
 
 
-def session(own, heads, kv_heads, threads=2, **attributes):
+GAINS = ("query_gain", "key_gain")
+
+
+def session(own, heads, kv_heads, threads=2, *, norm=False, rotated=True, **attributes):
     info, floats = helper.make_tensor_value_info, TensorProto.FLOAT
     cache = ["batch", kv_heads, "capacity", "columns"]
     kind = TYPES.get(attributes.get("cache", "fp32"), TensorProto.FLOAT)
     shared = ["past_key", "past_value", "seqlens_k"]
+    rotation = ["cos", "sin"] if rotated else []
     if own:
         node = helper.make_node(
-            "Attention", ["qkv", *shared, "cos", "sin"], ["y", "key", "value"],
+            "Attention", ["qkv", *shared, *(rotation or ["", ""]), *GAINS[: 2 * norm]],
+            ["y", "key", "value"],
             domain="leangen", heads=heads, kv_heads=kv_heads, **attributes,
         )  # fmt: skip
     else:
@@ -36,8 +41,8 @@ def session(own, heads, kv_heads, threads=2, **attributes):
         info("past_key", kind, cache),
         info("past_value", kind, cache),
         info("seqlens_k", TensorProto.INT32, ["batch"]),
-        info("cos", floats, [None, None]),
-        info("sin", floats, [None, None]),
+        *(info(name, floats, [None, None]) for name in rotation),
+        *(info(name, floats, [None]) for name in GAINS[: 2 * norm]),
     ]
     if not own:
         inputs.append(info("total", TensorProto.INT32, []))
@@ -131,6 +136,29 @@ def test_a_row_has_the_same_bits_alone_and_among_others(cache, rng):
             assert np.array_equal(y[:, 0], at_once[:, token])
 
 
+@pytest.mark.parametrize("rotated", [True, False])
+@pytest.mark.parametrize("normed", ["", "heads", "all"])
+def test_norms_of_queries_and_keys_and_positions_that_do_not_turn(normed, rotated, rng):
+    heads, kv_heads, width = 6, 2, 48
+    run = session(True, heads, kv_heads, norm=bool(normed), rotated=rotated, epsilon=1e-3)
+    feeds = inputs(rng, 2, 21, heads, kv_heads, width, [21, 30])
+    feeds["past_value"] = rng.standard_normal(feeds["past_value"].shape).astype("f4")
+    feeds["past_key"] = rng.standard_normal(feeds["past_key"].shape).astype("f4")
+    if not rotated:
+        del feeds["cos"], feeds["sin"]
+    if normed:
+        sizes = (width, width) if normed == "heads" else (heads * width, kv_heads * width)
+        for name, size in zip(GAINS, sizes, strict=True):
+            feeds[name] = rng.standard_normal(size).astype("f4")
+    expected, keys, _ = reference.attention(
+        feeds["qkv"], plain_order(feeds["past_key"]), feeds["past_value"], [21, 30],
+        *(feeds.get(name) for name in ("cos", "sin", *GAINS)), heads=heads, epsilon=1e-3,
+    )  # fmt: skip
+    y, found, _ = run.run(None, feeds)
+    assert np.abs(y - expected).max() < 2e-5
+    assert np.allclose(plain_order(found), keys, atol=2e-5)
+
+
 def test_agrees_with_group_query_attention(rng):
     feeds = inputs(rng, 1, 40, 9, 3, 64, [40])
     ours = session(True, 9, 3).run(None, feeds)[0]
@@ -193,6 +221,8 @@ def test_any_number_of_threads_gives_the_same_bits(rng):
         ({"cos": (192, 7)}, "cosines has 7 columns, expected 8"),
         ({"past_key": (1, 1, 63, 16)}, "capacity 63 and width 16, expected multiples of 16"),
         ({"past_value": (1, 1, 48, 16)}, "past_key and past_value must be"),
+        ({"query_gain": (17,)}, "query_gain has 17 elements, expected 16 or 32"),
+        ({"key_gain": (32,)}, "key_gain has 32 elements, expected 16 or 16"),
     ],
 )
 def test_a_bad_shape_is_an_error(changes, message, rng):
@@ -201,8 +231,10 @@ def test_a_bad_shape_is_an_error(changes, message, rng):
         feeds[name] = (
             np.array(value, np.int32) if name == "seqlens_k" else np.zeros(value, np.float32)
         )
+    norm = bool(feeds.keys() & set(GAINS))
+    feeds |= {name: np.ones(16, np.float32) for name in GAINS[: 2 * norm] if name not in feeds}
     with pytest.raises(Exception, match=message):
-        session(True, 2, 1).run(None, feeds)
+        session(True, 2, 1, norm=norm).run(None, feeds)
 
 
 def test_bad_attributes_are_an_error():

@@ -120,11 +120,11 @@ def test_linear_and_what_is_fused_around_it(form, kind, rng):
         expected = reference.linear(form, weights, n, rows, activations=kind, **more)
         assert close(y, expected, 1e-5 if kind == "fp32" else 2e-2)
 
-        if n % 32 == 0:
-            proto = model(form, n, k, weights, gated=1, activations=kind)
-            y = session(proto).run(None, {"x": x})[0]
+        for activation in ("none", "gelu_tanh") if n % 32 == 0 else ():
+            options = {"activations": kind, "activation": activation}
+            y = session(model(form, n, k, weights, gated=1, **options)).run(None, {"x": x})[0]
             assert y.shape == (batch, new, n // 2)
-            expected = reference.linear(form, weights, n, rows, gated=True, activations=kind)
+            expected = reference.linear(form, weights, n, rows, gated=True, **options)
             assert close(y.reshape(-1, n // 2), expected)
 
 
@@ -253,9 +253,12 @@ def test_python_threads_share_sessions(rng):
         ({"activations": "int4"}, "activations 'int4', expected int8 or fp32"),
         ({"n": 0}, "n 0, k 64, expected 1 to"),
         ({"n": 48, "gated": 1}, "gated with n 48, expected a multiple of 32"),
-        ({"gated": 1, "activation": "gelu"}, "gated has an activation of its own"),
+        (
+            {"gated": 1, "activation": "relu"},
+            "'relu', expected none .SiLU. or gelu_tanh",
+        ),
         ({"norm": "batch"}, "norm 'batch', expected rms or layer"),
-        ({"activation": "relu"}, "activation 'relu', expected none or gelu"),
+        ({"activation": "elu"}, "activation 'elu', expected none or gelu_tanh"),
         ({"form": "nf4_wide"}, "form 'nf4_wide' with int8 activations, expected fp32"),
     ],
 )

@@ -94,25 +94,39 @@ def rows(*shape):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("block", [32, 64, 128, 256])
-@pytest.mark.parametrize("k", [32, 100, 160, 320])
+@pytest.mark.parametrize("block", [16, 32, 64, 128, 256])
+@pytest.mark.parametrize("k", [16, 32, 100, 160, 320])
 def test_group_sizes_and_odd_rows(tmp_path, bits, block, k):
     graph = Graph(x=(TensorProto.FLOAT, ["m", k]))
     y = graph.nbits("x", 21, k, bits=bits, block=block, bias=True)
     assert graph.check(tmp_path, [y], {"x": rows(3, k)}) == ["Linear"]
 
 
-@pytest.mark.parametrize("zeros", ["packed", "float"])
+@pytest.mark.parametrize(("bits", "zeros"), [(4, "packed"), (4, "float"), (8, "packed")])
 @pytest.mark.parametrize("k", [32, 96, 100])
-def test_zero_points(tmp_path, zeros, k):
+def test_zero_points(tmp_path, bits, zeros, k):
     graph = Graph(x=(TensorProto.FLOAT, ["m", k]))
-    y = graph.nbits("x", 20, k, zeros=zeros)
+    y = graph.nbits("x", 20, k, bits=bits, zeros=zeros)
+    assert graph.check(tmp_path, [y], {"x": rows(3, k)}) == ["Linear"]
+
+
+@pytest.mark.parametrize("quant_type", [0, 1])
+@pytest.mark.parametrize("block", [32, 64, 128])
+def test_four_bit_floats(tmp_path, quant_type, block):
+    n, k = 21, 256
+    graph = Graph(x=(TensorProto.FLOAT, ["m", k]))
+    codes = graph.constant(graph.rng.integers(0, 256, n * k // 2, dtype=np.uint8))
+    scales = graph.constant((graph.rng.random(n * k // block) / 8).astype(np.float32))
+    y = graph.node(
+        "MatMulBnb4", ["x", codes, scales], domain="com.microsoft",
+        N=n, K=k, block_size=block, quant_type=quant_type,
+    )  # fmt: skip
     assert graph.check(tmp_path, [y], {"x": rows(3, k)}) == ["Linear"]
 
 
 def test_what_no_layout_holds_stays(tmp_path):
     graph = Graph(x=(TensorProto.FLOAT, ["m", 64]))
-    y = graph.nbits("x", 32, 64, bits=8, zeros="packed")
+    y = graph.nbits("x", 32, 64, bits=8, block=16, zeros="packed")
     assert graph.check(tmp_path, [y], {"x": rows(3, 64)}) == ["MatMulNBits"]
 
 
@@ -126,21 +140,53 @@ def test_weights_that_are_computed_stay(tmp_path):
     assert graph.check(tmp_path, [y], feeds) == ["MatMulNBits"]
 
 
-def norm(graph, x, residual, width):
+def norm(graph, x, residual, width, *, layer=False):
+    simplified, shift = ("", [graph.floats(width)]) if layer else ("Simplified", [])
     y, _, _, total = graph.node(
-        "SkipSimplifiedLayerNormalization", [x, residual, graph.floats(width)], 4,
+        f"Skip{simplified}LayerNormalization", [x, residual, graph.floats(width), *shift], 4,
         domain="com.microsoft", epsilon=1e-3,
     )  # fmt: skip
     graph.nodes[-1].output[1] = graph.nodes[-1].output[2] = ""
     return y, total
 
 
-def test_a_norm_and_a_residual_are_drawn_in(tmp_path):
+@pytest.mark.parametrize("layer", [False, True])
+def test_a_norm_and_a_residual_are_drawn_in(tmp_path, layer):
     graph = Graph(x=(TensorProto.FLOAT, ["m", 64]))
-    y, total = norm(graph, graph.nbits("x", 64, 64), "x", 64)
-    y, total = norm(graph, total, graph.nbits(y, 64, 64), 64)
+    y, total = norm(graph, graph.nbits("x", 64, 64), "x", 64, layer=layer)
+    y, total = norm(graph, total, graph.nbits(y, 64, 64), 64, layer=layer)
     found = graph.check(tmp_path, [graph.nbits(y, 64, 64), total], {"x": rows(3, 64)})
     assert found == ["Linear"] * 3
+
+
+@pytest.mark.parametrize("shift", [False, True])
+def test_a_layer_norm_on_its_own(tmp_path, shift):
+    graph = Graph(x=(TensorProto.FLOAT, ["m", 64]))
+    inputs = ["x", graph.floats(64), *[graph.floats(64)] * shift]
+    y = graph.node("LayerNormalization", inputs, axis=-1, epsilon=1e-3)
+    assert graph.check(tmp_path, [graph.nbits(y, 64, 64)], {"x": rows(3, 64)}) == ["Linear"]
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize(
+    ("curve", "options"),
+    [("Gelu", {}), ("Gelu", {"approximate": "tanh"}), ("Relu", {}), ("Tanh", {})],
+)
+def test_a_bias_and_an_activation(tmp_path, curve, options, swapped):
+    graph = Graph(x=(TensorProto.FLOAT, ["m", 64]))
+    pair = [graph.nbits("x", 40, 64), graph.floats(40)]
+    y = graph.node(curve, [graph.node("Add", pair[::-1] if swapped else pair)], **options)
+    found = graph.check(tmp_path, [y], {"x": rows(3, 64)})
+    assert found == ["Linear", *["Tanh"] * (curve == "Tanh")]
+
+
+def test_what_is_no_bias_or_not_only_activated_stays(tmp_path):
+    graph = Graph(x=(TensorProto.FLOAT, ["m", 64]))
+    one = graph.node("Add", [graph.nbits("x", 40, 64), graph.floats(1)])
+    product = graph.nbits("x", 40, 64)
+    active = graph.node("Gelu", [product])
+    found = graph.check(tmp_path, [one, product, active], {"x": rows(3, 64)})
+    assert sorted(found) == ["Add", "Gelu", "Linear", "Linear"]
 
 
 def test_a_norm_that_others_read_stays(tmp_path):
@@ -168,15 +214,20 @@ def test_an_addition_that_may_broadcast_stays(tmp_path):
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("swapped", [False, True])
 @pytest.mark.parametrize("mlp", [32, 48, 40])
-def test_gate_and_up(tmp_path, bias, swapped, mlp):
+@pytest.mark.parametrize("curve", ["silu", "tanh", "none"])
+def test_gate_and_up(tmp_path, bias, swapped, mlp, curve):
     graph = Graph(x=(TensorProto.FLOAT, ["m", 64]))
     both = graph.nbits("x", 2 * mlp, 64, bias=bias)
     gate, up = graph.node("Split", [both], 2, axis=-1, num_outputs=2)
-    silu = graph.node("QuickGelu", [gate], domain="com.microsoft", alpha=1.0)
-    y = graph.node("Mul", [up, silu] if swapped else [silu, up])
+    if curve == "silu":
+        gate = graph.node("QuickGelu", [gate], domain="com.microsoft", alpha=1.0)
+    else:
+        gate = graph.node("Gelu", [gate], approximate=curve)
+    y = graph.node("Mul", [up, gate] if swapped else [gate, up])
     found = graph.check(tmp_path, [y], {"x": rows(3, 64)})
-    fits = not bias and mlp % 16 == 0
-    assert found == (["Linear"] if fits else ["Linear", "Split", "QuickGelu", "Mul"])
+    fits = not bias and mlp % 16 == 0 and curve != "none"
+    name = "QuickGelu" if curve == "silu" else "Gelu"
+    assert found == (["Linear"] if fits else ["Linear", "Split", name, "Mul"])
 
 
 def attention(heads=4, kv_heads=2, width=32, capacity=48, **attributes):
@@ -213,7 +264,42 @@ def test_attention(tmp_path, window, scale):
     assert found == ["Linear", "Attention"]
 
 
-@pytest.mark.parametrize("other", [{"softcap": 5.0}, {"rotary_interleaved": 1}, {"do_rotary": 0}])
+def test_attention_without_rotations(tmp_path):
+    graph = attention(do_rotary=0)
+    del graph.nodes[-1].input[7:]
+    assert graph.check(tmp_path, graph.outputs, prompt()) == ["Linear", "Attention"]
+
+
+def normed_attention(graph, how, heads=4, kv_heads=2, width=32):
+    """Let a graph's attention take queries and keys apart and normed: by head, all, or one only."""
+    last = len(graph.nodes) - 1
+    gqa = graph.nodes[last]
+    sizes = [heads * width, kv_heads * width, kv_heads * width]
+    flat = graph.node("Reshape", [gqa.input[0], graph.constant([-1, sum(sizes)])])
+    parts = graph.node("Split", [flat, graph.constant(sizes)], 3, axis=-1)
+    batched = graph.constant([1, 40, -1])
+    for i, (part, size) in enumerate(zip(parts, sizes, strict=True)):
+        if i < 2 and not (how == "one" and i):
+            gain = width if how == "heads" else size
+            if how == "heads":
+                part = graph.node("Reshape", [part, graph.constant([-1, width])])
+            part = graph.node(
+                "SimplifiedLayerNormalization", [part, graph.floats(gain)], axis=-1, epsilon=1e-3
+            )
+        gqa.input[i] = graph.node("Reshape", [part, batched])
+    graph.nodes.append(graph.nodes.pop(last))
+
+
+@pytest.mark.parametrize("how", ["heads", "all", "one"])
+def test_attention_of_normed_queries_and_keys(tmp_path, how):
+    graph = attention()
+    normed_attention(graph, how)
+    found = graph.check(tmp_path, graph.outputs, prompt())
+    assert found.count("GroupQueryAttention") == (how == "one")
+    assert found.count("SimplifiedLayerNormalization") == (how == "one")
+
+
+@pytest.mark.parametrize("other", [{"softcap": 5.0}, {"rotary_interleaved": 1}])
 def test_other_attention_stays(tmp_path, other):
     graph = attention(**other)
     found = graph.check(tmp_path, graph.outputs, prompt())

@@ -1,14 +1,18 @@
 """Outputs are written in the form their suffix names, or refused with the forms there are."""
 
+import json
 import wave
 
 import numpy as np
 import pytest
 from PIL import Image
+from tiny_bundles import oneshot
 
 from leangen import media
+from leangen.engine import Engine
 from leangen.errors import RequestError, StorageError
 from leangen.records import Output
+from leangen.session import Session
 
 
 def test_text(tmp_path):
@@ -48,6 +52,39 @@ def test_audio(tmp_path):
     output = Output(array=samples, media="audio", sample_rate_hz=22050)
     with wave.open(str(media.save(output, tmp_path / "out.wav"))) as file:
         assert (file.getframerate(), file.getnframes(), file.getnchannels()) == (22050, 2205, 1)
+
+
+@pytest.fixture
+def result(tmp_path):
+    """A picture and its receipt."""
+    return Engine(Session(oneshot(tmp_path / "model"), threads=1)).generate(seed=5)
+
+
+def test_a_picture_keeps_its_seed_and_receipt(result, tmp_path):
+    with Image.open(result.save(tmp_path / "out.png")) as image:
+        told = image.text
+    assert told["Title"] == "tiny:fp32, seed 5" and told["Software"].startswith("leangen")
+    receipt = json.loads(told["Comment"])
+    expected = result.receipt.to_json()
+    del expected["host"]  # a picture is passed on: it does not say which machine drew it
+    assert receipt == expected
+
+
+@pytest.mark.parametrize("count", [100, 101])
+def test_a_sound_keeps_its_receipt_and_stays_a_sound(result, tmp_path, count):
+    samples = np.sin(np.arange(count) / 10).astype(np.float32)
+    output = Output(array=samples, media="audio", sample_rate_hz=8000)
+    path = media.save(output, tmp_path / "out.wav", result.receipt)
+    content = path.read_bytes()
+    assert int.from_bytes(content[4:8], "little") == len(content) - 8
+    with wave.open(str(path)) as file:
+        assert file.getnframes() == count
+    place = content.index(b"LIST")
+    assert content[place + 8 : place + 16] == b"INFOINAM"
+    start = content.index(b"ICMT") + 8
+    length = int.from_bytes(content[start - 4 : start], "little")
+    comment = content[start : start + length].rstrip(b"\0")
+    assert json.loads(comment)["id"] == result.receipt.id
 
 
 def test_tables_keep_their_columns_and_digits(tmp_path):

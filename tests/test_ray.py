@@ -125,7 +125,7 @@ def test_serving_on_two_nodes(two_nodes, tmp_path, monkeypatch):
         limits=Limits(max_batch=2, context=128),
         grace_s=5,
     )
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
     serve.run(on_ray.application(options, models, most=2), name=on_ray.NAME)
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=60) as http:

@@ -268,3 +268,12 @@ def test_karras_spacing_of_a_timestep_model_is_that_of_diffusers():
     np.testing.assert_allclose(ours, theirs.sigmas.numpy(), rtol=1e-3)
     places = [schedules.timestep(trained, level) for level in levels[:-1]]
     np.testing.assert_allclose(places, theirs.timesteps.numpy(), atol=0.2)
+
+
+@pytest.mark.parametrize("steps", [1, 4, 8])
+def test_distilled_models_are_asked_at_the_timesteps_of_diffusers(steps):
+    theirs = diffusers.LCMScheduler()
+    theirs.set_timesteps(steps)
+    levels = schedules.trained(LINEAR)
+    ours = schedules.spaced(levels, steps, "distilled", distilled=50)[:-1]
+    assert [levels.index(level) for level in ours] == theirs.timesteps.tolist()

@@ -5,6 +5,9 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
+import shutil
+import subprocess
 import wave
 from http.client import HTTPConnection
 
@@ -251,15 +254,24 @@ def test_embeddings(client, http, running):
         assert sum(value**2 for value in plain["embedding"]) == pytest.approx(1, abs=1e-5)
 
 
+def test_an_encoder_decoder_completes_too(client, running):
+    asked = {"model": "tiny-translator", "prompt": "hello", "max_tokens": 4, "temperature": 0}
+    whole = client.completions.create(**asked)
+    chunks = client.completions.create(**asked, stream=True)
+    text = "".join(chunk.choices[0].text for chunk in chunks)
+    assert text == whole.choices[0].text
+    assert kept(running, whole.usage.energy["receipts"][0])["family"] == "seq2seq"
+
+
 def test_images(client, running):
-    for model in ("tiny-image", "tiny-shot"):
+    for model, size, units in (("tiny-image", 8, 2), ("tiny-shot", 8, 2), ("tiny-pixels", 6, 72)):
         reply = client.images.generate(model=model, prompt="", n=2, extra_body={"seed": 5})
         first, second = (
             Image.open(io.BytesIO(base64.b64decode(image.b64_json))) for image in reply.data
         )
-        assert first.size == second.size == (8, 8)
+        assert first.size == second.size == (size, size)
         assert first.tobytes() != second.tobytes()
-        assert kept(running, reply.usage.energy["receipts"][0])["units"]["count"] == 2
+        assert kept(running, reply.usage.energy["receipts"][0])["units"]["count"] == units
 
 
 def test_speech(client, running):
@@ -276,6 +288,11 @@ def test_speech(client, running):
         assert file.getnframes() > 0
         assert file.getnchannels() == 1
     assert float(headers["x-leangen-energy-joules"]) > 0
+    asked = {"model": "tiny-voice", "input": "abc ab.", "extra_body": {"phonemes": True, "seed": 1}}
+    named = client.audio.speech.create(**asked, voice="alloy", response_format="wav")
+    assert named.content == sound
+    with pytest.raises(openai.BadRequestError, match="expected one of default"):
+        client.audio.speech.create(**asked, voice="bob", response_format="wav")
     assert kept(running, headers["x-leangen-receipt"])["family"] == "flow"
 
 
@@ -447,7 +464,14 @@ def test_json_that_is_sent_as_something_else_is_told_apart(http):
             "have 64",
         ),
         ("/v1/images/generations", {"model": "tiny-image", "prompt": "a cat"}, 400, "no prompt"),
+        ("/v1/images/generations", {"model": "tiny-pixels", "steps": 3}, 400, "takes no steps"),
         ("/v1/images/generations", {"model": "tiny-text"}, 400, "family language"),
+        (
+            "/v1/completions",
+            {"model": "tiny-translator", "prompt": "a", "logprobs": 1},
+            400,
+            "no log-probabilities",
+        ),
         ("/v1/images/generations", {"model": "tiny-image", "conditions": {"x": 1}}, 400, "'x'"),
         (
             "/v1/audio/speech",
@@ -513,3 +537,23 @@ def test_a_huge_body_is_refused_before_it_is_read(http):
     except httpx.TransportError:  # the server may close while we still send
         return
     assert unstated.status_code == 413
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_curl(running):
+    def curl(path, body, *options):
+        command = ["curl", "-sN", f"{running[0]}{path}", "-H", "content-type: application/json"]
+        command += ["-d", json.dumps(body), *options]
+        done = subprocess.run(command, capture_output=True, check=True, timeout=60)
+        return done.stdout.decode()
+
+    asked = {"model": "tiny-text", "messages": CHAT, "max_tokens": 5, "temperature": 0}
+    whole = json.loads(curl("/v1/chat/completions", asked))
+    assert whole["usage"]["energy"]["joules"] > 0
+    lines = curl("/v1/chat/completions", asked | {"stream": True}).split("\n\n")
+    assert lines[-2:] == ["data: [DONE]", ""]
+    deltas = [json.loads(line[6:])["choices"][0]["delta"] for line in lines[:-2]]
+    text = "".join(delta.get("content") or "" for delta in deltas)
+    assert text == whole["choices"][0]["message"]["content"]
+    headers = curl("/v1/images/generations", {"model": "tiny-image"}, "-D", "-", "-o", "/dev/null")
+    assert re.search(r"x-leangen-energy-joules: [\d.]+", headers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 import signal
@@ -156,6 +157,15 @@ def test_a_deadline_ends_a_request(text_model, slowly):
         assert len(server.ledger.entries()) == 2  # what it cost is on the account all the same
 
 
+def test_a_request_may_have_a_deadline_of_its_own(text_model, slowly):
+    with serving.serving([text_model]) as (address, _), client(address) as http:
+        reply = http.post("/v1/completions", json=LONG | {"deadline_s": 0.3})
+        assert reply.status_code == 504
+        assert http.post("/v1/completions", json=LONG | {"deadline_s": 0}).status_code == 400
+        asked = LONG | {"max_tokens": 2, "deadline_s": 20}
+        assert http.post("/v1/completions", json=asked).status_code == 200
+
+
 def test_unused_models_leave_the_memory(text_model):
     limits = Limits(max_batch=2, context=64, idle_release_s=0.2)
     with serving.serving([text_model], limits=limits) as (address, server), client(address) as http:
@@ -227,6 +237,35 @@ def test_what_meter_it_is_stays_on_the_server(text_model, tmp_path):
         for text in (reply.text, receipt.text):
             assert "a meter that the server was given" in text
             assert str(tmp_path) not in text
+
+
+def test_what_has_not_ended_within_the_grace_is_handed_back():
+    told = []
+
+    async def endless(scope, receive, send):
+        await asyncio.Event().wait()
+
+    async def receive():
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message):
+        told.append(message)
+
+    async def stopped():
+        guard = access.Access(
+            endless, keys=None, local=True, max_body_bytes=9, per_minute=None, refused=told.append
+        )
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "client": None}
+        task = asyncio.ensure_future(
+            guard(scope | {"headers": [(b"host", b"localhost")]}, receive, send)
+        )
+        await asyncio.sleep(0.01)
+        task.cancel()
+        await task
+
+    asyncio.run(stopped())
+    assert told[0]["status"] == 503
+    assert json.loads(told[1]["body"])["error"]["code"] == "shutting_down"
 
 
 def sent(address, *parts, wait_s=0.0):
@@ -349,6 +388,9 @@ def test_a_model_whose_file_is_gone_is_named_without_its_path(tmp_path):
         assert reply.json()["error"]["code"] == "model_unavailable"
         assert str(tmp_path) not in reply.text
         assert http.get("/ready").status_code == 200
+        assert not bundle.path.exists()  # nothing was put in its place
+        tiny_bundles.language(tmp_path / "again").path.rename(bundle.path)
+        assert http.post("/v1/completions", json=LONG | {"model": "gone"}).status_code == 200
 
 
 def test_asking_too_often(text_model):
@@ -418,6 +460,43 @@ def test_a_mistake_in_a_worker_is_told_and_does_not_last(text_model, monkeypatch
         monkeypatch.setattr(Batch, "step", step)
         assert http.post("/v1/completions", json=LONG).status_code == 200
         assert server.account.billed_uj + server.account.unattributed_uj == server.account.total_uj
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("can't start new thread"), Exception("std::bad_alloc")]
+)
+def test_a_lack_of_memory_is_told_and_does_not_last(text_model, monkeypatch, error):
+    step = Batch.step
+
+    def short(batch):
+        raise error
+
+    with serving.serving([text_model]) as (address, server), client(address) as http:
+        monkeypatch.setattr(Batch, "step", short)
+        reply = http.post("/v1/completions", json=LONG)
+        assert reply.status_code == 503
+        assert reply.json()["error"]["code"] == "out_of_memory"
+        monkeypatch.setattr(Batch, "step", step)
+        assert http.post("/v1/completions", json=LONG | {"max_tokens": 2}).status_code == 200
+        assert server.account.billed_uj + server.account.unattributed_uj == server.account.total_uj
+
+
+def test_a_thread_that_cannot_be_started_is_told_and_does_not_last(text_model, monkeypatch):
+    start = threading.Thread.start
+
+    def refused(thread):
+        if thread.name.startswith(("leangen-tiny", "asyncio")):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with serving.serving([text_model]) as (address, _), client(address) as http:
+        monkeypatch.setattr(threading.Thread, "start", refused)
+        for _ in range(2):
+            reply = http.post("/v1/completions", json=LONG)
+            assert reply.status_code == 503
+            assert reply.json()["error"]["code"] == "out_of_memory"
+        monkeypatch.setattr(threading.Thread, "start", start)
+        assert http.post("/v1/completions", json=LONG | {"max_tokens": 2}).status_code == 200
 
 
 def test_a_used_up_budget_is_429(text_model):

@@ -1,7 +1,8 @@
 """Train the full-precision language model of molecules: `python bench/train/smiles_lm.py -o DIR`
 
 A llama-shaped decoder of 5.6M parameters on the 1.58M SMILES strings of MOSES (Polykovskiy et al.
-2020), written as an fp16 GGUF that `leangen export` takes, with its figures beside it as JSON.
+2020), written as an fp16 GGUF that `leangen export` takes (the package has it as .xz), with its
+figures beside it as JSON.
 Needs `pip install 'leangen[export]'`; fixed seeds, on a GPU when there is one. It may be
 interrupted: the next run goes on from the checkpoint in DIR.
 """

@@ -9,13 +9,13 @@ one block after the other, so that a group is one sequential stream. A block hol
 - the scales of the 16 rows, fp16 or fp32;
 - with a minimum, the minima of the 16 rows in the same type.
 
-A weight is `scale * code + minimum`, or `scale * (code - center)` with center 8 or 128, or `scale *
-table[code]` with the 16 values of nf4 or fp4. Rows and columns are padded to whole groups and
-blocks with weights that are zero.
+A weight is `scale * (code - center)` with center 8 or 128, or that plus a minimum with center 0 or
+128, or `scale * table[code]` with the 16 values of nf4 or fp4. Rows and columns are padded to whole
+groups and blocks with weights that are zero.
 
 **Activation rows** are padded to whole blocks with zeros. With int8 activations a block is 32 (or
-16) signed bytes, their scale (fp32) and what their sum amounts to: with a minimum the sum times the
-scale (fp32), else `-center` times the integer sum (int32). With fp32 activations it is as many
+16) signed bytes, their scale (fp32) and what their sum amounts to: without a center the sum times
+the scale (fp32), else `-center` times the integer sum (int32). With fp32 activations it is as many
 floats and their sum times 1 or `-center`. Rows stand in tiles of as many tokens as the kernel takes
 at once: the first block of each row of the tile, then the second of each, and so on.
 
@@ -59,8 +59,8 @@ class Form:
 
     @property
     def center(self) -> int:
-        """The code that stands for zero; 0 with a minimum or a table."""
-        return 0 if self.minimum or self.table else 1 << (self.bits - 1)
+        """The code that stands for zero, or for the minimum; 0 at 4 bits with one, or a table."""
+        return 0 if self.table or (self.minimum and self.bits == 4) else 1 << (self.bits - 1)
 
     @property
     def int8_block_bytes(self) -> int:
@@ -112,6 +112,8 @@ FORMS = {
         Form("q4_min_wide", 4, True, True),
         Form("q8", 8, False, False),
         Form("q8_wide", 8, False, True),
+        Form("q8_min", 8, True, False),
+        Form("q8_min_wide", 8, True, True),
         Form("q4_g16", 4, False, False, 16),
         Form("q4_g16_wide", 4, False, True, 16),
         Form("q4_min_g16", 4, True, False, 16),
@@ -127,7 +129,7 @@ FORMS = {
 def form_for(bits: int, scales: Array, minima: Array | None = None, block: int = BLOCK) -> Form:
     """The smallest form that holds these scales and minima, one for `block` weights, losslessly.
 
-    Raises ValueError when there is none: 8 bits with minima, or neither 4 nor 8 bits.
+    Raises ValueError when there is none: 8 bits with minima for 16, or neither 4 nor 8 bits.
     """
     held = [scales] if minima is None else [scales, minima]
     wide = not all(_fits_half(values) for values in held)
@@ -135,8 +137,8 @@ def form_for(bits: int, scales: Array, minima: Array | None = None, block: int =
     for form in FORMS.values():
         if (form.bits, form.minimum, form.wide, form.block, form.table) == wanted:
             return form
-    given = f"{bits} bits {'with' if minima is not None else 'without'} minima"
-    raise ValueError(f"no layout holds {given}: expected 4 bits, or 8 bits without minima")
+    given = f"{bits} bits {'with' if minima is not None else 'without'} minima for {block} weights"
+    raise ValueError(f"no layout holds {given}: expected 4 or 8 bits for 32, or 16 without minima")
 
 
 def _fits_half(values: Array) -> bool:

@@ -34,7 +34,9 @@ from leangen_kernels.simd import (
     load_int,
     multiply_add,
     prefetch,
+    prefetch_soon,
     splat,
+    splat_int,
     store_first_floats,
     store_floats,
     to_floats,
@@ -43,9 +45,8 @@ from leangen_kernels.unroll import registers, static, unrolled
 from leangen_kernels.vectors import VARIANT
 
 _MANY_REGISTERS = VARIANT.dot == "vnni512"
-# One row of activations takes its weights from memory, as one stream: four at once took 1.7 times
-# as long.
-INT8_TILES = ((1, 1), (2, 4), (4, 4)) if _MANY_REGISTERS else ((1, 1), (2, 1), (4, 1), (8, 1))
+# One row or two take their weights from memory as one stream: four at once took twice as long.
+INT8_TILES = ((1, 1), (2, 1), (4, 4)) if _MANY_REGISTERS else ((1, 1), (2, 1), (4, 1), (8, 1))
 FP32_TILES = ((1, 1), (4, 1))
 """Tokens and groups of a tile. The caller chooses the tile, and need not fill the last one."""
 
@@ -53,10 +54,12 @@ FP32_TILES = ((1, 1), (4, 1))
 # that the prefetcher of older hardware does not keep memory busy; that of newer one does better.
 _AHEAD = 1536
 _PREFETCH = not _MANY_REGISTERS
+# A tile of several groups is several streams: while it meets its first rows, ask for the next one.
+_PREFETCH_TILE = _MANY_REGISTERS
 
 # What a form and a tile fix, see `_specialized`.
-BITS = CODE_BYTES = BLOCK = BLOCK_BYTES = TOKENS = GROUPS = 0
-MINIMUM = TABLE = False
+BITS = CENTER = CODE_BYTES = BLOCK = BLOCK_BYTES = TOKENS = GROUPS = 0
+MINIMUM = False
 
 
 def int8(
@@ -79,16 +82,23 @@ def int8(
                 for t in static(TOKENS):
                     total[g, t] = splat(0.0)
             x_at = x + token * blocks * BLOCK_BYTES
+            next_tile = 0
+            if token == 0:
+                next_tile = GROUPS * blocks * block_bytes
             for _ in range(blocks):
                 if _PREFETCH and TOKENS == 1:
                     for g in static(GROUPS):
                         for line in static((CODE_BYTES + 127) // 64):
                             prefetch(at[g], _AHEAD + 64 * line)
+                if _PREFETCH_TILE and GROUPS > 1:
+                    for g in static(GROUPS):
+                        for line in static((CODE_BYTES + 127) // 64):
+                            prefetch_soon(at[g], next_tile + 64 * line)
                 for t in static(TOKENS):
-                    if MINIMUM:
-                        start[t] = 0
-                    else:
+                    if CENTER:
                         start[t] = load_int(x_at, BLOCK_BYTES * t + BLOCK + 4)
+                    else:
+                        start[t] = 0
                     for g in static(GROUPS):
                         if BITS == 4:
                             partial[g, t] = nibble_start(start[t])
@@ -134,7 +144,11 @@ def int8(
                         else:
                             minimum[g] = load_halves(at[g], CODE_BYTES + 2 * ROWS)
                     for t in static(TOKENS):
-                        sums = load_for_all(x_at, BLOCK_BYTES * t + BLOCK + 4)
+                        if CENTER:
+                            sums = to_floats(splat_int(start[t])) * splat(-1.0 / CENTER)
+                            sums = sums * load_for_all(x_at, BLOCK_BYTES * t + BLOCK)
+                        else:
+                            sums = load_for_all(x_at, BLOCK_BYTES * t + BLOCK + 4)
                         for g in static(GROUPS):
                             total[g, t] = multiply_add(minimum[g], sums, total[g, t])
                 for g in static(GROUPS):
@@ -167,10 +181,10 @@ def fp32(
             x_at = x + token * blocks * BLOCK_BYTES
             for _ in range(blocks):
                 for t in static(TOKENS):
-                    if MINIMUM or TABLE:
-                        product[t] = splat(0.0)
-                    else:
+                    if CENTER:
                         product[t] = load_for_all(x_at, BLOCK_BYTES * t + 4 * BLOCK)
+                    else:
+                        product[t] = splat(0.0)
                 for j in static(BLOCK // 4):
                     if BITS == 8:
                         four = load_bytes(codes_at, 64 * j)
@@ -198,6 +212,8 @@ def fp32(
                         minimum = load_halves(codes_at, CODE_BYTES + 2 * ROWS)
                     for t in static(TOKENS):
                         sums = load_for_all(x_at, BLOCK_BYTES * t + 4 * BLOCK)
+                        if CENTER:
+                            sums = sums * splat(-1.0 / CENTER)
                         total[t] = multiply_add(minimum, sums, total[t])
                 codes_at += block_bytes
                 x_at += BLOCK_BYTES * TOKENS
@@ -218,8 +234,9 @@ def kernels() -> dict[str, tuple[Callable[..., Any], str]]:
         if form.wide and not form.table:
             continue  # the same kernels as without
         fixed = {
-            "BITS": form.bits, "MINIMUM": form.minimum, "TABLE": bool(form.table), "ROWS": ROWS,
-            "BLOCK": form.block, "CODE_BYTES": form.code_bytes, "_PREFETCH": _PREFETCH,
+            "BITS": form.bits, "CENTER": form.center, "MINIMUM": form.minimum,
+            "ROWS": ROWS, "BLOCK": form.block, "CODE_BYTES": form.code_bytes,
+            "_PREFETCH": _PREFETCH, "_PREFETCH_TILE": _PREFETCH_TILE,
         }  # fmt: skip
         if form.table:
             fixed |= {f"code_{i}": code for i, code in enumerate(table_values(form.table))}

@@ -86,12 +86,28 @@ def gelu_tanh(x: Array) -> Array:
     return y
 
 
+def gelu_tanh_multiply(gate_up: Array) -> Array:
+    """gelu_tanh(gate) * up, columns of gate and up by turns of 16."""
+    gate, up = _gate_and_up(gate_up)
+    return gelu_tanh(gate) * up
+
+
+def relu(x: Array) -> Array:
+    """max(x, 0)"""
+    return np.maximum(x, 0)
+
+
+def _gate_and_up(gate_up: Array) -> tuple[Array, Array]:
+    pairs = gate_up.astype(np.float64).reshape(gate_up.shape[0], -1, 2, 16)
+    gate, up = (pairs[:, :, i].reshape(len(gate_up), -1) for i in range(2))
+    return gate, up
+
+
 def silu_multiply(gate_up: Array) -> Array:
     """gate / (1 + exp(-gate)) * up, columns of gate and up by turns of 16."""
-    pairs = gate_up.astype(np.float64).reshape(gate_up.shape[0], -1, 2, 16)
-    gate, up = pairs[:, :, 0], pairs[:, :, 1]
+    gate, up = _gate_and_up(gate_up)
     # exp(-gate) overflows below about -709, where the quotient is zero anyway.
-    y: Array = (gate / (1 + np.exp(np.minimum(-gate, 700))) * up).reshape(len(gate_up), -1)
+    y: Array = gate / (1 + np.exp(np.minimum(-gate, 700))) * up
     return y
 
 
@@ -121,10 +137,11 @@ def linear(
         rows = dequantize(*quantize(x, form.block), form.block)
     y: Array = rows @ w.T
     if gated:
-        y = silu_multiply(y)
+        y = gelu_tanh_multiply(y) if activation == "gelu_tanh" else silu_multiply(y)
     if bias is not None:
         y = y + bias
-    y = {"none": lambda y: y, "gelu": gelu, "gelu_tanh": gelu_tanh}[activation](y)
+    if activation != "none" and not gated:
+        y = {"gelu": gelu, "gelu_tanh": gelu_tanh, "relu": relu}[activation](y)
     return y if residual is None else y + residual
 
 
@@ -148,17 +165,28 @@ def attention(
     past_key: Array,
     past_value: Array,
     lengths: Array,
-    cosines: Array,
-    sines: Array,
+    cosines: Array | None,
+    sines: Array | None,
+    query_gain: Array | None = None,
+    key_gain: Array | None = None,
     *,
     heads: int,
     window: int = 0,
     cache: Cache = CACHES["fp32"],
+    epsilon: float = 1e-5,
 ) -> tuple[Array, Array, Array]:
     """The operator `Attention` with its caches in plain order [batch, kv_heads, capacity, width].
 
     `lengths` [batch] counts the positions after this run. Returns y and the caches, float64.
     """
+
+    def normed(rows: Array, gain: Array | None) -> Array:
+        """Rows [heads, new, width], by stretches of heads as long as the gain."""
+        if gain is None:
+            return rows
+        flat = rows.swapaxes(0, 1).reshape(-1, len(gain))
+        return rms_norm(flat, gain, epsilon).reshape(rows.swapaxes(0, 1).shape).swapaxes(0, 1)
+
     batch, new, _ = qkv.shape
     kv_heads, width = past_key.shape[1], past_key.shape[3]
     keys, values = past_key.astype(np.float64), past_value.astype(np.float64)
@@ -167,7 +195,10 @@ def attention(
         past = max(0, int(lengths[b]) - new)
         at = slice(past, past + new)
         rows = qkv[b].reshape(new, heads + 2 * kv_heads, width).swapaxes(0, 1)
-        turned = rotate(rows[: heads + kv_heads], cosines[at], sines[at])
+        queries = normed(rows[:heads], query_gain)
+        turned = np.concatenate([queries, normed(rows[heads : heads + kv_heads], key_gain)])
+        if cosines is not None and sines is not None:
+            turned = rotate(turned, cosines[at], sines[at])
         keys[b, :, at] = held(turned[heads:], cache)
         values[b, :, at] = held(rows[heads + kv_heads :], cache)
         for token in range(new):

@@ -9,6 +9,7 @@ from typing import Any
 from leangen_kernels.layout import BLOCKS, ROWS
 from leangen_kernels.simd import (
     exponential,
+    larger,
     larger_magnitude,
     largest_magnitude,
     load_first_floats,
@@ -187,6 +188,23 @@ def gelu_tanh(y: int, n: int) -> None:
         store_first_floats(y + 4 * i, value, n - i)
 
 
+def gelu_tanh_multiply(gate_up: int, y: int, n: int) -> None:
+    """Like `silu_multiply`, with gelu_tanh of the gate (GEGLU, Shazeer 2020)."""
+    one = splat(1.0)
+    for i in range(0, n, ROWS):
+        gate, up = load_floats(gate_up + 8 * i, 0), load_floats(gate_up + 8 * i, 4 * ROWS)
+        inner = gate * multiply_add(splat(0.044715) * gate, gate, one)
+        value = gate / (one + exponential(splat(-1.5957691216057308) * inner)) * up
+        store_first_floats(y + 4 * i, value, n - i)
+
+
+def relu(y: int, n: int) -> None:
+    """y = max(y, 0)"""
+    for i in range(0, n, ROWS):
+        value = larger(load_first_floats(y + 4 * i, n - i), splat(0.0))
+        store_first_floats(y + 4 * i, value, n - i)
+
+
 def rotate(x: int, y: int, cosines: int, sines: int, half: int, factor: float) -> None:
     """y = factor * x rotated: pairs are (i, half + i), one angle each (Su et al. 2021)."""
     scale = splat(factor)
@@ -235,6 +253,8 @@ def kernels() -> dict[str, tuple[Callable[..., Any], str]]:
         "layer_norm": (partial(unrolled, layer_norm), "iiiiid"),
         "gelu": (partial(unrolled, gelu, _ERF=_ERF), "ii"),
         "gelu_tanh": (partial(unrolled, gelu_tanh), "ii"),
+        "gelu_tanh_multiply": (partial(unrolled, gelu_tanh_multiply), "iii"),
+        "relu": (partial(unrolled, relu), "ii"),
         "rms_norm": (partial(unrolled, rms_norm), "iiiid"),
         "narrow_fp16": (partial(unrolled, narrow_fp16), "iii"),
         "narrow_int8": (partial(unrolled, narrow_int8), "iii"),

@@ -115,11 +115,17 @@ def _masked_takes_alignment() -> bool:
     return bool(binding.llvm_version_info[0] < 22)
 
 
-@operation(types.void, types.int64, types.int64)
-def prefetch(b: Any, address: Any, offset: Any) -> None:
-    """Ask for a cache line, which may lie past the end of the data."""
-    pointer = b.inttoptr(b.add(address, offset), POINTER)
-    call(b, "llvm.prefetch.p0", ir.VoidType(), pointer, I32(0), I32(3), I32(1))
+def _prefetch(level: int) -> Any:
+    @operation(types.void, types.int64, types.int64)
+    def prefetch(b: Any, address: Any, offset: Any) -> None:
+        """Ask for a cache line, which may lie past the end of the data."""
+        pointer = b.inttoptr(b.add(address, offset), POINTER)
+        call(b, "llvm.prefetch.p0", ir.VoidType(), pointer, I32(0), I32(level), I32(1))
+
+    return prefetch
+
+
+prefetch, prefetch_soon = _prefetch(3), _prefetch(2)  # to the first cache, to the second
 
 
 # Floats.

@@ -4,14 +4,17 @@
  *   past_key     [batch, kv_heads, capacity, columns], opaque: layout.py says what it holds
  *   past_value   as past_key
  *   seqlens_k    int32 [batch]: positions in the cache after this run, less one
- *   cosines      float [positions, width / 2]
- *   sines        float [positions, width / 2]
+ *   cosines      float [positions, width / 2], optional: no rotation without
+ *   sines        float [positions, width / 2], as cosines
+ *   query_gain   float [width] or [heads * width], optional: an RMS norm of queries before they are
+ *                rotated, of each head or of all
+ *   key_gain     float [width] or [kv_heads * width], likewise of keys
  *   -> y         float [batch, new, heads * width]
  *   present_key, present_value: as the past; bind them to the same buffers, else they are copied
  *
  * Attributes: heads, kv_heads, scale (default 1 / sqrt(width)), window (keys seen, default all),
  * cache ("fp32", "fp16" or "int8", the type of the caches; columns are width, or width + 4 for
- * int8). capacity and width are multiples of 16. */
+ * int8), epsilon (of the norms). capacity and width are multiples of 16. */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -33,13 +36,15 @@ typedef struct {
   attend_fn attend;
 } Tile;
 
-enum { QKV, KEY, VALUE, LENGTHS, COSINES, SINES, INPUTS };
+enum { QKV, KEY, VALUE, LENGTHS, COSINES, SINES, QUERY_GAIN, KEY_GAIN, INPUTS };
 
 typedef struct {
   Tensor constants[INPUTS];
   int64_t heads, kv_heads, window;
   float scale;
   int type, size, scaled; /* of the cache */
+  double epsilon;
+  rms_norm_fn rms_norm;
   rotate_fn rotate;
   elementwise_fn narrow; /* NULL: as it is */
   merge_fn merge;
@@ -51,6 +56,7 @@ typedef struct {
   const Attention *op;
   const Tile *tile;
   const float *qkv, *cosines, *sines;
+  const Tensor *query_gain, *key_gain;
   const int32_t *last;
   char *keys, *values;
   float *y, *q, *states, *work;
@@ -86,36 +92,58 @@ static void store(const Job *job, char *block, int64_t lane, const float *row, c
   if (op->scaled) memcpy(block + ROWS * width + 4 * lane, from + width, 4);
 }
 
+/* Heads side by side, normed into `to` where there is a gain. */
+static const float *norm(const Attention *op, const float *from, int64_t count, const Tensor *gain,
+                         float *to) {
+  if (!gain->data) return from;
+  for (int64_t i = 0; i < count; i += gain->count)
+    CALL_KERNEL(op->rms_norm, (int64_t)(from + i), (int64_t)gain->data, (int64_t)(to + i),
+                gain->count, op->epsilon);
+  return to;
+}
+
+/* A head as its position turns it, times `factor`. */
+static void turn(const Job *job, const float *from, float *to, int64_t position, float factor) {
+  int64_t half = job->width / 2;
+  if (job->cosines)
+    CALL_KERNEL(job->op->rotate, (int64_t)from, (int64_t)to,
+                (int64_t)(job->cosines + position * half), (int64_t)(job->sines + position * half),
+                half, (double)factor);
+  else
+    for (int64_t d = 0; d < job->width; d++) to[d] = from[d] * factor;
+}
+
 /* Rotate the queries and keys of some tokens; append keys and values to the cache. */
 static void append(void *given, size_t part) {
   const Job *job = given;
   const Attention *op = job->op;
   int64_t width = job->width, group = op->heads / op->kv_heads, all = job->batch * job->new;
   int64_t queries = job->tile->queries;
-  float *turned = job->work + job->work_floats * (int64_t)part;
+  float *turned = job->work + job->work_floats * (int64_t)part, *normed = turned + 2 * width;
   char *narrowed = (char *)(turned + width);
   for (int64_t i = all * (int64_t)part / job->parts; i < all * ((int64_t)part + 1) / job->parts;
        i++) {
     int64_t sequence = i / job->new, token = i % job->new;
     int64_t position = past_of(job, sequence) + token, lane = position % ROWS;
-    const float *from = job->qkv + i * (op->heads + 2 * op->kv_heads) * width;
-    int64_t cosines = (int64_t)(job->cosines + position * (width / 2));
-    int64_t sines = (int64_t)(job->sines + position * (width / 2));
+    const float *row = job->qkv + i * (op->heads + 2 * op->kv_heads) * width;
+    const float *from = norm(op, row, op->heads * width, job->query_gain, normed);
     for (int64_t head = 0; head < op->heads; head++, from += width) {
-      CALL_KERNEL(op->rotate, (int64_t)from, (int64_t)turned, cosines, sines, width / 2,
-                  (double)job->scale);
-      int64_t row = token * group + head % group;
-      int64_t tile = (sequence * op->kv_heads + head / group) * job->tiles + row / queries;
-      float *to = job->q + tile * queries * width + row % queries;
+      turn(job, from, turned, position, job->scale);
+      int64_t query = token * group + head % group;
+      int64_t tile = (sequence * op->kv_heads + head / group) * job->tiles + query / queries;
+      float *to = job->q + tile * queries * width + query % queries;
       for (int64_t d = 0; d < width; d++) to[d * queries] = turned[d];
     }
     int64_t block = sequence * op->kv_heads * job->head_bytes + position / ROWS * job->block_bytes;
+    row += op->heads * width;
+    from = norm(op, row, op->kv_heads * width, job->key_gain, normed);
     for (int64_t head = 0; head < op->kv_heads; head++, from += width) {
-      CALL_KERNEL(op->rotate, (int64_t)from, (int64_t)turned, cosines, sines, width / 2, 1.0);
+      turn(job, from, turned, position, 1);
       store(job, job->keys + block + head * job->head_bytes, lane, turned, narrowed, 1);
     }
-    for (int64_t head = 0; head < op->kv_heads; head++, from += width)
-      store(job, job->values + block + head * job->head_bytes, lane, from, narrowed, 0);
+    row += op->kv_heads * width;
+    for (int64_t head = 0; head < op->kv_heads; head++, row += width)
+      store(job, job->values + block + head * job->head_bytes, lane, row, narrowed, 0);
   }
 }
 
@@ -201,16 +229,24 @@ static void merge_chunks(const Job *job) {
   }
 }
 
+static Status check_gain(const Tensor *gain, const char *name, int64_t width, int64_t all) {
+  if (gain->data && gain->count != width && gain->count != all)
+    return fail("Attention: %s has %lld elements, expected %lld or %lld", name,
+                (long long)gain->count, (long long)width, (long long)all);
+  return NULL;
+}
+
 static Status check(const Attention *op, const Tensor *in) {
   static const char *const names[] = {"qkv", "past_key", "past_value", "seqlens_k", "cosines",
                                       "sines"};
   static const size_t ranks[] = {3, 4, 4, 1, 2, 2};
-  for (int i = 0; i < 6; i++)
+  int rotated = in[COSINES].data || in[SINES].data, given = rotated ? QUERY_GAIN : COSINES;
+  for (int i = 0; i < given; i++)
     if (in[i].rank != ranks[i])
       return fail("Attention: %s has rank %zu, expected %zu", names[i], in[i].rank, ranks[i]);
-  const int64_t *qkv = in[0].dims, *key = in[1].dims, *value = in[2].dims;
+  const int64_t *qkv = in[QKV].dims, *key = in[KEY].dims, *value = in[VALUE].dims;
   int64_t batch = qkv[0], capacity = key[2], width = key[3] - (op->scaled ? 4 : 0);
-  if (in[1].type != op->type || in[2].type != op->type)
+  if (in[KEY].type != op->type || in[VALUE].type != op->type)
     return fail("Attention: past_key and past_value are not of the type that cache says");
   if (width < 16 || width % 16 || capacity % ROWS)
     return fail("Attention: capacity %lld and width %lld, expected multiples of 16",
@@ -221,21 +257,25 @@ static Status check(const Attention *op, const Tensor *in) {
   if (key[0] != batch || key[1] != op->kv_heads || memcmp(key, value, 4 * sizeof *key))
     return fail("Attention: past_key and past_value must be [%lld, %lld, capacity, columns]",
                 (long long)batch, (long long)op->kv_heads);
-  if (in[3].dims[0] != batch)
-    return fail("Attention: seqlens_k has %lld elements, expected %lld", (long long)in[3].dims[0],
-                (long long)batch);
-  for (int i = 4; i < 6; i++)
+  if (in[LENGTHS].dims[0] != batch)
+    return fail("Attention: seqlens_k has %lld elements, expected %lld",
+                (long long)in[LENGTHS].dims[0], (long long)batch);
+  int64_t positions = capacity;
+  for (int i = COSINES; i < given; i++) {
     if (in[i].dims[1] != width / 2)
       return fail("Attention: %s has %lld columns, expected %lld", names[i],
                   (long long)in[i].dims[1], (long long)(width / 2));
-  const int32_t *last = in[3].data;
+    if (in[i].dims[0] < positions) positions = in[i].dims[0];
+  }
+  const int32_t *last = in[LENGTHS].data;
   for (int64_t i = 0; i < batch; i++) {
     int64_t end = last[i] + (int64_t)1 > qkv[1] ? last[i] + (int64_t)1 : qkv[1];
-    if (last[i] < 0 || end > capacity || end > in[4].dims[0] || end > in[5].dims[0])
-      return fail("Attention: %lld positions, expected at most %lld (capacity) and %lld (rotations)",
-                  (long long)end, (long long)capacity, (long long)in[4].dims[0]);
+    if (last[i] < 0 || end > positions)
+      return fail("Attention: %lld positions, expected at most %lld, by a capacity of %lld and the "
+                  "rotations", (long long)end, (long long)positions, (long long)capacity);
   }
-  return NULL;
+  TRY(check_gain(&in[QUERY_GAIN], "query_gain", width, op->heads * width));
+  return check_gain(&in[KEY_GAIN], "key_gain", width, op->kv_heads * width);
 }
 
 static int64_t parts_for(int64_t work, int64_t most) {
@@ -267,8 +307,9 @@ static Status compute(void *self, void *context) {
   TRY(check(op, in));
   int64_t batch = in[0].dims[0], new = in[0].dims[1], columns = in[1].dims[3];
   int64_t width = columns - (op->scaled ? 4 : 0), rows = new * (op->heads / op->kv_heads);
-  Job job = {.op = op, .qkv = in[0].data, .last = in[3].data, .cosines = in[4].data,
-             .sines = in[5].data, .batch = batch, .new = new, .capacity = in[1].dims[2],
+  Job job = {.op = op, .qkv = in[QKV].data, .last = in[LENGTHS].data,
+             .cosines = in[COSINES].data, .sines = in[SINES].data,
+             .query_gain = &in[QUERY_GAIN], .key_gain = &in[KEY_GAIN], .batch = batch, .new = new, .capacity = in[1].dims[2],
              .width = width, .tile = tile_for(op, rows, width),
              .scale = op->scale != 0 ? op->scale : 1 / sqrtf((float)width),
              .block_bytes = ROWS * columns * op->size};
@@ -293,7 +334,9 @@ static Status compute(void *self, void *context) {
   int split = tiles < FEW_TILES && job.chunks > 1;
   int64_t units = split ? tiles * job.chunks : tiles;
   job.state_floats = up_to(queries * (width + 2), ROWS);
-  job.work_floats = 2 * job.state_floats + CHUNK * queries; /* more than append needs */
+  int64_t append_floats = (op->heads + 2) * width;
+  job.work_floats = 2 * job.state_floats + CHUNK * queries;
+  if (job.work_floats < append_floats) job.work_floats = up_to(append_floats, ROWS);
   int64_t q_floats = up_to(tiles * queries * width, ROWS);
   int64_t states_floats = split ? units * job.state_floats : 0;
   int64_t work = 2 * tiles * queries * width * (seen - new / 2);
@@ -336,8 +379,10 @@ static Status create(const CustomOp *self, const void *api, const void *info, vo
   if (!op) return fail("Attention: out of memory");
   op->heads = heads, op->kv_heads = kv_heads, op->window = window;
   op->scale = attribute_float(info, "scale", 0);
+  op->epsilon = attribute_float(info, "epsilon", 1e-5f);
   op->type = caches[kind].type, op->size = caches[kind].size, op->scaled = caches[kind].scaled;
   const char *variant = leangen_kernels_variant(NULL);
+  op->rms_norm = leangen_kernels_find(variant, "rms_norm");
   op->rotate = leangen_kernels_find(variant, "rotate");
   op->merge = leangen_kernels_find(variant, "merge");
   op->finish = leangen_kernels_find(variant, "finish");
@@ -372,6 +417,9 @@ static int input_type(const CustomOp *op, size_t index) {
 static int output_type(const CustomOp *op, size_t index) {
   return (void)op, index ? ANY_TYPE : TENSOR_FLOAT;
 }
+static int characteristic(const CustomOp *op, size_t index) {
+  return (void)op, index < COSINES ? REQUIRED : OPTIONAL;
+}
 static size_t inputs(const CustomOp *op) { return (void)op, INPUTS; }
 static size_t outputs(const CustomOp *op) { return (void)op, 3; }
 
@@ -382,6 +430,6 @@ const CustomOp attention_op = {
     .input_count = inputs,
     .output_type = output_type,
     .output_count = outputs,
-    .input_characteristic = op_none,
+    .input_characteristic = characteristic,
     .infer_shape = infer,
 };

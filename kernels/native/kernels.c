@@ -92,8 +92,11 @@ const char *leangen_kernels_variant(const char **reason) {
 }
 
 void *leangen_kernels_find(const char *variant, const char *name) {
-  for (size_t i = 0; i < ENTRIES; i++)
-    if (!strcmp(entries[i].variant, variant) && !strcmp(entries[i].name, name))
-      return cpu_runs(variant) ? (void *)entries[i].function : NULL;
+  for (size_t i = 0; i < ENTRIES; i++) {
+    if (strcmp(entries[i].name, name) || strcmp(entries[i].variant, variant)) continue;
+    /* Asking the CPU again would cost a virtual machine an exit each time. */
+    int runs = (chosen && !strcmp(variant, chosen)) || cpu_runs(variant);
+    return runs ? (void *)entries[i].function : NULL;
+  }
   return NULL;
 }

@@ -9,9 +9,9 @@
  *   -> y      float [..., outputs]
  *
  * Attributes: k, n (rows of the weights), form (a name of layout.FORMS), activations ("int8" or
- * "fp32"), norm ("rms" or "layer"), epsilon (of the norm), activation (none, "gelu", "gelu_tanh"),
- * gated: 1 where rows of gate and up stand by turns of 16, the output is silu(gate) * up + bias,
- * and `outputs` is n / 2 instead of n.
+ * "fp32"), norm ("rms" or "layer"), epsilon (of the norm), activation (none, "gelu", "gelu_tanh",
+ * "relu"), gated: 1 where rows of gate and up stand by turns of 16, the output is silu(gate) * up +
+ * bias (or gelu_tanh(gate), where that is the activation) and `outputs` is n / 2 instead of n.
  *
  * ArgmaxLinear: the largest of norm(x) w^T + bias of each row, without its n products in memory.
  *
@@ -51,7 +51,7 @@ typedef struct {
   row_fn pack_row;
   rms_norm_fn rms_norm; /* one of these */
   layer_norm_fn layer_norm;
-  elementwise_fn add, silu_multiply;
+  elementwise_fn add, gate;
   activate_fn activate;   /* NULL: none */
   linear_fn tiles[TILES]; /* of 1, 2, 4, 8 tokens; NULL where there is none */
 } Linear;
@@ -84,6 +84,8 @@ static const struct form {
     {"q4_min_wide", "q4_min", 4, 1, 1, 32, 0},
     {"q8", "q8", 8, 0, 0, 32, 0},
     {"q8_wide", "q8", 8, 0, 1, 32, 0},
+    {"q8_min", "q8_min", 8, 1, 0, 32, 0},
+    {"q8_min_wide", "q8_min", 8, 1, 1, 32, 0},
     {"q4_g16", "q4_g16", 4, 0, 0, 16, 0},
     {"q4_g16_wide", "q4_g16", 4, 0, 1, 16, 0},
     {"q4_min_g16", "q4_min_g16", 4, 1, 0, 16, 0},
@@ -114,7 +116,7 @@ static Status choose_word(const void *info, const char *name, const char *const 
 static Status create(const CustomOp *self, const void *api, const void *info, void **kernel) {
   (void)api;
   static const char *const kinds[] = {"int8", "fp32", NULL}, *const norms[] = {"rms", "layer", NULL};
-  static const char *const activations[] = {"none", "gelu", "gelu_tanh", NULL};
+  static const char *const activations[] = {"none", "gelu_tanh", "gelu", "relu", NULL};
   char form_name[32], name[64];
   int floats, layer, activation, argmax = self == &argmax_linear_op;
   attribute_string(info, "form", form_name, sizeof form_name);
@@ -132,13 +134,15 @@ static Status create(const CustomOp *self, const void *api, const void *info, vo
   if (gated && n % (2 * ROWS))
     return fail("Linear: gated with n %lld, expected a multiple of 32", (long long)n);
   if (argmax && (gated || activation)) return fail("ArgmaxLinear: takes no gate and no activation");
-  if (gated && activation) return fail("Linear: gated has an activation of its own");
+  if (gated && activation > 1)
+    return fail("Linear: gated with activation '%s', expected none (SiLU) or gelu_tanh",
+                activations[activation]);
 
   Linear *op = calloc(1, sizeof *op);
   if (!op) return fail("Linear: out of memory");
   op->k = k, op->n = n, op->gated = gated != 0, op->wide = form->wide, op->argmax = argmax;
   op->outputs = gated ? n / 2 : n;
-  op->center = form->minimum || form->table ? 0 : 1 << (form->bits - 1);
+  op->center = form->table || (form->minimum && form->bits == 4) ? 0 : 1 << (form->bits - 1);
   op->blocks = up_to(k, form->block) / form->block, op->groups = up_to(n, ROWS) / ROWS;
   op->block_bytes = ROWS * form->block * form->bits / 8 +
                     ROWS * (2 << form->wide) * (1 + form->minimum);
@@ -153,8 +157,8 @@ static Status create(const CustomOp *self, const void *api, const void *info, vo
   else
     op->rms_norm = leangen_kernels_find(variant, "rms_norm");
   op->add = leangen_kernels_find(variant, "add");
-  op->silu_multiply = leangen_kernels_find(variant, "silu_multiply");
-  if (activation) op->activate = leangen_kernels_find(variant, activations[activation]);
+  op->gate = leangen_kernels_find(variant, activation ? "gelu_tanh_multiply" : "silu_multiply");
+  if (activation && !gated) op->activate = leangen_kernels_find(variant, activations[activation]);
   for (int i = 0; i < TILES; i++) {
     snprintf(name, sizeof name, "%s_%s_%d", kinds[floats], form->kernel, 1 << i);
     op->tiles[i] = leangen_kernels_find(variant, name);
@@ -227,7 +231,7 @@ static void multiply(void *given, size_t part) {
     for (int64_t i = 0; i < tokens; i++) {
       int64_t row = op->argmax ? (int64_t)work + out_stride * i : y + stride * i + 4 * from;
       if (op->gated)
-        CALL_KERNEL(op->silu_multiply, (int64_t)work + out_stride * i, row, width);
+        CALL_KERNEL(op->gate, (int64_t)work + out_stride * i, row, width);
       if (job->bias) CALL_KERNEL(op->add, (int64_t)(job->bias + 4 * from), row, width);
       if (op->activate) CALL_KERNEL(op->activate, row, width);
       if (job->residual) {

@@ -17,7 +17,8 @@ def declare(add: Callable[..., argparse.ArgumentParser]) -> None:
     sub = add(
         "export",
         run,
-        "Turn a GGUF, a folder of transformers, a Piper voice, a pzflow file, a plain ONNX or a"
+        "Turn a GGUF, a folder of transformers or diffusers, one of ONNX by optimum or"
+        " onnxruntime-genai, a CTranslate2 Whisper, a Piper voice, a pzflow file, a plain ONNX or a"
         " torch module of your own into a bundle",
         "leangen export voice.onnx -o my-voice; leangen export flow.py:make -o my-flow --check",
     )
@@ -35,7 +36,7 @@ def declare(add: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument(
         "--check",
         action="store_true",
-        help="transformers, torch modules: compare with torch; exit 2 if it differs",
+        help="transformers, diffusers, torch modules: compare with torch; exit 2 if it differs",
     )
     sub.add_argument("--weights", type=Path, metavar="FILE", help="torch module: its .safetensors")
     sub.add_argument(

@@ -71,7 +71,8 @@ def speculate(sub: argparse._ActionsContainer, default: int | None = None) -> No
 def request_options(sub: argparse.ArgumentParser) -> None:
     """Every option defaults to None: what is not given is the family's or the model's default."""
     group = sub.add_argument_group("what to generate")
-    group.add_argument("--prompt", help="text to continue, or to speak")
+    group.add_argument("--prompt", help="text to continue, to speak or to draw")
+    group.add_argument("--negative-prompt", help="diffusion: what to keep away from")
     group.add_argument("--seed", type=int)
     group.add_argument("--chat", action="store_true", help="language: through the chat template")
     group.add_argument("--max-new-tokens", type=int)
@@ -110,16 +111,28 @@ def request_options(sub: argparse.ArgumentParser) -> None:
     group.add_argument("--seconds", type=float, help="sound: how much to make")
     group.add_argument("--count", type=int, help="samples or images to draw")
     group.add_argument("--data", help="flow: rows (.npy, .csv) whose log-density is wanted")
-    group.add_argument("--steps", type=int, help="diffusion steps")
+    group.add_argument(
+        "--steps", type=_steps, help="diffusion steps; auto: as few as draw the same, measured once"
+    )
+    group.add_argument(
+        "--reuse", type=int, metavar="N", help="diffusion: the UNet's inner levels every N steps"
+    )
     group.add_argument("--sampler", help="diffusion: ddim, heun, dpmpp_2m, unipc, ...")
     group.add_argument("--guidance", type=float, metavar="SCALE", help="diffusion: 1 is none")
     group.add_argument("--guidance-rescale", type=float, metavar="SHARE", help="diffusion: 0 to 1")
-    group.add_argument("--image", metavar="FILE", help="diffusion: start from; encoder: encode")
+    group.add_argument(
+        "--image", metavar="FILE", help="diffusion: start from, or enlarge; encoder: encode"
+    )
     group.add_argument("--latent", metavar="FILE", help="one-shot decoder: .npy in place of noise")
     group.add_argument("--strength", type=float, help="diffusion: how far to leave --image, 0 to 1")
     group.add_argument("--mask", metavar="FILE", help="diffusion: white where to paint anew")
     group.add_argument(
-        "--condition", dest="conditions", action="append", type=_condition, metavar="NAME=VALUE"
+        "--condition",
+        dest="conditions",
+        action="append",
+        type=_condition,
+        metavar="NAME=VALUE",
+        help="diffusion: `class=3`, `class=otter`, `crop=0,0`; may be repeated",
     )
     group.add_argument(
         "--input",
@@ -136,7 +149,7 @@ _REQUEST_FIELDS = (
     *("ignore_eos", "phonemes", "phoneme_ids", "length_scale", "noise_scale", "count", "data"),
     *("steps", "conditions", "min_p", "presence_penalty", "frequency_penalty", "logit_bias", "n"),
     *("beams", "logprobs", "regex", "speculate", "sampler", "guidance", "guidance_rescale"),
-    "latent",
+    *("latent", "negative_prompt", "reuse"),
     *("image", "strength", "mask", "audio", "language", "task", "seconds"),
 )
 
@@ -165,9 +178,18 @@ def _file(option: str, path: str) -> str:
         raise RequestError(f"cannot read {option} {path}: {error}") from None
 
 
-def _condition(text: str) -> tuple[str, float]:
+def _steps(text: str) -> int | str:
+    return text if text == "auto" else int(text)
+
+
+def _condition(text: str) -> tuple[str, Any]:
+    """A number, several with commas between, or a name."""
     name, _, value = text.partition("=")
-    return name, float(value)
+    try:
+        numbers = [float(part) for part in value.split(",")]
+    except ValueError:
+        return name, value
+    return name, numbers if len(numbers) > 1 else numbers[0]
 
 
 def _named(text: str) -> tuple[str, str | int | float]:

@@ -22,9 +22,11 @@ from leangen.bundle import Bundle
 from leangen.errors import RequestError, SourceError
 
 if TYPE_CHECKING:
-    from leangen.exporters import torch_check, transformers_check
+    from leangen.exporters import diffusers_check, torch_check, transformers_check
 
-    Difference: TypeAlias = "transformers_check.Difference | torch_check.Difference"
+    Difference: TypeAlias = (
+        "transformers_check.Difference | torch_check.Difference | diffusers_check.Difference"
+    )
 
 EXPORTERS = {
     "torch": "leangen.exporters.torch_module",
@@ -32,6 +34,7 @@ EXPORTERS = {
     "piper": "leangen.exporters.piper",
     "pzflow": "leangen.exporters.pzflow",
     "onnx": "leangen.exporters.onnx_file",
+    "diffusers": "leangen.exporters.diffusers_folder",
     "annalog": "leangen.exporters.annalog",
     "onnx-lm": "leangen.exporters.onnx_lm",
     "ctranslate2": "leangen.exporters.ctranslate2",

@@ -87,21 +87,30 @@ class GraphWriter:
             tensor.raw_data = np.ascontiguousarray(array).tobytes()
         return name
 
+    def append(self, nodes: Sequence[onnx.NodeProto]) -> None:
+        """Add nodes that are made already."""
+        self._nodes += nodes
+
     def save(
-        self, inputs: Sequence[onnx.ValueInfoProto], outputs: Sequence[onnx.ValueInfoProto]
-    ) -> None:
-        """Write the graph; its weights are written already."""
+        self,
+        inputs: Sequence[onnx.ValueInfoProto],
+        outputs: Sequence[onnx.ValueInfoProto],
+        *,
+        opset: int = OPSET,
+    ) -> Path:
+        """Write the graph, whose weights are written already; returns its path."""
         graph = helper.make_graph(self._nodes, self.path.stem, inputs, outputs, self._initializers)
         model = helper.make_model(
             graph,
             producer_name="leangen",
             ir_version=10,
             opset_imports=[
-                helper.make_opsetid("", OPSET),
+                helper.make_opsetid("", opset),
                 helper.make_opsetid("com.microsoft", 1),
             ],
         )
         self.path.write_bytes(model.SerializeToString())
+        return self.path
 
     def _tensor(self, name: str, array: Array) -> onnx.TensorProto:
         tensor = TensorProto(

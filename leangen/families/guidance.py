@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from leangen.errors import RequestError
+from leangen.families import imaging
 
 Array = np.ndarray[Any, Any]
 Feeds = Mapping[str, Array]
@@ -49,30 +50,41 @@ def combine(conditional: Array, unconditional: Array, scale: float, rescale: flo
     return guided
 
 
+def wanted(config: Mapping[str, Any], scale: float | None) -> float | None:
+    """The scale to guide by, None for no guidance; `scale` None is the model's default."""
+    chosen = config.get("guidance") if scale is None else scale
+    return None if chosen == 1 else chosen
+
+
+def unconditional(config: Mapping[str, Any]) -> dict[str, Array]:
+    """Feeds of the conditions that name an `unconditional` value: those to be guided by."""
+    return {
+        entry.get("input", name): imaging.fill(entry, entry["unconditional"])
+        for name, entry in config.get("conditions", {}).items()
+        if entry.get("unconditional") is not None
+    }
+
+
 def plan(
     config: Mapping[str, Any],
     scale: float | None,
     rescale: float,
+    free: Feeds,
     inputs: Mapping[str, list[int | str | None]],
 ) -> Guidance | None:
     """The guidance a request asks for, None for none; `scale` None is the model's default.
 
-    Conditions that name an `unconditional` value are the ones guided by. `inputs` are the graph's
-    shapes: where all leave their first dimension open, both answers come from one batch. Raises
-    RequestError where there is no such condition.
+    `free` are the feeds that tell the model nothing. `inputs` are the graph's shapes: where all
+    leave their first dimension open, both answers come from one batch. Raises RequestError where
+    there is nothing to guide by.
     """
-    chosen = config.get("guidance") if scale is None else scale
-    free = {
-        name: np.full(entry["shape"], entry["unconditional"], entry["dtype"])
-        for name, entry in config.get("conditions", {}).items()
-        if entry.get("unconditional") is not None
-    }
+    chosen = wanted(config, scale)
+    if chosen is None:
+        return None
     if scale is not None and not free:
         raise RequestError(
             f"guidance is {scale:g}, but no condition of this model has an unconditional value "
             f"(its conditions: {', '.join(config.get('conditions', {})) or 'none'}): leave it out"
         )
-    if chosen is None or chosen == 1:
-        return None
     batched = all(shape and not isinstance(shape[0], int) for shape in inputs.values())
     return Guidance(chosen, rescale, free, batched)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,40 +40,79 @@ def smooth_noise(
     return fine[None].astype(np.float32)
 
 
-def condition_feeds(config: Mapping[str, Any], chosen: Mapping[str, float]) -> dict[str, Array]:
+def condition_feeds(config: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Array]:
     """Feeds of the conditions, the model's defaults where none is chosen.
 
-    `config["conditions"]` maps a name to `min`, `max`, `default`, `shape` and `dtype`. Raises
-    RequestError for a condition that the model lacks and for a value out of its range.
+    `config["conditions"]` maps a name to `min`, `max`, `default`, `shape` and `dtype`, and perhaps
+    to the graph's `input` if that is called otherwise and to `names` of its values. A value is a
+    number, a name, or as many numbers as the input takes. Raises RequestError for a condition that
+    the model lacks and for a value out of its range.
     """
     known = config.get("conditions", {})
-    for name, value in chosen.items():
+    for name in chosen:
         if name not in known:
             raise RequestError(
                 f"condition {name!r} is unknown: expected one of {', '.join(known) or 'none'}"
             )
-        low, high = known[name].get("min"), known[name].get("max")
-        if not isinstance(value, int | float) or not np.isfinite(value):
-            raise RequestError(f"condition {name} is {value!r}, expected a number")
-        if (low is not None and value < low) or (high is not None and value > high):
-            ends = [end for end in (low, high) if end is not None]
-            span = " to ".join(f"{end:g}" for end in ends)
-            if len(ends) == 1:
-                span += " or more" if high is None else " or less"
-            raise RequestError(f"condition {name} is {value:g}, expected {span}")
     return {
-        name: np.full(entry["shape"], chosen.get(name, entry["default"]), entry["dtype"])
+        entry.get("input", name): fill(entry, _condition(name, entry, chosen.get(name)))
         for name, entry in known.items()
     }
 
 
-def spread_conditions(config: Mapping[str, Any], share: float) -> dict[str, float]:
+def fill(entry: Mapping[str, Any], value: Any) -> Array:
+    """A condition's input with this value, or these values, for one sample."""
+    return np.broadcast_to(np.asarray(value, entry["dtype"]), entry["shape"]).copy()
+
+
+def _condition(name: str, entry: Mapping[str, Any], value: Any) -> Any:
+    """A condition's value as numbers, checked."""
+    if value is None:
+        return entry["default"]
+    if isinstance(value, str):
+        names = entry.get("names") or {}
+        if value not in names:
+            near = difflib.get_close_matches(value, names, n=3, cutoff=0.4) or list(names)[:3]
+            hint = f", such as {', '.join(near)}" if near else ""
+            raise RequestError(
+                f"condition {name} is {value!r}, expected a number"
+                f"{' or one of its names' if names else ''}{hint}"
+            )
+        return names[value]
+    several = isinstance(value, list | tuple)
+    if several and len(value) != int(np.prod(entry["shape"])):
+        raise RequestError(
+            f"condition {name} is {value!r}, expected a number or {int(np.prod(entry['shape']))}"
+        )
+    for each in value if several else [value]:
+        _check_number(name, entry, each)
+    return value
+
+
+def _check_number(name: str, entry: Mapping[str, Any], value: Any) -> None:
+    low, high = entry.get("min"), entry.get("max")
+    if not isinstance(value, int | float) or not np.isfinite(value):
+        raise RequestError(f"condition {name} is {value!r}, expected a number")
+    if (low is not None and value < low) or (high is not None and value > high):
+        ends = [end for end in (low, high) if end is not None]
+        span = " to ".join(f"{end:g}" for end in ends)
+        if len(ends) == 1:
+            span += " or more" if high is None else " or less"
+        raise RequestError(f"condition {name} is {value:g}, expected {span}")
+
+
+def spread_conditions(config: Mapping[str, Any], share: float) -> dict[str, Any]:
     """A value for each condition that has a range, at `share` of it: what calibration visits."""
     return {
-        name: entry["min"] + share * (entry["max"] - entry["min"])
+        name: _between(entry, share)
         for name, entry in config.get("conditions", {}).items()
         if entry.get("min") is not None and entry.get("max") is not None
     }
+
+
+def _between(entry: Mapping[str, Any], share: float) -> float:
+    value: float = entry["min"] + share * (entry["max"] - entry["min"])
+    return round(value) if np.dtype(entry["dtype"]).kind in "iu" else value
 
 
 def images(samples: list[Array]) -> Array:

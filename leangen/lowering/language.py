@@ -1,9 +1,11 @@
 """What stands around `Linear` in a decoder, drawn into it; and `Attention`.
 
-norm -> Linear                      Linear with a gain
+norm -> Linear                      Linear with a gain, of a layer norm with a shift
+Linear + bias                       Linear with a bias
+Linear -> GELU or ReLU              Linear with an activation
 Linear + residual                   Linear with a residual
-Linear -> split -> silu(gate) * up  Linear, gated
-GroupQueryAttention                 Attention, whose key cache has an order of its own
+Linear -> split -> silu(gate) * up  Linear, gated, also by gelu_tanh
+GroupQueryAttention                 see `attention`
 """
 
 from __future__ import annotations
@@ -13,10 +15,12 @@ from leangen_kernels import layout
 from onnx import NodeProto
 
 from leangen.graph_edit import attributes
+from leangen.lowering import attention
 from leangen.lowering.draft import Draft, options_are, set_option
 from leangen.lowering.rows import keep_batched
 
-X, WEIGHTS, GAIN, BIAS, RESIDUAL = range(5)  # inputs of Linear
+X, WEIGHTS, GAIN, BIAS, RESIDUAL, SHIFT = range(6)  # inputs of Linear
+_NORMS = ("SimplifiedLayerNormalization", "RMSNormalization", "LayerNormalization")
 
 
 def rewrite(graph: Draft) -> int:
@@ -25,12 +29,15 @@ def rewrite(graph: Draft) -> int:
         return 0
     graph.prune()
     for node in graph.all("Linear"):
+        _bias(graph, node)
         _gate(graph, node)
-    for node in graph.all("SkipSimplifiedLayerNormalization"):
+        _activation(graph, node)
+    for node in graph.all("SkipSimplifiedLayerNormalization", "SkipLayerNormalization"):
         _split_skip(graph, node)
-    for node in graph.all("SimplifiedLayerNormalization", "RMSNormalization"):
+    for node in graph.all(*_NORMS):
         _norm(graph, node)
-    replaced = [_attention(graph, node) for node in graph.all("GroupQueryAttention")]
+    replaced = [attention.replace(graph, node) for node in graph.all("GroupQueryAttention")]
+    graph.prune()
     keep_batched(graph)
     return sum(replaced)
 
@@ -40,7 +47,9 @@ def _split_skip(graph: Draft, node: NodeProto) -> None:
 
     An Add on its own stays: it may broadcast, which a residual does not.
     """
-    x, residual, gain, *bias = node.input
+    layer = node.op_type == "SkipLayerNormalization"
+    x, residual, gain, *more = node.input
+    shift, bias = more[:layer], more[layer:]
     y, mean, variance, total = [*node.output, "", "", ""][:4]
     if any(bias) or mean or variance:
         return
@@ -48,8 +57,9 @@ def _split_skip(graph: Draft, node: NodeProto) -> None:
     graph.remove(node)
     if not any(_residual(graph, *pair, total) for pair in ((x, residual), (residual, x))):
         graph.put("Add", f"{node.name}/add", [x, residual], [total], domain="")
+    norm = "LayerNormalization" if layer else "SimplifiedLayerNormalization"
     graph.put(
-        "SimplifiedLayerNormalization", node.name, [total, gain], [y],
+        norm, node.name, [total, gain, *filter(None, shift)], [y],
         domain="", axis=-1, epsilon=epsilon,
     )  # fmt: skip
 
@@ -67,6 +77,34 @@ def _residual(graph: Draft, product: str, residual: str, total: str) -> bool:
     return True
 
 
+def _bias(graph: Draft, linear: NodeProto) -> None:
+    """Draw a constant that is added to every row into the `Linear` that makes the rows."""
+    product = linear.output[0]
+    add = graph.only_reader(product, "Add")
+    if add is None or linear.input[BIAS] or linear.input[RESIDUAL] or add.input[0] == add.input[1]:
+        return
+    bias = next(name for name in add.input if name != product)
+    if not graph.has(bias) or graph.shape(bias) != (attributes(linear)["n"],):
+        return
+    graph.remove(linear, add)
+    linear.input[BIAS], linear.output[0] = bias, add.output[0]
+    graph.add_node(linear)
+
+
+def _activation(graph: Draft, linear: NodeProto) -> None:
+    """Draw an activation into the `Linear` before it."""
+    node = graph.only_reader(linear.output[0], "Gelu", "Relu")
+    if node is None or linear.input[RESIDUAL] or attributes(linear)["gated"]:
+        return
+    if node.op_type == "Gelu" and not options_are(node, approximate=(b"none", b"tanh")):
+        return
+    tanh = attributes(node).get("approximate") == b"tanh"
+    graph.remove(linear, node)
+    set_option(linear, "activation", "gelu_tanh" if tanh else node.op_type.lower())
+    linear.output[0] = node.output[0]
+    graph.add_node(linear)
+
+
 def _gate(graph: Draft, linear: NodeProto) -> None:
     """Draw silu(first half) * second half into the `Linear` that makes both halves."""
     n = attributes(linear)["n"]
@@ -75,34 +113,37 @@ def _gate(graph: Draft, linear: NodeProto) -> None:
         return
     sizes = graph.values(split.input[1]) if len(split.input) > 1 else [n // 2, n // 2]
     gate, up = split.output
-    silu, product = graph.only_reader(gate, "QuickGelu"), graph.only_reader(up, "Mul")
+    curve = graph.only_reader(gate, "QuickGelu", "Gelu")
+    product = graph.only_reader(up, "Mul")
     if (
         attributes(split).get("axis", 0) != -1
         or sizes != [n // 2, n // 2]
-        or silu is None
-        or not options_are(silu, alpha=1.0)
+        or curve is None
+        or not (options_are(curve, alpha=1.0) or attributes(curve) == {"approximate": b"tanh"})
         or product is None
-        or graph.only_reader(silu.output[0]) is not product
-        or set(product.input) != {silu.output[0], up}
+        or graph.only_reader(curve.output[0]) is not product
+        or set(product.input) != {curve.output[0], up}
     ):
         return
-    graph.remove(linear, split, silu, product)
+    graph.remove(linear, split, curve, product)
     # Rows stand in groups of 16, each one stretch of bytes: taking turns is moving groups.
     packed = graph.array(linear.input[WEIGHTS])
     groups = packed.reshape(2, n // 2 // layout.ROWS, -1).swapaxes(0, 1)
     linear.input[WEIGHTS] = graph.add(f"{linear.name}/gated", np.ascontiguousarray(groups).ravel())
     set_option(linear, "gated", 1)
+    if curve.op_type == "Gelu":
+        set_option(linear, "activation", "gelu_tanh")
     linear.output[0] = product.output[0]
     graph.add_node(linear)
 
 
 def _norm(graph: Draft, norm: NodeProto) -> None:
-    """Draw an RMS norm into the `Linear`s that read it, if nothing else does."""
-    y, options = norm.output[0], attributes(norm)
+    """Draw a norm into the `Linear`s that read it, if nothing else does."""
+    y, options, layer = norm.output[0], attributes(norm), norm.op_type == "LayerNormalization"
     readers = graph.consumers(y)
     if (
         graph.is_output(y)
-        or not graph.has(norm.input[1])
+        or not all(map(graph.has, norm.input[1:]))
         or options.get("axis", -1) != -1
         or any(norm.output[1:])
         or any(
@@ -111,48 +152,14 @@ def _norm(graph: Draft, norm: NodeProto) -> None:
         )
     ):
         return
+    x, gain, *shift = norm.input
+    if layer and not shift:
+        shift = [graph.add(f"{norm.name}/shift", np.zeros(graph.shape(gain), np.float32))]
     graph.remove(norm, *readers)
     for linear in readers:
-        linear.input[X], linear.input[GAIN] = norm.input[:2]
+        linear.input[X], linear.input[GAIN] = x, gain
         set_option(linear, "epsilon", options.get("epsilon", 1e-5))
+        if layer:
+            linear.input[SHIFT] = shift[0]
+            set_option(linear, "norm", "layer")
         graph.add_node(linear)
-
-
-def _attention(graph: Draft, node: NodeProto) -> bool:
-    inputs: list[str] = [*node.input, *[""] * 9]
-    qkv, key, value, past_key, past_value, lengths, _, cosines, sines = inputs[:9]
-    options = attributes(node)
-    heads, kv_heads = options["num_heads"], options["kv_num_heads"]
-    window = options.get("local_window_size", -1)
-    known = options_are(
-        node, num_heads=heads, kv_num_heads=kv_heads, local_window_size=window, do_rotary=1,
-        rotary_interleaved=0, scale=options.get("scale", 0.0), softcap=0.0, smooth_softmax=(0, -1),
-        qk_output=0, k_quant_type=b"NONE", v_quant_type=b"NONE", kv_cache_bit_width=0,
-    )  # fmt: skip
-    if not known or options.get("do_rotary", 0) != 1 or key or value or any(inputs[9:]):
-        return False
-    if not (graph.has(cosines) and graph.has(sines)):
-        return False
-    caches = [(past_key, node.output[1]), (past_value, node.output[2])]
-    if (
-        not all(
-            graph.is_input(past)
-            and graph.is_output(present)
-            and len(graph.consumers(past)) == 1
-            # a cache that is stated to grow is not appended to in place
-            and graph.stated_shape(present) in ([], graph.stated_shape(past))
-            for past, present in caches
-        )
-        or any(node.output[3:])
-    ):
-        return False
-    width = 2 * graph.shape(cosines)[1]
-    if width % layout.ROWS or graph.stated_shape(past_key)[-1] != width:
-        return False
-    graph.remove(node)
-    graph.put(
-        "Attention", node.name, [qkv, past_key, past_value, lengths, cosines, sines],
-        list(node.output[:3]), heads=heads, kv_heads=kv_heads,
-        window=max(window, 0), scale=options.get("scale", 0.0),
-    )  # fmt: skip
-    return True

@@ -1,6 +1,7 @@
-"""`Linear` in place of low-bit matrix products of three forms, weights packed for the kernels.
+"""`Linear` in place of low-bit matrix products of four forms, weights packed for the kernels.
 
     MatMulNBits                                 4 or 8 bits, with or without zero points
+    MatMulBnb4                                  nf4 and fp4
     MatMulNBits + blocksum(x) @ offsets         what `exporters/llm_graph.py` writes for Q4_1, Q4_K
     MatMul of weights that ORT would unpack     what `treatments` calls w8 and w4
 
@@ -28,6 +29,7 @@ INT8_LEVEL = 4  # MatMulNBits' accuracy_level that rounds activations
 def rewrite(graph: Draft) -> int:
     """Replace what matches; a matrix that no layout holds stays with ORT."""
     replaced = [_from_nbits(graph, node) for node in graph.all("MatMulNBits")]
+    replaced += [_from_bnb(graph, node) for node in graph.all("MatMulBnb4")]
     replaced += [_from_unpacked(graph, node) for node in graph.all("MatMul")]
     return sum(replaced)
 
@@ -52,7 +54,7 @@ def _from_nbits(graph: Draft, node: NodeProto) -> bool:
     offset = None if zeros else _offset(graph, node, k, size)
     if offset is not None:
         gemm, offsets = offset
-        minima = _without_center(offsets, scale, 1 << (bits - 1))
+        minima = offsets if bits == 8 else _without_center(offsets, scale, 1 << (bits - 1))
         whole = replace(weights, minima=_per_block(minima, k, size))
         if put(graph, [node, gemm], x, bias, gemm.output[0], whole, activations):
             return True
@@ -67,12 +69,32 @@ def _per_block(values: Array | None, k: int, size: int) -> Any:
 
 
 def _minima(graph: Draft, zeros: str, scale: Array, bits: int) -> Array:
-    """What a code of 0 stands for, by packed or float zero points."""
+    """What the layout's center stands for, by packed or float zero points: 0, at 8 bits 128."""
     zero = graph.array(zeros)
     if zero.dtype == np.uint8 and bits == 4:
         zero = np.stack([zero & 15, zero >> 4], axis=-1)
     points: Array = zero.reshape(scale.shape[0], -1)[:, : scale.shape[1]]
-    return -points.astype(np.float32) * scale
+    return (np.float32(128 if bits == 8 else 0) - points.astype(np.float32)) * scale
+
+
+_TABLES = {0: "fp4_wide", 1: "nf4_wide"}  # by MatMulBnb4's quant_type
+
+
+def _from_bnb(graph: Draft, node: NodeProto) -> bool:
+    options = attributes(node)
+    n, k, size = options["N"], options["K"], options["block_size"]
+    x, codes, scales = node.input
+    if not (graph.has(codes) and graph.has(scales)) or k % size or options.get("transB", 1) != 1:
+        return False
+    pairs = graph.array(codes)  # of the whole matrix, the first of two in the high bits
+    q = np.stack([pairs >> 4, pairs & 15], axis=-1).reshape(n, k)
+    scale = graph.array(scales).reshape(n, -1).astype(np.float32)
+    try:
+        packed = layout.pack(layout.FORMS[form := _TABLES[options["quant_type"]]], q, scale)
+    except ValueError:
+        return False
+    _put(graph, [node], x, "", node.output[0], packed, form=form, n=n, k=k, activations="fp32")
+    return True
 
 
 def _offset(graph: Draft, node: NodeProto, k: int, size: int) -> tuple[NodeProto, Array] | None:
@@ -125,16 +147,31 @@ def put(
     activations: str,
 ) -> bool:
     """Put a `Linear` in place of nodes; False, with nothing changed, when no layout fits."""
-    try:
-        form = layout.form_for(weights.bits, weights.scales, weights.minima)
-        packed = layout.pack(form, weights.codes, weights.scales, weights.minima)
-    except ValueError:
-        return False
+    for block in (layout.BLOCK, 16):
+        try:
+            form = layout.form_for(weights.bits, weights.scales, weights.minima, block)
+            packed = layout.pack(form, weights.codes, weights.scales, weights.minima)
+        except ValueError:
+            continue
+        n, k = weights.codes.shape
+        _put(
+            graph, replaced, x, bias, output, packed,
+            form=form.name, n=n, k=k, activations=activations,
+        )  # fmt: skip
+        return True
+    return False
+
+
+def _put(
+    graph: Draft,
+    replaced: list[NodeProto],
+    x: str,
+    bias: str,
+    output: str,
+    packed: Array,
+    **options: Any,
+) -> None:
     name = replaced[0].name
-    n, k = weights.codes.shape
+    inputs = [x, graph.add(f"{name}/packed", packed), "", bias, "", ""]
     graph.remove(*replaced)
-    graph.put(
-        "Linear", name, [x, graph.add(f"{name}/packed", packed), "", bias, ""], [output],
-        form=form.name, n=n, k=k, activations=activations, gated=0,
-    )  # fmt: skip
-    return True
+    graph.put("Linear", name, inputs, [output], **options, gated=0)

@@ -94,13 +94,13 @@ def _is_attended(graph: Draft, tensor: str) -> bool:
 
 
 def _width(graph: Draft, tensor: str) -> int | None:
-    """The last dimension of what attention, a slice of it or a `Linear` makes, or None."""
-    node = graph.producer(tensor, "Attention", "Linear", "Slice", "Reshape")
+    """The last dimension of what attention or a `Linear` makes, or of a slice or a sum; or None."""
+    node = graph.producer(tensor, "Attention", "Linear", "Slice", "Reshape", "Add")
     if node is None:
         return None
     options = attributes(node)
     if node.op_type == "Attention":
-        return int(options["heads"]) * 2 * graph.shape(node.input[4])[1]
+        return int(options["heads"]) * int(graph.stated_shape(node.input[1])[-1])
     if node.op_type == "Linear":
         return int(options["n"]) // (2 if options["gated"] else 1)
     if node.op_type == "Slice" and graph.values(node.input[3]) != [1]:

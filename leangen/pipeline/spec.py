@@ -100,7 +100,14 @@ def _input(path: Path, name: str, entry: Any) -> Input:
     if not isinstance(entry, dict):
         raise RequestError(f"{path}: inputs.{name} is {entry!r}, expected {{ about = '...' }}")
     _only(path, entry, _INPUT_KEYS, f"inputs.{name}.")
-    return Input(str(entry.get("about", "")), entry.get("default"))
+    default = entry.get("default")
+    return Input(str(entry.get("about", "")), _beside(path, default))
+
+
+def _beside(path: Path, value: Any) -> Any:
+    """A path that begins with ./ lies beside the file, wherever that is run from."""
+    relative = isinstance(value, str) and value.startswith("./")
+    return str(path.parent / value) if relative else value
 
 
 def _part(path: Path, name: str, entry: Any) -> Part:
@@ -111,9 +118,7 @@ def _part(path: Path, name: str, entry: Any) -> Part:
     _only(path, entry, _PART_KEYS, f"parts.{name}.")
     if "request" in entry and "retrieve" in entry:
         raise RequestError(f"{path}: parts.{name} has request and retrieve: expected one of them")
-    model = entry["model"]
-    if model.startswith("."):  # beside the file, wherever that is run from
-        model = str(path.parent / model)
+    model = _beside(path, entry["model"])
     request = entry.get("retrieve", entry.get("request", {}))
     if not isinstance(request, dict):
         raise RequestError(f"{path}: parts.{name}.request is {request!r}, expected a table")
@@ -132,6 +137,8 @@ def _check_references(path: Path, spec: Spec) -> None:
                         f"{where} names no input: expected one of "
                         f"{', '.join(spec.inputs) or 'none, as [inputs] is empty'}"
                     )
+                if reference.part == INPUT and reference.filters:
+                    raise RequestError(f"{where} has a filter: they are for what a part gives")
                 if reference.part != INPUT and reference.part not in earlier:
                     raise RequestError(
                         f"{where} names no earlier part: expected one of "

@@ -13,7 +13,7 @@ from leangen.samplers import CLEAN, Array, Level
 Prediction = Literal["sample", "epsilon", "v", "flow"]
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 KINDS = ("linear", "scaled_linear", "cosine", "sigmoid")
-SPACINGS = ("linspace", "leading", "trailing", "karras")
+SPACINGS = ("linspace", "leading", "trailing", "karras", "distilled")
 
 
 def karras(steps: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> list[Level]:
@@ -68,13 +68,19 @@ def trained(schedule: Mapping[str, Any]) -> list[Level]:
 
 
 def spaced(
-    levels: list[Level], steps: int, spacing: str = "linspace", offset: int = 0
+    levels: list[Level],
+    steps: int,
+    spacing: str = "linspace",
+    offset: int = 0,
+    distilled: int = 50,
 ) -> list[Level]:
     """`steps` of the training levels, noise falling, then the clean sample.
 
     `linspace` goes from the last to the first; `trailing` counts whole strides from the last,
     `leading` from the first, `offset` further on (arXiv 2305.08891, table 2); `karras` spaces
-    sigma / alpha by `karras`, between timesteps too. Raises UnsupportedError for another spacing.
+    sigma / alpha by `karras`, between timesteps too; `distilled` takes of the `distilled` trailing
+    levels that a latent consistency model was made at (arXiv 2310.04378). Raises UnsupportedError
+    for another spacing.
     """
     last = len(levels) - 1
     if spacing == "karras":
@@ -88,6 +94,9 @@ def spaced(
         places = np.arange(steps, 0, -1) * (len(levels) / steps) - 1
     elif spacing == "leading":
         places = np.arange(steps)[::-1] * (len(levels) // steps) + offset
+    elif spacing == "distilled":
+        known = np.arange(distilled, 0, -1) * (len(levels) // distilled) - 1
+        places = known[np.linspace(0, distilled, steps, endpoint=False).astype(int)]
     else:
         raise UnsupportedError(
             f"spacing {spacing!r} is unknown: expected one of {', '.join(SPACINGS)}"

@@ -18,7 +18,7 @@ from leangen import clock
 from leangen.console import say
 from leangen.errors import LeangenError, RequestError
 from leangen.serve import problems
-from leangen.serve.problems import AuthError, DeadlineError, RateError, TooLargeError
+from leangen.serve.problems import AuthError, DeadlineError, RateError, StoppingError, TooLargeError
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -104,6 +104,10 @@ class Access:
             await self._app(scope, _replay(body, receive), watched)
         except LeangenError as error:
             await _answer(error, watched)
+        except asyncio.CancelledError:
+            # The web server gives up on what has not ended within its grace.
+            if not told["status"]:
+                await _answer(StoppingError("the server is shutting down: ask again"), watched)
         finally:
             if told["status"] >= 400:
                 self._refused(str(told["status"]))

@@ -92,6 +92,7 @@ class Call:
         client: str,
         priority: int = 0,
         defer: bool = False,
+        deadline_s: float | None = None,
     ) -> None:
         loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
@@ -99,6 +100,7 @@ class Call:
         self.finished: dict[int, Finished] = {}
         not_before_ns = server.deferred_ns(defer)
         start_ns = max(not_before_ns, clock.monotonic_ns())
+        within_s = min(server.options.timeout_s, deadline_s or server.options.timeout_s)
 
         def teller(index: int) -> Callable[[Event], None]:
             def tell(event: Event) -> None:
@@ -114,7 +116,7 @@ class Call:
                 client=client,
                 priority=priority,
                 tag=server.options.tag,
-                deadline_ns=start_ns + int(server.options.timeout_s * 1e9),
+                deadline_ns=start_ns + int(within_s * 1e9),
                 not_before_ns=not_before_ns,
             )
             for index, request in enumerate(requests)

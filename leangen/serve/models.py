@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from leangen import families
-from leangen.bundle import Bundle
+from leangen.bundle import Bundle, open_bundle
 from leangen.engine import Engine
 from leangen.errors import RequestError, UnknownModelError
 from leangen.home import Notify
@@ -76,7 +76,7 @@ class Models:
             need_bytes = bundle.size_bytes + cache_bytes(bundle, limits)
             worker = ModelWorker(
                 name,
-                partial(build, bundle),
+                partial(_load, build, bundle.path),
                 room=room,
                 memory_bytes=need_bytes,
                 account=account,
@@ -127,6 +127,11 @@ class Models:
             thread.start()
         for thread in threads:
             thread.join()
+
+
+def _load(build: Callable[[Bundle], Engine], path: Path) -> Engine:
+    """The engine of the bundle as it lies there now; BundleError when it is gone."""
+    return build(open_bundle(path))
 
 
 def cache_bytes(bundle: Bundle, limits: Limits) -> int:

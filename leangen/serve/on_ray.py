@@ -155,6 +155,11 @@ class Router:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI; raises LeangenErrors, which the guard answers."""
+        if scope["type"] != "http":  # Ray Serve starts and ends an app as a web server does
+            for event in ("startup", "shutdown"):
+                await receive()
+                await send({"type": f"lifespan.{event}.complete"})
+            return
         path, body = scope["path"], (await receive()).get("body", b"")
         if path in ("/health", "/ready"):
             status = "ok" if path == "/health" else "ready"
@@ -299,7 +304,9 @@ def run(options: Options) -> None:
     refs = {ref.rpartition("=")[2]: ref for ref in options.models}
     found = models.find(options.models, Store(), say)
     names = dict(zip(found, refs, strict=True))
-    serve.start(http_options={"host": options.host, "port": options.port})
+    serve.start(
+        proxy_location="HeadOnly", http_options={"host": options.host, "port": options.port}
+    )
     over = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: over.set())

@@ -47,6 +47,8 @@ class Body(BaseModel):
     """Lower goes first, as in vLLM."""
     defer: bool = False
     """May wait for an hour with cleaner electricity."""
+    deadline_s: Annotated[Number, Field(gt=0)] | None = None
+    """Seconds after which the reply is of no more use; the server's own limit holds as well."""
     user: Any = None
     metadata: Any = None
     store: Any = None
@@ -324,7 +326,10 @@ class ImageBody(Body):
     output_format: Literal["png"] | None = None
     steps: Annotated[int, Field(ge=1, le=1000)] | None = None
     sampler: str | None = None
-    conditions: dict[str, Number] = Field(default_factory=dict)
+    negative_prompt: str | None = None
+    guidance: Number | None = None
+    """Scale of classifier-free guidance: 1 is none."""
+    conditions: dict[str, Number | str] = Field(default_factory=dict)
 
 
 class SpeechBody(Body):

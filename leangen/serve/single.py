@@ -27,6 +27,7 @@ def call(
         client=told["client"] if told else "",
         priority=body.priority,
         defer=body.defer,
+        deadline_s=body.deadline_s,
     )
 
 

@@ -1,0 +1,71 @@
+"""What leangen's operators take over of every architecture, and that it computes the same."""
+
+from collections import Counter
+
+import leangen_kernels
+import numpy as np
+import onnx
+import pytest
+from transformers_models import VARIANTS, VOCAB, checkpoint
+
+from leangen import exporters, lowering
+from leangen.families import language
+from leangen.quantize import quantize
+from leangen.session import Session
+
+pytestmark = pytest.mark.skipif(
+    leangen_kernels.library() is None, reason="no kernels: " + leangen_kernels.status()[1]
+)
+ALWAYS = {"Cast", "GatherBlockQuantized", "Slice"}  # the embedding, the positions that are wanted
+SHAPING = {"Concat", "Reshape", "Shape"}
+POSITIONS = {"Add", "Cast", "Range", "Squeeze", "Sub", "Unsqueeze"} | SHAPING
+NORMED_AFTER = {"Add", "RMSNormalization"} | SHAPING
+ROUTING = SHAPING | {
+    *("ConstantOfShape", "Gather", "MatMul", "Mul", "NonZero", "ScatterElements", "ScatterND"),
+    *("SimplifiedLayerNormalization", "Softmax", "Squeeze", "TopK", "Transpose", "Unsqueeze"),
+}
+LEFT = {  # with ORT, beside ALWAYS
+    "gemma2": NORMED_AFTER | {"GroupQueryAttention", "Mul", "Div", "Tanh"},  # capped scores
+    "gemma3_text": NORMED_AFTER | {"Mul"},
+    "gpt2": POSITIONS,
+    "gpt_neox": {"Add"},  # attention and MLP side by side
+    "llama": {"Split", "QuickGelu", "Mul"},  # a gated MLP with biases
+    "mixtral": ROUTING | {"Add", "Div", "ReduceSum"},
+    "olmo2": NORMED_AFTER,
+    "olmoe": ROUTING | {"Add"},
+    "opt": POSITIONS,
+    "qwen3_moe": ROUTING | {"Add", "Div", "ReduceSum"},
+}
+
+
+def lowered(folder, kind, scheme):
+    """The operators of leangen's and of ORT's in the lowered graph, both counted."""
+    checkpoint(folder / "saved", kind, VARIANTS[kind][0])
+    bundle = quantize(exporters.export(folder / "saved", folder / "fp32"), scheme, folder / scheme)
+    tokens = np.random.default_rng().integers(0, VOCAB, 60).tolist()
+    got, expected = (
+        language.logits(Session(bundle, threads=1, activations="fp32", kernels=kernels), tokens)
+        for kernels in ("auto", "ort")
+    )
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+    found, why = lowering.find(bundle, "model")
+    assert found is not None, why
+    nodes = onnx.load(found.path, load_external_data=False).graph.node
+    ours = Counter(node.op_type for node in nodes if node.domain == "leangen")
+    return ours, Counter(node.op_type for node in nodes if node.domain != "leangen")
+
+
+@pytest.mark.parametrize("kind", VARIANTS)
+def test_what_is_left_to_onnxruntime(tmp_path, kind):
+    ours, theirs = lowered(tmp_path, kind, "int8")
+    assert set(theirs) == ALWAYS | LEFT.get(kind, set())
+    layers = VARIANTS[kind][0].get("num_hidden_layers", VARIANTS[kind][0].get("n_layer"))
+    assert ours["Attention"] == (0 if kind == "gemma2" else layers)
+    assert ours["Linear"] >= 4 * layers + 1
+
+
+@pytest.mark.parametrize("scheme", ["int4", "nf4", "fp4", "int4-asym-g16"])
+@pytest.mark.parametrize("kind", ["opt", "qwen3"])
+def test_other_weights_are_taken_over_as_well(tmp_path, kind, scheme):
+    _, theirs = lowered(tmp_path, kind, scheme)
+    assert set(theirs) == ALWAYS | LEFT.get(kind, set())
