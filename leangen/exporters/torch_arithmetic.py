@@ -64,6 +64,7 @@ _BINARY = {
     "logical_xor": "Xor",
     "bitwise_and": "And",
     "bitwise_or": "Or",
+    "bitwise_xor": "Xor",
 }
 _LOGICAL = frozenset({"And", "Or", "Xor"})
 
@@ -86,6 +87,12 @@ def _binary(e: Emitter, a: Arguments, op: Op) -> str:
     if kind == "Div" and a.get("rounding_mode"):
         return e.op("Floor" if a["rounding_mode"] == "floor" else "Trunc", made)
     return made
+
+
+@aten("floor_divide")
+def _floor_divide(e: Emitter, a: Arguments, op: Op) -> str:
+    dtype = _common(op)
+    return e.op("Floor", e.op("Div", e.name(a["self"], dtype), e.name(a["other"], dtype)))
 
 
 @aten("add", "sub", "rsub")
@@ -291,7 +298,7 @@ def _arg(e: Emitter, a: Arguments, op: Op) -> str:
     return e.op(kind, e.name(a["self"]), axis=a["dim"], keepdims=int(a["keepdim"]))
 
 
-@aten("var", "std", "var_mean", "std_mean")
+@aten("var", "std", "var_mean")
 def _spread(e: Emitter, a: Arguments, op: Op) -> str | list[str]:
     x, axes = e.name(a["self"]), _axes(e, a)
     keep = int(a.get("keepdim") or False)

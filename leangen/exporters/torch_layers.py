@@ -10,7 +10,7 @@ import torch
 
 from leangen.errors import UnsupportedError
 from leangen.exporters.torch_emitter import Array, Emitter, registry
-from leangen.exporters.torch_trace import Batch, Constant, Op, Tensor
+from leangen.exporters.torch_trace import Constant, Op, Tensor
 
 Arguments = Mapping[str, Any]
 CONVERSIONS, aten = registry()
@@ -18,15 +18,15 @@ CONVERSIONS, aten = registry()
 # Linear layers
 
 
-@aten("mm", "bmm", "matmul", "mv", "dot")
+@aten("mm", "bmm", "mv")
 def _product(e: Emitter, a: Arguments, op: Op) -> str:
-    return _matmul(e, a["self"], a.get("mat2", a.get("vec", a.get("other", a.get("tensor")))))
+    return _matmul(e, a["self"], a.get("mat2", a.get("vec")))
 
 
-@aten("addmm", "baddbmm", "addmv")
+@aten("addmm", "baddbmm")
 def _added_product(e: Emitter, a: Arguments, op: Op) -> str:
-    x = a.get("mat1", a.get("batch1", a.get("mat")))
-    made = _matmul(e, x, a.get("mat2", a.get("batch2", a.get("vec"))))
+    x = a.get("mat1", a.get("batch1"))
+    made = _matmul(e, x, a.get("mat2", a.get("batch2")))
     if a["alpha"] != 1:
         made = e.op("Mul", made, e.const(a["alpha"], np.float32))
     if a["beta"] == 0:
@@ -104,7 +104,7 @@ def _convolution(e: Emitter, a: Arguments, op: Op) -> str:
     return e.weighted("Conv", weight, *inputs, **options)
 
 
-@aten("max_pool2d_with_indices", "max_pool2d", "avg_pool2d")
+@aten("max_pool2d_with_indices", "avg_pool2d")
 def _pool(e: Emitter, a: Arguments, op: Op) -> str:
     kernel = _pair(a["kernel_size"])
     options: dict[str, Any] = {
@@ -135,7 +135,7 @@ def _adaptive_pool(e: Emitter, a: Arguments, op: Op) -> str:
     return e.op("AveragePool", e.name(a["self"]), kernel_shape=block, strides=block)
 
 
-@aten("upsample_nearest2d", "upsample_nearest1d", "upsample_bilinear2d", "upsample_bicubic2d")
+@aten("upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d")
 def _upsample(e: Emitter, a: Arguments, op: Op) -> str:
     out = op.outputs[0]
     assert out is not None  # the schema has one output
@@ -179,25 +179,16 @@ def _group_norm(e: Emitter, a: Arguments, op: Op) -> str:
     return made
 
 
-@aten("native_batch_norm", "_native_batch_norm_legit_no_training", "_native_batch_norm_legit")
+@aten("native_batch_norm")
 def _batch_norm(e: Emitter, a: Arguments, op: Op) -> str:
     x = a["input"]
     tall = [1, -1, *[1] * (len(x.shape) - 2)]
-    if a.get("training"):
-        axes = e.const([0, *range(2, len(x.shape))])
-        if isinstance(x.shape[0], Batch):
-            raise UnsupportedError(
-                f"{op.where}: batch normalization in training mode makes samples depend on each "
-                "other: call the module's eval(), or set track_running_stats"
-            )
-        name = e.name(x)  # instance normalization: torch sees one sample of n * c channels
-        apart = e.op("Sub", name, e.op("ReduceMean", name, axes, keepdims=1))
-        spread = e.op("ReduceMean", e.op("Mul", apart, apart), axes, keepdims=1)
-        made = e.op("Div", apart, e.op("Sqrt", e.op("Add", spread, _f32(e, a["eps"]))))
-        for kind, key in (("Mul", "weight"), ("Add", "bias")):
-            if a[key] is not None:
-                made = e.op(kind, made, e.op("Reshape", e.name(a[key]), e.const(tall)))
-        return made
+    if a["training"]:
+        raise UnsupportedError(
+            f"{op.where}: batch normalization in training mode, where samples depend on each other "
+            "(or instance normalization, which torch computes so): call the module's eval() with "
+            "running statistics, or use GroupNorm(channels, channels)"
+        )
     mean, spread = a["running_mean"].tensor, a["running_var"].tensor
     scale: Any = torch.rsqrt(spread.double() + a["eps"])
     scale = scale if a["weight"] is None else scale * a["weight"].tensor.detach()
@@ -206,7 +197,3 @@ def _batch_norm(e: Emitter, a: Arguments, op: Op) -> str:
     column: list[Array] = [t.float().reshape(tall[1:]).numpy() for t in (scale, shift)]
     scaled = e.op("Mul", e.name(x), e.const(column[0], np.float32))
     return e.op("Add", scaled, e.const(column[1], np.float32))
-
-
-def _f32(e: Emitter, value: float) -> str:
-    return e.const(value, np.float32)
