@@ -19,13 +19,13 @@ pytestmark = pytest.mark.skipif(
 ALWAYS = {"Cast", "GatherBlockQuantized", "Slice"}  # the embedding, the positions that are wanted
 SHAPING = {"Concat", "Reshape", "Shape"}
 POSITIONS = {"Add", "Cast", "Range", "Squeeze", "Sub", "Unsqueeze"} | SHAPING
-NORMED_AFTER = {"Add", "RMSNormalization"} | SHAPING
+NORMED_AFTER = {"Add", "RMSNormalization"}
 ROUTING = SHAPING | {
     *("ConstantOfShape", "Gather", "MatMul", "Mul", "NonZero", "ScatterElements", "ScatterND"),
     *("SimplifiedLayerNormalization", "Softmax", "Squeeze", "TopK", "Transpose", "Unsqueeze"),
 }
 LEFT = {  # with ORT, beside ALWAYS
-    "gemma2": NORMED_AFTER | {"GroupQueryAttention", "Mul", "Div", "Tanh"},  # capped scores
+    "gemma2": NORMED_AFTER | SHAPING | {"GroupQueryAttention", "Mul", "Div", "Tanh"},  # caps scores
     "gemma3_text": NORMED_AFTER | {"Mul"},
     "gpt2": POSITIONS,
     "gpt_neox": {"Add"},  # attention and MLP side by side
