@@ -157,7 +157,10 @@ def gguf_forms(kind: str) -> dict[str, Any]:
     return fields
 
 
-FASHION_LABEL = {"min": 0, "max": 9, "default": 9, "unconditional": 10}
+CLOTHES = (
+    *("t-shirt", "trouser", "pullover", "dress", "coat"),
+    *("sandal", "shirt", "sneaker", "bag", "ankle boot"),
+)
 FASHION_DDPM: Mapping[str, Any] = {
     "family": "diffusion",
     "prediction": "v",
@@ -165,7 +168,15 @@ FASHION_DDPM: Mapping[str, Any] = {
     "sampler": "dpmpp_2m",
     "steps": 20,
     "guidance": 2.0,
-    "conditions": {"label": FASHION_LABEL},
+    "conditions": {
+        "label": {
+            "min": 0,
+            "max": 9,
+            "default": 9,
+            "unconditional": 10,
+            "names": {name: label for label, name in enumerate(CLOTHES)},
+        }
+    },
     "range": [-1.0, 1.0],
 }
 """How the denoisers of bench/train/fashion_ddpm.py were trained, and are best drawn from."""

@@ -1,4 +1,4 @@
-"""`leangen demo`: three published models of three families at three precisions.
+"""`leangen demo`: published models, or those of leangen's own zoo, at three precisions.
 
 Each generation goes through the same engine as `leangen generate`; the page and the table show
 what came out, what it cost, and how far it is from fp32.
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,55 @@ from leangen.files import write_atomic
 
 SCHEMES = ("fp32", "int8", "int4")
 REPEATS = 3
-RUNS: dict[str, dict[str, Any]] = {
-    "smollm2-135m": {
-        "messages": [{"role": "user", "content": "What can a small river do?"}],
-        "max_new_tokens": 48,
-        "ignore_eos": True,
+
+
+@dataclass(frozen=True, slots=True)
+class Show:
+    """What is generated, and what the page says of it."""
+
+    title: str
+    lead: str
+    runs: Mapping[str, tuple[str, Mapping[str, Any]]]
+    """By heading: a model and options; none are the family's own example."""
+
+
+PUBLISHED = Show(
+    "leangen demo",
+    "Three published models of three families at three precisions on ONNX Runtime, every "
+    "generation with its joules.",
+    {
+        "smollm2-135m": (
+            "smollm2-135m",
+            {
+                "messages": [{"role": "user", "content": "What can a small river do?"}],
+                "max_new_tokens": 48,
+                "ignore_eos": True,
+            },
+        ),
+        "piper-joe": ("piper-joe", {}),
+        "terrain": ("terrain", {"seed": 7, "conditions": {"difficulty": 1.0}}),
     },
-    "piper-joe": {},
-    "terrain": {"seed": 7, "conditions": {"difficulty": 1.0}},
-}
-"""What is generated; an empty entry is the family's own example."""
+)
+ZOO = Show(
+    "leangen zoo",
+    "Models that were trained for leangen and come with it, at three precisions on ONNX Runtime: "
+    "same seeds, so that what a precision changes can be seen.",
+    {
+        **{
+            f"fashion-ddpm: {what}": (
+                "fashion-ddpm",
+                {"count": 4, "seed": 4, "conditions": {"label": label}},
+            )
+            for label, what in ((9, "ankle boots"), (8, "bags"), (3, "dresses"))
+        },
+        "smiles-lm": (
+            "smiles-lm",
+            {"tokens": [0], "max_new_tokens": 60, "temperature": 1.0, "seed": 3},
+        ),
+    },
+)
+SHOWN = 2
+"""Measures of quality that the table and the page show; a denoiser also has one for each step."""
 SUFFIXES = {"text": ".txt", "audio": ".wav", "image": ".png"}
 COLUMNS = (
     *("model", "size", "bits/weight", "speed", "first unit", "joules per unit"),
@@ -37,21 +77,21 @@ COLUMNS = (
 )
 
 
-def run(out: Path, *, threads: int | None, as_json: bool) -> int:
+def run(out: Path, show: Show = PUBLISHED, *, threads: int | None, as_json: bool) -> int:
     """Generate everything into folder `out` and print one table; 0 when all was done."""
     out.mkdir(parents=True, exist_ok=True)
     rows = []
-    for name, options in RUNS.items():
+    for heading, (name, options) in show.runs.items():
         reference: Any = None
         for scheme in SCHEMES:
-            row, observation = _one(name, scheme, options, threads, reference, out)
+            row, observation = _one(heading, name, scheme, options, threads, reference, out)
             reference = observation if reference is None else reference
             rows.append(row)
     state = environment.conditions()
     notes = environment.warnings(state)
     document = {"rows": rows, "environment": state, "notes": notes}
     write_atomic(out / "demo.json", json.dumps(document, indent=1).encode())
-    _write_page(out, rows, notes)
+    _write_page(out, show, rows, notes)
     if as_json:
         print_json(document)
     else:
@@ -63,26 +103,29 @@ def run(out: Path, *, threads: int | None, as_json: bool) -> int:
 
 
 def _one(
+    heading: str,
     name: str,
     scheme: str,
-    options: dict[str, Any],
+    options: Mapping[str, Any],
     threads: int | None,
     reference: Any,
     out: Path,
 ) -> tuple[dict[str, Any], Any]:
     """Run one model at one scheme: the row of the table, and what quality is judged by."""
-    say(f"\n{name}:{scheme}")
+    say(f"\n{heading}:{scheme}" if heading == name else f"\n{heading}, {scheme}")
     with progress_bar() as progress:
         engine = api.load_model(f"{name}:{scheme}", threads=threads, tag="demo", progress=progress)
     options = engine.or_example(None, options)
     result = _show(engine, options)
     repeats = [engine.generate(**options).receipt for _ in range(REPEATS)]
-    saved = out / f"{name}-{scheme}{SUFFIXES[result.output.media]}"
+    stem = "-".join([*heading.replace(":", "").split(), scheme])
+    saved = out / f"{stem}{SUFFIXES[result.output.media]}"
     result.save(saved)
     observation = quality.observe(engine.session, reference)
     measures = [] if reference is None else quality.measure(engine.bundle, reference, observation)
     bundle = engine.bundle
     row = benchmark.summarise(repeats) | {
+        "heading": heading,
         "asked_scheme": scheme,
         "size_bytes": bundle.size_bytes,
         "bits_per_weight": bundle.quantization.get("bits_per_weight", 32.0),
@@ -112,7 +155,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
     rate, first = row["units_per_s"]["median"], row["ttft_s"]
     asked = "" if row["asked_scheme"] == row["scheme"] else f" (as {row['asked_scheme']})"
     return [
-        f"{row['model']}:{row['scheme']}{asked}",
+        f"{row['heading']}{':' if row['heading'] == row['model'] else ', '}{row['scheme']}{asked}",
         f"{row['size_bytes'] / 1e6:.1f} MB",
         f"{row['bits_per_weight']:.2f}",
         f"{rate:.4g} {row['unit']}s/s",
@@ -120,30 +163,32 @@ def _cells(row: dict[str, Any]) -> list[str]:
         f"{with_u(row['j_per_unit'], row['j_per_unit_u'], 'J')} {row['energy_source']}",
         ", ".join(
             f"{m['name']} {with_u(m['value'], m['u'], m['unit']).strip()}"
-            for m in row["quality"][:2]  # the report has them all
+            for m in row["quality"][:SHOWN]
         )
         or "reference",
     ]
 
 
-def _write_page(out: Path, rows: Sequence[dict[str, Any]], notes: Sequence[str]) -> None:
-    models = []
-    for name in RUNS:
-        group = [row for row in rows if row["model"] == name]
+def _write_page(
+    out: Path, show: Show, rows: Sequence[dict[str, Any]], notes: Sequence[str]
+) -> None:
+    models, plotted = [], set[str]()
+    for heading, (name, _) in show.runs.items():
+        group = [row for row in rows if row["heading"] == heading]
         entry = CATALOG[name]
         models.append(
             {
-                "name": name,
+                "name": heading,
                 "about": f"{entry.summary} ({entry.source.title}, {entry.source.licence})",
-                "plots": _plots(group),
+                "plots": [] if name in plotted else _plots(group),  # of a model, once
                 "outputs": [_output(out, row) for row in group],
             }
         )
+        plotted.add(name)
     page.write_page(
         out / "report.html",
-        title="leangen demo",
-        lead="Three published models of three families at three precisions on ONNX Runtime, "
-        "every generation with its joules.",
+        title=show.title,
+        lead=show.lead,
         notes=[*notes, *sorted({row["energy_reason"] for row in rows if row["energy_reason"]})],
         columns=COLUMNS,
         table=[_cells(row) for row in rows],
@@ -168,7 +213,7 @@ def _plots(group: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         charts.bars("Time of one generation", "ms", [bar(r, *_spread_ms(r)) for r in group]),
         charts.bars("Size on disk", "MB", [bar(r, r["size_bytes"] / 1e6) for r in group]),
     ]
-    for index, measure in enumerate(group[-1]["quality"]):
+    for index, measure in enumerate(group[-1]["quality"][:SHOWN]):
         plots.append(
             charts.bars(
                 f"{measure['name']} against fp32",

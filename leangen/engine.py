@@ -242,6 +242,9 @@ class Engine:
                     f"its options are {', '.join(fields)}"
                 )
             options[self.family.INPUTS[0]] = prompt
+        settle = getattr(self.family, "settle", None)
+        if settle is not None:
+            options = settle(self, options)
         return kind(**options)
 
     def or_example(self, prompt: Any, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,6 +27,7 @@ BESIDE = (
     "tokenizer.json",
     "tokenizer_config.json",
     "chat_template.jinja",
+    "preprocessor_config.json",
 )
 """What transformers saves beside the weights and an export reads."""
 _KIND = re.compile(r"(?:^|[-._])(I?Q\d\w*|BF16|F16|F32|FP16|FP32)(?=[-.])", re.IGNORECASE)

@@ -63,14 +63,16 @@ def write(
     out: Path,
     *,
     method: str | None = None,
+    config: Mapping[str, Any] | None = None,
     replace: bool = False,
     progress: Progress | None = None,
 ) -> Bundle:
     """Write the fp32 `bundle` to folder `out`, each graph as `plan` (role, feeds, note) has it.
 
-    gather: makes the feeds. method: how linear layers are rounded, for the manifest. Raises
-    UnknownSchemeError for a bundle that is quantized already and where nothing is treated,
-    StorageError when `out` exists (unless `replace`) or the disk is full.
+    gather: makes the feeds. method: how linear layers are rounded, for the manifest. config: what
+    differs from the fp32 bundle's. Raises UnknownSchemeError for a bundle that is quantized already
+    and where nothing is treated, StorageError when `out` exists (unless `replace`) or the disk is
+    full.
     """
     if bundle.scheme != "fp32":
         raise UnknownSchemeError(
@@ -96,7 +98,7 @@ def write(
                 results[role].relative_rmse = _rmse(bundle, role, target, feeds[role])
         _copy_assets(bundle, draft.folder)
         draft.name, draft.family, draft.scheme = bundle.name, bundle.family, scheme
-        draft.graphs, draft.config = dict(bundle.graphs), dict(bundle.config)
+        draft.graphs, draft.config = dict(bundle.graphs), {**bundle.config, **(config or {})}
         draft.source = dict(bundle.source)
         draft.quantization = _describe(scheme, method, results, requests)
         if not any(result.treated for result in results.values()):

@@ -1,8 +1,9 @@
 """How a low precision is written: the scheme, then what differs from its defaults.
 
-    SCHEME[-asym][-gN][-wo][-e4][-METHOD]     int8   int4-g128   int4-asym-g64-gptq   nf4
+    SCHEME[-asym][-gN][-rN][-wo][-e4][-METHOD]     int8   int4-g128   int4-asym-g64-gptq   nf4
 
 `-asym` gives integer codes a zero point per block, `-gN` sets how many weights share a scale,
+`-rN` keeps a part of rank N of each weight in half precision, so that codes hold but the rest,
 `-wo` quantizes weights only (activations stay fp32), `-e4` takes embedding and output head to 4
 bits as well (they keep 8 otherwise), METHOD says how weights are rounded (by the scheme's own
 search, `rtn`, unless the model's family has a usual method).
@@ -17,10 +18,12 @@ from leangen import methods
 from leangen.errors import UnknownSchemeError
 from leangen.schemes import SCHEMES
 
+LARGEST_RANK = 256
 GROUPS = (16, 32, 64, 128, 256)
 HALVES = ("fp16", "bf16")
 _TEXT = re.compile(
-    r"(?P<scheme>[a-z]+\d+)(?P<asym>-asym)?(?:-g(?P<group>\d+))?(?P<wo>-wo)?(?P<e4>-e4)?"
+    r"(?P<scheme>[a-z]+\d+)(?P<asym>-asym)?(?:-g(?P<group>\d+))?(?:-r(?P<rank>\d+))?"
+    r"(?P<wo>-wo)?(?P<e4>-e4)?"
     r"(?:-(?P<method>[a-z]+))?"
 )
 
@@ -33,6 +36,7 @@ class Precision:
     asymmetric: bool = False
     group: int | None = None
     """Weights that share a scale; None: the scheme's own choice."""
+    rank: int = 0
     weights_only: bool = False
     small_tables: bool = False
     """Embedding and output head at 4 bits, not 8."""
@@ -43,13 +47,14 @@ class Precision:
     def code(self) -> str:
         """The scheme as treatments write it: `4` for int4, `16` for fp16, else its name."""
         plain = {"fp16": "16"}.get(self.scheme, self.scheme.removeprefix("int"))
-        options = ("-asym" if self.asymmetric else "") + (f"-g{self.group}" if self.group else "")
-        return plain + options
+        options = ("-asym" * self.asymmetric, f"-g{self.group}" if self.group else "")
+        return plain + "".join(options) + (f"-r{self.rank}" if self.rank else "")
 
     def __str__(self) -> str:
         options = (
             "-asym" * self.asymmetric,
             f"-g{self.group}" if self.group else "",
+            f"-r{self.rank}" if self.rank else "",
             "-wo" * self.weights_only,
             "-e4" * self.small_tables,
             f"-{self.method}" if self.method else "",
@@ -73,7 +78,7 @@ def parse(text: str, *, method: str | None = None) -> Precision:
         )
     if found is None:
         raise UnknownSchemeError(
-            f"{text!r} is not a precision: expected SCHEME[-asym][-gN][-wo][-e4][-METHOD], "
+            f"{text!r} is not a precision: expected SCHEME[-asym][-gN][-rN][-wo][-e4][-METHOD], "
             "such as int4-asym-g128-gptq"
         )
     if method is not None and found["method"] not in (None, method):
@@ -82,6 +87,7 @@ def parse(text: str, *, method: str | None = None) -> Precision:
         scheme,
         asymmetric=bool(found["asym"]),
         group=int(found["group"]) if found["group"] else None,
+        rank=int(found["rank"] or 0),
         weights_only=bool(found["wo"]),
         small_tables=bool(found["e4"]),
         method=found["method"] or method,
@@ -100,11 +106,15 @@ def _check(precision: Precision) -> None:
         raise UnknownSchemeError(
             f"{precision.group} weights to a scale: expected one of {', '.join(map(str, GROUPS))}"
         )
+    if precision.rank > LARGEST_RANK:
+        raise UnknownSchemeError(f"rank is {precision.rank}, expected at most {LARGEST_RANK}")
     without = None
     if precision.asymmetric and (not integers or scheme == "int8"):
         without = "-asym: only int4, int3 and int2 have zero points"
     elif precision.group and (scheme in (*HALVES, "int8")):
         without = f"-g{precision.group}: its blocks are fixed"
+    elif precision.rank and scheme not in methods.SCHEMES:
+        without = f"-r{precision.rank}: that is for int4, int3 and int2"
     elif precision.weights_only and not integers:
         without = "-wo: its activations are fp32 already"
     elif precision.small_tables and scheme in (*HALVES, "int8"):
@@ -112,6 +122,6 @@ def _check(precision: Precision) -> None:
     elif precision.method not in (None, "rtn") and scheme not in methods.SCHEMES:
         without = f"-{precision.method}: methods are for int4, int3 and int2"
     if without is not None:
-        plain = replace(precision, asymmetric=False, group=None, weights_only=False)
+        plain = replace(precision, asymmetric=False, group=None, rank=0, weights_only=False)
         plain = replace(plain, small_tables=False, method=None)
         raise UnknownSchemeError(f"{scheme} has no {without}; use {plain} as it is")

@@ -28,8 +28,13 @@ from leangen.errors import BundleError
 from leangen.session import Activations, Session
 
 FILE = "probe.npz"
-TEXT = {"language": "model", "seq2seq": "decoder"}
-"""Families whose graph runs with its caches bound, by `Decoder`: it is asked for logits."""
+DECODERS = {
+    "language": "model",
+    "seq2seq/text": "decoder",
+    "seq2seq/transcription": "decoder",
+    "autoregressive/image": "model",
+}
+"""Graphs that run with their caches bound, by `Decoder`: they are asked for logits."""
 TOKENS = 12
 """Of the prompt there."""
 MOST_VALUES = 1 << 16
@@ -127,10 +132,11 @@ def _read(bundle: Bundle) -> tuple[Runs, dict[str, float]]:
 
 def _record(bundle: Bundle) -> Runs:
     """One run of each graph that a request of the family makes, computed with fp32 activations."""
-    feeds = {} if bundle.family == "language" else _feeds(bundle)
-    if bundle.family in TEXT:
+    decoder = DECODERS.get(families.key(bundle))
+    feeds = {} if list(bundle.graphs) == [decoder] else _feeds(bundle)
+    if decoder is not None:
         tokens = np.arange(1, TOKENS + 1) * 7919 % bundle.config["vocab_size"]
-        feeds[TEXT[bundle.family]] = {"tokens": tokens}
+        feeds[decoder] = {"tokens": tokens}
     outputs = _computed(_plain(bundle, activations="fp32"), feeds)
     return {role: (feeds[role], outputs[role]) for role in outputs}
 
@@ -143,7 +149,7 @@ def _feeds(bundle: Bundle) -> dict[str, Mapping[str, Array]]:
     request = family.Request(**family.EXAMPLE) if requests is None else requests(recorder)[0]
     steps = family.run(recorder, request)
     for step in steps:
-        if bundle.family in TEXT and step.units == 0:
+        if families.key(bundle) in DECODERS and step.units == 0:
             steps.close()  # an encoder has run; what follows is computed from its outputs
     return {role: feeds[-1] for role, feeds in recorder.feeds(1).items() if feeds}
 
@@ -173,8 +179,9 @@ def _computed(
 ) -> dict[str, dict[str, Array]]:
     """The outputs of each graph, thinned to `MOST_VALUES` evenly spaced ones."""
     made: dict[str, dict[str, Array]] = {}
+    decoder = DECODERS.get(families.key(session.bundle))
     for role, named in feeds.items():
-        if role == TEXT.get(session.bundle.family):
+        if role == decoder:
             made[role] = {"logits": _logits(session, role, named["tokens"], made.get("encoder"))}
         else:
             names = [value.name for value in session.graph(role).get_outputs()]

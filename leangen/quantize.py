@@ -137,6 +137,7 @@ def replay(
         planned,
         out,
         method=recipe.method,
+        config=recipe.config(),
         replace=replace,
         progress=progress,
     )
@@ -207,7 +208,13 @@ def _feeds(bundle: Bundle, precision: Precision, method: ModuleType, data: Path 
     """Calibration feeds by graph role, where something needs them, and what they are."""
     measured = family_recipes.of(bundle).measured and precision.scheme not in HALVES
     if measured or method.NEEDS_DATA:
-        return calibration_data.feeds(bundle, data)
+        feeds, said = calibration_data.feeds(bundle, data)
+        if method.NEEDS_DATA and not any(feeds.values()):
+            raise RequestError(
+                f"{precision} calibrates on data, and {bundle.name} makes none itself: give --data "
+                "(a .npz with one run of a graph), or leave out --method"
+            )
+        return feeds, said
     if data is not None:
         raise RequestError(
             f"{precision} of {bundle.name} looks at no data: leave out --data, or add a method "

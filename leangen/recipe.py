@@ -4,7 +4,8 @@
      "method": "rtn", "nodes": {"/down/conv": "w8a8", "/mid/conv": "w4", ...}, "found": {...}}
 
 `source` is the digest of the fp32 bundle that it is for, `method` says how linear layers of few
-bits are rounded (`rtn` where it is missing), `found` how the recipe came about.
+bits are rounded (`rtn` where it is missing), `run` with how many `threads` and `steps` it is best
+run here and for how many microseconds idle threads spin, `found` how the recipe came about.
 """
 
 from __future__ import annotations
@@ -34,6 +35,14 @@ class NodeRecipe:
     nodes: Mapping[str, str]
     found: Mapping[str, Any] = field(default_factory=dict)
     method: str = "rtn"
+    run: Mapping[str, int] = field(default_factory=dict)
+    """`threads`, `spin_us` and `steps`, where they were looked for."""
+
+    def config(self) -> dict[str, Any]:
+        """What a bundle made by the recipe has in its config beyond the fp32 one's."""
+        settings = dict(self.run)
+        steps = settings.pop("steps", None)
+        return ({"run": settings} if settings else {}) | ({} if steps is None else {"steps": steps})
 
     def save(self, path: Path) -> None:
         """Write the file."""
@@ -42,6 +51,7 @@ class NodeRecipe:
             "model": self.model,
             "source": self.source,
             "method": self.method,
+            "run": dict(self.run),
             "nodes": dict(self.nodes),
             "found": dict(self.found),
         }
@@ -75,7 +85,9 @@ def read(path: Path) -> NodeRecipe:
         ):
             found, method = document.get("found"), document.get("method", "rtn")
             found = found if isinstance(found, dict) else {}
-            return NodeRecipe(model, source, nodes, found, str(method))
+            run = document.get("run", {})
+            if isinstance(run, dict) and all(isinstance(value, int) for value in run.values()):
+                return NodeRecipe(model, source, nodes, found, str(method), run)
     raise RequestError(
         f"{path} is not a recipe: expected model, source and nodes; make one with `leangen tune`"
     )

@@ -373,6 +373,8 @@ class Step:
     """Which of the samples that were asked for it continues."""
     logprobs: Sequence[Mapping[str, Any]] = ()
     """Of `tokens`, where they were asked for of a batch: as in its output's `extra["logprobs"]`."""
+    picture: Any = None
+    """What there is of an image so far, [height, width, channels] (diffusion in pixels)."""
     counts: Mapping[str, int] = field(default_factory=dict)
     """What only one family counts, by name; the receipt sums them. Language: prompt tokens
     `reused` from the sequence before, next tokens `guessed`, and guesses `accepted`."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -25,13 +26,10 @@ from leangen.moments import Moments
 from leangen.precision import Precision
 from leangen.schemes import Packed
 from leangen.sites import Site
+from leangen.treatments.weights import masked
 
 MOST_BITS = 4
 """Codes of more bits are rounded to the nearest by every method."""
-
-
-MASKED_SHARE = 0.01
-"""A weight with more zeros than this has a mask."""
 
 
 class Kept(Protocol):
@@ -65,32 +63,23 @@ class Rounder:
     ) -> Packed:
         """Codes of `w` [n, k]: by the method where bits are few, else to the nearest."""
         packed: Packed | None
-        blind = self._method.NEEDS_DATA and self._moments is None
-        if scheme.BITS > MOST_BITS or blind or _masked(w):
+        # What a `matrix` is multiplied with is not seen.
+        blind = self._method.NEEDS_DATA and (self._moments is None or site.kind == "matrix")
+        if scheme.BITS > MOST_BITS or blind or masked(w):
             packed = scheme.quantize(w, **options)
         elif self._moments is None or not self._method.NEEDS_DATA:
             packed = self._method.quantize(w, scheme, None, **options)
         else:
             told = " ".join(f"{name}={value}" for name, value in sorted(options.items()))
-            key = f"{site.weight} {scheme.__name__} {told}"
+            content = zlib.crc32(np.ascontiguousarray(w).data)
+            key = f"{site.weight} {content:x} {scheme.__name__} {told}"
             packed = self._kept.get(key)
-            if packed is None and site.kind == "matrix":
-                packed = scheme.quantize(w, **options)  # what it is multiplied with is not seen
-            elif packed is None:
+            if packed is None:
                 moment = self._moments[site.node.input[0]]
                 packed = self._method.quantize(w, scheme, moment, **options)
-            self._kept[key] = packed
+                self._kept[key] = packed
         assert packed is not None
         return packed
-
-
-def _masked(w: Array) -> bool:
-    """Whether a weight has zeros that stand for what an output must not depend on.
-
-    Rounded to the nearest they stay zeros; methods that spread errors would fill them in, and an
-    autoregressive flow would be none any more.
-    """
-    return float(np.mean(w == 0)) > MASKED_SHARE
 
 
 def trial(precision: Precision, site: Site, w: Array, importance: Array) -> Array:

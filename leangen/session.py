@@ -47,7 +47,11 @@ class Session:
         if kernels not in ("auto", "ort"):
             raise RequestError(f"kernels is {kernels!r}, expected 'auto' or 'ort'")
         self.bundle = bundle
+        tuned = bundle.config.get("run", {})
         self.threads, why = thread_choice.choose(threads)
+        if threads is None and "threads" in tuned:
+            self.threads, why = min(tuned["threads"], self.threads), "what `leangen tune` found"
+        self._spin_us = int(tuned.get("spin_us", SPIN_US))
         self.provider = "CPUExecutionProvider"
         self.kernels = "ort"
         self.activations: Activations = activations
@@ -115,7 +119,7 @@ class Session:
         options.intra_op_num_threads = self.threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
-        options.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_US))
+        options.add_session_config_entry("session.intra_op.spin_duration_us", str(self._spin_us))
         return options
 
     def run(

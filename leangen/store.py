@@ -268,7 +268,11 @@ class Store:
         note = entry.notes.get(scheme)
         job.say(f"{entry.name}:{scheme}: exporting, this once" + (f" ({note})" if note else ""))
         exporters = self._exporters or import_module("leangen.exporters").EXPORTERS
-        bundle = import_module(exporters[entry.exporter]).export(
+        module = import_module(exporters[entry.exporter])
+        if entry.exporter == "transformers" and self._exporters is None:
+            # Only its config.json says what kind of model a folder has.
+            module = import_module("leangen.exporters").find(path)
+        bundle = module.export(
             path,
             self._home.models(entry.name) / scheme,
             name=entry.name,

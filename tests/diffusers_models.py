@@ -290,3 +290,82 @@ def bare(folder):
 def change(path, **values):
     """Change keys of a JSON file."""
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+class Raw(torch.nn.Module):
+    """A component called as optimum calls it, with all that it answers."""
+
+    def __init__(self, model, call):
+        super().__init__()
+        self.model, self.call = model, call
+
+    def forward(self, *values):
+        return self.call(self.model, *values)
+
+
+def _as_onnx(folder, model, call, inputs, outputs):
+    folder.mkdir()
+    model.config.to_json_file(folder / "config.json") if hasattr(
+        model.config, "to_json_file"
+    ) else model.save_config(folder)
+    torch.onnx.export(
+        Raw(model, call), tuple(inputs.values()), folder / "model.onnx", dynamo=False,
+        input_names=list(inputs), output_names=outputs, opset_version=18,
+        dynamic_axes={name: {0: "batch"} for name in (*inputs, *outputs)},
+    )  # fmt: skip
+
+
+def _said(encoder, tokens):
+    said = encoder(tokens, output_hidden_states=True)
+    pooled = said.text_embeds if hasattr(said, "text_embeds") else said.pooler_output
+    return (said.last_hidden_state, pooled, *said.hidden_states)
+
+
+def _unet(model, sample, timestep, text, *more):
+    options = {}
+    if len(more) == 2:
+        options["added_cond_kwargs"] = {"text_embeds": more[0], "time_ids": more[1]}
+    elif more:
+        options["timestep_cond"] = more[0]
+    return model(sample, timestep, text, return_dict=False, **options)[0]
+
+
+def optimum(kind, folder):
+    """The folder of a pipeline of ONNX graphs, as optimum lays it out; `torch` is beside it."""
+    pipeline = PIPELINES[kind]()
+    pipeline.save_pretrained(folder / "torch")
+    onnx = folder / "onnx"
+    pipeline.scheduler.save_pretrained(onnx / "scheduler")
+    for name in ("", "_2"):
+        if encoder := getattr(pipeline, f"text_encoder{name}", None):
+            getattr(pipeline, f"tokenizer{name}").save_pretrained(onnx / f"tokenizer{name}")
+            pooled = "text_embeds" if hasattr(encoder, "text_projection") else "pooler_output"
+            tokens = {"input_ids": torch.zeros(2, 77, dtype=torch.int32)}
+            hidden = [f"hidden_states.{place}" for place in range(3)]
+            outputs = ["last_hidden_state", pooled, *hidden]
+            _as_onnx(onnx / f"text_encoder{name}", encoder, _said, tokens, outputs)
+    model = pipeline.unet
+    width = model.config.cross_attention_dim
+    inputs = {
+        "sample": torch.zeros(2, 4, 8, 8),
+        "timestep": torch.zeros(1, dtype=torch.int64),
+        "encoder_hidden_states": torch.zeros(2, 77, width),
+    }
+    if model.config.addition_embed_type:
+        inputs |= {"text_embeds": torch.zeros(2, WIDTH), "time_ids": torch.zeros(2, 6)}
+    if model.config.time_cond_proj_dim:
+        inputs["timestep_cond"] = torch.zeros(2, model.config.time_cond_proj_dim)
+    _as_onnx(onnx / "unet", model, _unet, inputs, ["out_sample"])
+    vae = pipeline.vae
+    _as_onnx(
+        onnx / "vae_decoder", vae, lambda vae, z: vae.decode(z, return_dict=False)[0],
+        {"latent_sample": torch.zeros(1, 4, 8, 8)}, ["sample"],
+    )  # fmt: skip
+    _as_onnx(
+        onnx / "vae_encoder", vae, lambda vae, x: vae.encode(x).latent_dist.parameters,
+        {"sample": torch.zeros(1, 3, 16, 16)}, ["latent_parameters"],
+    )  # fmt: skip
+    index = json.loads((folder / "torch" / "model_index.json").read_text())
+    index["_class_name"] = "ORT" + index["_class_name"]
+    (onnx / "model_index.json").write_text(json.dumps(index))
+    return onnx

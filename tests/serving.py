@@ -18,12 +18,14 @@ from leangen.serve.worker import Limits
 
 NAMES = {
     "language": "tiny-text",
+    "seq2seq/text": "tiny-translator",
     "seq2seq/transcription": "tiny-ears",
     "embedding": "tiny-vectors",
     "flow/speech": "tiny-voice",
     "flow/density": "tiny-flow",
     "diffusion": "tiny-image",
     "oneshot": "tiny-shot",
+    "autoregressive/image": "tiny-pixels",
 }
 
 

@@ -33,6 +33,10 @@ def test_a_packaged_model_is_in_the_package_and_small(name):
     assert source.licence
 
 
+def test_all_packaged_models_together_keep_an_edge_install_small():
+    assert sum(source.size_bytes for source in PACKAGED.values()) <= 12e6
+
+
 def test_models_and_data_never_share_a_name():
     assert not set(CATALOG) & set(DATA)
 

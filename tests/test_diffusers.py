@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from diffusers_models import PIPELINES, bare, change, diffusers, saved, torch
+from diffusers_models import PIPELINES, bare, change, diffusers, optimum, saved, torch
 
 from leangen import exporters
 from leangen.bundle import Bundle
@@ -12,13 +12,17 @@ from leangen.engine import Engine
 from leangen.errors import RequestError, SourceError, UnsupportedError
 from leangen.exporters import diffusers_folder
 from leangen.exporters.diffusers_pipelines import PIPELINES as KNOWN
-from leangen.families import diffusion
+from leangen.families import diffusion, step_choice
+from leangen.files import default_home
 from leangen.quantize import quantize
 from leangen.session import Session
 
 ALIKE = {"ddpm", "turbo", "imagen"}
 """Kinds whose graphs are like another's: quantized only when there is time."""
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings(
+    *(f"ignore::{kind}" for kind in ("FutureWarning", "DeprecationWarning", "UserWarning")),
+    "ignore::torch.jit.TracerWarning",
+)
 
 
 @pytest.fixture(scope="module")
@@ -201,3 +205,42 @@ def test_the_folder_names_the_bundle_and_its_components_are_graphs(made):
     assert diffusers_folder.accepts(made.root / "xl")
     low = {name.partition(":")[0] for name in bundle.files if name.endswith(".onnx")}
     assert low == {f"{role}.onnx" for role in bundle.graphs}
+
+
+@pytest.mark.parametrize("kind", ["xl", "lcm"])
+def test_pipelines_that_are_onnx_already_draw_what_their_weights_do(tmp_path, kind):
+    folder = optimum(kind, tmp_path)
+    wrapped = exporters.export(folder, tmp_path / "wrapped")
+    exported = exporters.export(folder.parent / "torch", tmp_path / "exported")
+    assert wrapped.config == exported.config and dict(wrapped.graphs) == dict(exported.graphs)
+    options = asked(exported)
+    np.testing.assert_allclose(drawn(wrapped, **options), drawn(exported, **options), atol=1e-4)
+    picture = np.zeros((16, 16, 3), np.float32)
+    options |= {"image": picture, "strength": 0.5}
+    np.testing.assert_allclose(drawn(wrapped, **options), drawn(exported, **options), atol=1e-4)
+    with pytest.raises(RequestError, match="holds ONNX graphs only"):
+        exporters.check(folder, wrapped)
+    (folder / "unet" / "model.onnx").write_bytes(b"no graph")
+    with pytest.raises(SourceError, match="unet/model.onnx is damaged"):
+        exporters.export(folder, tmp_path / "damaged")
+
+
+def test_steps_auto_takes_the_cheapest_that_draws_the_same(made, monkeypatch):
+    bundle = made("sd")
+    monkeypatch.setattr(step_choice, "STEPS", (1, 2, 30))
+    monkeypatch.setattr(step_choice, "TOLERANCE", 0.3)
+    engine = Engine(Session(bundle, threads=1), baseline_s=0)
+    result = engine.generate("a cat", steps="auto")
+    curve = step_choice._read(next((default_home() / "steps").iterdir()))
+    chosen = step_choice.best(curve)
+    request = result.receipt.request
+    assert (request["steps"], request["sampler"]) == (chosen.steps, chosen.sampler)
+    near = [point for point in curve if point.error <= 0.3]
+    assert near and chosen.joules == min(point.joules for point in near)
+    assert f"{chosen.steps} of {chosen.sampler} by auto" in result.receipt.runtime.reasons["steps"]
+    monkeypatch.setattr(step_choice, "_sampler", None)  # what was measured is not measured again
+    assert engine.generate("a dog", steps="auto").receipt.request["steps"] == chosen.steps
+    assert "steps" not in engine.generate("a dog", steps=1).receipt.runtime.reasons
+    distilled = Engine(Session(made("lcm"), threads=1), baseline_s=0)
+    with pytest.raises(RequestError, match="distilled to few steps"):
+        distilled.generate("a cat", steps="auto")

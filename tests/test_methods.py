@@ -106,7 +106,8 @@ def test_gptq_is_its_float64_twin():
     grid = schemes.get("int4").quantize(w, block_size=32, asymmetric=True)
     moment = moment_of(x)
     order = np.argsort(-np.diagonal(moment), kind="stable")
-    factor = gptq._factor(gptq._damped(moment)[np.ix_(order, order)])
+    turned = np.ix_(order[::-1], order[::-1])
+    factor = gptq._factor(gptq._damped(moment)[turned].astype(np.float64))
     ours = gptq._rounded(w.T.copy(), *gptq._grid(grid, slice(None)), 16, factor, order).T
     assert np.mean(ours == gptq_twin(w, grid, moment, order)) > 0.99  # float32 moves a tie or two
 
@@ -114,7 +115,7 @@ def test_gptq_is_its_float64_twin():
 def test_codes_set_one_by_one_only_ever_gain():
     w, x = layer(n=8, k=160)
     grid = schemes.get("int3").quantize(w, block_size=32)
-    moment = gptq._damped(moment_of(x)).astype(np.float32)
+    moment = gptq._damped(moment_of(x))
     scales, zeros = gptq._grid(grid, slice(None))
     codes, columns = grid.q.T.astype(np.float32), w.T.copy()
 
@@ -410,6 +411,8 @@ def test_a_precision_is_written_as_it_is_read(text):
         ("nf4-asym", "nf4 has no -asym: only int4, int3 and int2"),
         ("int8-g64", "int8 has no -g64: its blocks are fixed; use int8"),
         ("fp16-wo", "fp16 has no -wo"),
+        ("nf4-r8", "nf4 has no -r8: that is for int4, int3 and int2"),
+        ("int4-r999", "rank is 999, expected at most 256"),
         ("int8-e4", "int8 has no -e4"),
         ("nf4-gptq", "nf4 has no -gptq: methods are for int4, int3 and int2"),
     ],

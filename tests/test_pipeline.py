@@ -190,6 +190,9 @@ def test_an_image_goes_from_part_to_part(load):
         (TWO_PAINTERS.format(other="painter", filters="|sharpen 1 2"), "no filter 'sharpen'"),
         (TWO_PAINTERS.format(other="painter", filters="|resize 4"), "expected resize HEIGHT WIDTH"),
         (TWO_PAINTERS.format(other="painter", filters="|range 0 1"), "its range is not known"),
+        (TWO_PAINTERS.format(other="painter", filters="|range 1 1"), "LOW HIGH, low below high"),
+        (TWO_PAINTERS.format(other="painter", filters="|resize 0 8"), "pixels, 1 to 8192"),
+        (TWO_WRITERS.replace("input.start", "input.start|resize 4 4"), "for what a part gives"),
         (
             TWO_WRITERS.replace("first.text", "first.text|resize 4 4"),
             "resize takes an image, got t",
@@ -218,6 +221,21 @@ def test_what_does_not_fit_is_named(load, text, reason):
 )
 def test_a_filter_mends_a_misfit(load, other, filters, first):
     load(TWO_PAINTERS.format(other=other, filters=filters).replace("./diffusion", first))
+
+
+def test_parts_of_one_model_share_it(load):
+    made = load(TWO_WRITERS)
+    assert made.atoms["first"].engine is made.atoms["second"].engine
+
+
+def test_sound_goes_on_at_another_rate():
+    port = ports.Port(kind="audio", rate_hz=22_050)
+    sound = np.sin(np.arange(22_050) * 2 * np.pi * 440 / 22_050).astype(np.float32)
+    (reference,) = template.parse("{voice.audio|rate 16000}")
+    assert template.through(reference.filters, port, "here").rate_hz == 16_000
+    slower = template.apply(reference.filters, sound, port)
+    expected = np.sin(np.arange(16_000) * 2 * np.pi * 440 / 16_000)
+    assert slower.shape == (16_000,) and np.abs(slower - expected)[500:-500].max() < 0.01
 
 
 def test_filters_change_what_they_say():
@@ -281,8 +299,10 @@ def test_from_python_and_the_command_line(folder, tmp_path, capsys):
     assert leangen.load(path).generate(start="ab").text
     argv = ["generate", str(path), "--input", "start=ab"]
     assert main([*argv, "--json"]) == 0
-    receipt = json.loads(capsys.readouterr().out)["receipt"]
-    assert [part["model"] for part in receipt["parts"]] == ["tiny", "tiny"]
+    document = json.loads(capsys.readouterr().out)
+    assert [part["model"] for part in document["receipt"]["parts"]] == ["tiny", "tiny"]
+    assert document["parts"].keys() == {"first", "second"}
+    assert document["parts"]["second"] == document["text"]
     assert main(argv) == 0
     assert "first (tiny:fp32): 4 tokens in" in capsys.readouterr().err
     assert "needs the input 'start'" in fails(capsys, "generate", str(path))
@@ -311,7 +331,7 @@ u = st.floats(0, 10)
 @st.composite
 def runs(draw):
     """A run of one to four legs under one to three meters, looked at here and there."""
-    legs = draw(st.lists(st.lists(st.integers(0, 10**9), min_size=1, max_size=4), max_size=4))
+    legs = draw(st.lists(st.lists(st.integers(1, 10**9), min_size=1, max_size=4), max_size=4))
     legs = [[1], *legs]
     durations = [ns for leg in legs for ns in leg]
     windows = tuple(

@@ -254,15 +254,24 @@ def test_embeddings(client, http, running):
         assert sum(value**2 for value in plain["embedding"]) == pytest.approx(1, abs=1e-5)
 
 
+def test_an_encoder_decoder_completes_too(client, running):
+    asked = {"model": "tiny-translator", "prompt": "hello", "max_tokens": 4, "temperature": 0}
+    whole = client.completions.create(**asked)
+    chunks = client.completions.create(**asked, stream=True)
+    text = "".join(chunk.choices[0].text for chunk in chunks)
+    assert text == whole.choices[0].text
+    assert kept(running, whole.usage.energy["receipts"][0])["family"] == "seq2seq"
+
+
 def test_images(client, running):
-    for model in ("tiny-image", "tiny-shot"):
+    for model, size, units in (("tiny-image", 8, 2), ("tiny-shot", 8, 2), ("tiny-pixels", 6, 72)):
         reply = client.images.generate(model=model, prompt="", n=2, extra_body={"seed": 5})
         first, second = (
             Image.open(io.BytesIO(base64.b64decode(image.b64_json))) for image in reply.data
         )
-        assert first.size == second.size == (8, 8)
+        assert first.size == second.size == (size, size)
         assert first.tobytes() != second.tobytes()
-        assert kept(running, reply.usage.energy["receipts"][0])["units"]["count"] == 2
+        assert kept(running, reply.usage.energy["receipts"][0])["units"]["count"] == units
 
 
 def test_speech(client, running):
@@ -455,7 +464,14 @@ def test_json_that_is_sent_as_something_else_is_told_apart(http):
             "have 64",
         ),
         ("/v1/images/generations", {"model": "tiny-image", "prompt": "a cat"}, 400, "no prompt"),
+        ("/v1/images/generations", {"model": "tiny-pixels", "steps": 3}, 400, "takes no steps"),
         ("/v1/images/generations", {"model": "tiny-text"}, 400, "family language"),
+        (
+            "/v1/completions",
+            {"model": "tiny-translator", "prompt": "a", "logprobs": 1},
+            400,
+            "no log-probabilities",
+        ),
         ("/v1/images/generations", {"model": "tiny-image", "conditions": {"x": 1}}, 400, "'x'"),
         (
             "/v1/audio/speech",

@@ -15,12 +15,14 @@ from leangen import audio
 
 SHOWN = {
     "tiny-text": "#out",
+    "tiny-translator": "#out",
     "tiny-ears": "#out",
     "tiny-vectors": "#out td",
     "tiny-voice": "#out audio",
     "tiny-flow": "#out td",
     "tiny-image": "#out img",
     "tiny-shot": "#out img",
+    "tiny-pixels": "#out img",
 }
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 

@@ -30,6 +30,7 @@ LAYERS = {
 LARGEST = {"16": 1e-3, "bf16": 5e-3, "8": 0.02, "8a8": 0.04, "4": 0.15, "3": 0.3, "2": 0.6}
 LARGEST |= {"nf4": 0.15, "fp4": 0.2}
 OPTIONS = ("w4-asym", "w3-asym-g64", "matmul4-asym-g16", "matmul4-wo", "matmul2-asym")
+OPTIONS += ("w4-g64-r4", "w3-asym-r2", "matmul4-r4-wo", "matmul4-asym-g16-r2")
 OPTIONS += ("matmul3-asym-g64", "matmul4-g128", "matmulnf4-g32")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import sys
@@ -13,12 +14,14 @@ from hypothesis import strategies as st
 from image_models import denoiser, model, value, weights
 from onnx import helper, save
 
-from leangen import quantize, recipe, tune
+from leangen import quality, quantize, recipe, tune
 from leangen.cli import main
 from leangen.errors import RequestError
 from leangen.exporters import onnx_file
 from leangen.quality import Task
+from leangen.session import Session
 from leangen.tune import costs, harms, solve
+from leangen.tune import settings as run_settings
 from leangen.tune.solve import Option
 
 QUIET = lambda *_: None  # noqa: E731
@@ -268,6 +271,37 @@ def test_the_command(bundle, tmp_path, capsys):
         assert (folder / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
     assert main(["tune", str(folder), "--max-rmse", "0.1", "-o", str(tmp_path / "x.json")]) == 2
     assert "expected the fp32 bundle" in capsys.readouterr().err
+
+
+def test_fewer_steps_threads_and_spinning_are_looked_for(tmp_path, home):
+    bundle = onnx_file.export(denoiser(tmp_path / "d.onnx"), tmp_path / "bundle")
+    many = dataclasses.replace(bundle, config={**bundle.config, "steps": 8})
+    reference = Session(many)
+    observed = quality.observe(reference, None, TASK)
+
+    def loss(steps):
+        seen = quality.observe(reference, observed, dataclasses.replace(TASK, steps=steps))
+        return quality.measure(many, observed, seen)[0].value
+
+    limit = loss(5) * 1.01
+    found = run_settings.fewest_steps(
+        reference, TASK, observed, lambda m, share: m[0].value <= limit, QUIET
+    )
+    assert loss(found) <= limit
+    assert found == 1 or loss(found - 1) > limit
+    assert run_settings.fewest_steps(Session(bundle), TASK, observed, None, QUIET) is None
+
+    told = recipe.NodeRecipe("d", "x", {}, run={"threads": 1, "spin_us": 0, "steps": found})
+    assert told.config() == {"run": {"threads": 1, "spin_us": 0}, "steps": found}
+    told.save(tmp_path / "r.json")
+    assert recipe.read(tmp_path / "r.json") == told
+    aim = costs.objective("latency")
+    best = run_settings.best_run(bundle, aim, QUIET)
+    assert best["threads"] >= 1 and best["spin_us"] in run_settings.SPINS_US
+    tuned_here = dataclasses.replace(bundle, config={**bundle.config, "run": best | {"threads": 1}})
+    assert Session(tuned_here).threads == 1
+    assert "leangen tune" in Session(tuned_here).reasons["threads"]
+    assert Session(tuned_here, threads=2).threads == 2
 
 
 def tower(path, blocks=10):

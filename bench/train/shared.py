@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import json
 import lzma
+import shutil
 import subprocess
 import tempfile
 import warnings
@@ -27,10 +28,6 @@ FASHION = {
     "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
 }
 """Fashion-MNIST (Xiao et al. 2017, MIT): its files, unpacked, and their sha256."""
-CLASSES = (
-    *("T-shirt", "trouser", "pullover", "dress", "coat"),
-    *("sandal", "shirt", "sneaker", "bag", "ankle boot"),
-)
 
 
 def fashion(part: str, folder: Path | None = None) -> tuple[np.ndarray[Any, Any], Any]:
@@ -57,6 +54,8 @@ def _debian(package: str) -> Path:
 
     target = Store().home / "data" / package
     if not target.is_dir():
+        if shutil.which("apt-get") is None:
+            raise SystemExit(f"without apt-get there is no {package}: give its files with --data")
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
             say(f"downloading Debian's {package}")

@@ -15,6 +15,9 @@ def declare(add: Callable[..., argparse.ArgumentParser]) -> None:
         "demo", run, "Three published models at three precisions, with joules", "leangen demo"
     )
     sub.add_argument("--out", type=Path, default=Path("leangen-demo"), help="folder to write into")
+    sub.add_argument(
+        "--zoo", action="store_true", help="a gallery of the models that come with leangen"
+    )
     json_and_threads(sub)
 
 
@@ -22,4 +25,5 @@ def run(args: argparse.Namespace) -> int:
     """Write the demonstration into `--out`."""
     from leangen import demo as demonstration
 
-    return demonstration.run(args.out, threads=args.threads, as_json=args.json)
+    show = demonstration.ZOO if args.zoo else demonstration.PUBLISHED
+    return demonstration.run(args.out, show, threads=args.threads, as_json=args.json)

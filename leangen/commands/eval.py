@@ -23,12 +23,18 @@ def declare(add: Callable[..., argparse.ArgumentParser]) -> None:
         "--reference", default="fp32", metavar="SCHEME|MODEL", help="what it is held against"
     )
     task_options(sub)
+    group = sub.add_argument_group("questions of lm-evaluation-harness (leangen[eval])")
+    group.add_argument("--tasks", metavar="A,B", help="its tasks, or YAML files of your own")
+    group.add_argument("--limit", type=int, metavar="N", help="questions of each task")
+    group.add_argument("--few-shot", type=int, metavar="N", help="worked examples before each")
+    group.add_argument("--chat", action="store_true", help="ask through the chat template")
     json_and_threads(sub)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print a table or one JSON document; 0 when all was measured."""
     from leangen import quality
+    from leangen.quality import harness
     from leangen.session import Session
     from leangen.store import Store
 
@@ -38,9 +44,14 @@ def run(args: argparse.Namespace) -> int:
         reference = store.resolve(
             reference_of(candidate, args.reference), notify=say, progress=progress
         )
-        task = task_of(args, store, candidate, progress)
         sessions = [Session(bundle, threads=args.threads) for bundle in (candidate, reference)]
-        (found,) = quality.evaluate(sessions[:1], sessions[1], task, progress)
+        if args.tasks is None:
+            task = task_of(args, store, candidate, progress)
+            (found,) = quality.evaluate(sessions[:1], sessions[1], task, progress)
+        else:
+            names = [name.strip() for name in args.tasks.split(",") if name.strip()]
+            asked = harness.Asked(names, args.limit, args.few_shot, args.chat)
+            found = harness.evaluate(sessions[0], sessions[1], asked, progress)
     names = [f"{bundle.name}:{bundle.scheme}" for bundle in (candidate, reference)]
     if args.json:
         measures = [measure.to_json() for measure in found]

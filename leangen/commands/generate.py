@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ def declare(add: Callable[..., argparse.ArgumentParser]) -> None:
 def run(args: argparse.Namespace) -> int:
     """Stream the text, save what else came, and print the receipt."""
     from leangen import api, media, report
+    from leangen.pipeline import PipelineResult
+    from leangen.preview import Preview
 
     prompt, options = request(args)
     engine = api.load(
@@ -48,8 +51,10 @@ def run(args: argparse.Namespace) -> int:
         kind = engine.media if args.data is None else "table"  # of scores
         media.suffix_for(kind, args.output)  # before the work, not after it
     stream = engine.stream(prompt, **options)
-    sample = 0
+    sample, seen = 0, Preview(sys.stderr)
     for step in stream:
+        if step.picture is not None:
+            seen.show(step.picture)
         if not args.json:
             print("\n---\n" * (step.sample - sample) + step.text, end="", flush=True)
             sample = step.sample
@@ -64,6 +69,9 @@ def run(args: argparse.Namespace) -> int:
         document: dict[str, Any] = {"text": result.text}
         if "samples" in result.output.extra:
             document["samples"] = [reply.to_json() for reply in result.output.extra["samples"]]
+        if isinstance(result, PipelineResult):
+            texts = {name: part.text for name, part in result.parts.items()}
+            document["parts"] = {name: text for name, text in texts.items() if text is not None}
         if saved is not None:
             document["path"] = str(saved)
         print_json(document | {"receipt": result.receipt.to_json()})

@@ -111,7 +111,9 @@ def request_options(sub: argparse.ArgumentParser) -> None:
     group.add_argument("--seconds", type=float, help="sound: how much to make")
     group.add_argument("--count", type=int, help="samples or images to draw")
     group.add_argument("--data", help="flow: rows (.npy, .csv) whose log-density is wanted")
-    group.add_argument("--steps", type=int, help="diffusion steps")
+    group.add_argument(
+        "--steps", type=_steps, help="diffusion steps; auto: as few as draw the same, measured once"
+    )
     group.add_argument("--sampler", help="diffusion: ddim, heun, dpmpp_2m, unipc, ...")
     group.add_argument("--guidance", type=float, metavar="SCALE", help="diffusion: 1 is none")
     group.add_argument("--guidance-rescale", type=float, metavar="SHARE", help="diffusion: 0 to 1")
@@ -171,6 +173,10 @@ def _file(option: str, path: str) -> str:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(f"cannot read {option} {path}: {error}") from None
+
+
+def _steps(text: str) -> int | str:
+    return text if text == "auto" else int(text)
 
 
 def _condition(text: str) -> tuple[str, Any]:

@@ -23,12 +23,15 @@ def declare(add: Callable[..., argparse.ArgumentParser]) -> None:
     how.add_argument("--recipe", type=Path, metavar="FILE", help="replay what `leangen tune` found")
     how.add_argument(
         "--scheme",
-        metavar="SCHEME[-asym][-gN][-wo][-e4]",
+        metavar="SCHEME[-asym][-gN][-rN][-wo][-e4]",
         help="fp16, bf16, int8, int4, int3, int2, nf4 or fp4; -asym: zero points, -gN: weights to "
-        "a scale, -wo: weights only, -e4: embedding and head at 4 bits too",
+        "a scale, -rN: a part of rank N in half precision, -wo: weights only, -e4: embedding and "
+        "head at 4 bits too",
     )
     sub.add_argument(
-        "--method", metavar="rtn|imatrix|gptq|awq|hqq", help="how weights are rounded; default rtn"
+        "--method",
+        metavar="rtn|imatrix|gptq|awq|hqq",
+        help="how weights are rounded; default: as the family does it, rtn as a rule",
     )
     sub.add_argument(
         "--data",

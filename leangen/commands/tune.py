@@ -123,6 +123,9 @@ def _print(found: Tuned, rows: list[dict[str, Any]], output: Path) -> None:
         f"modelled {aim.name} of the treated nodes {si(found.solution.cost, None, aim.unit)}, "
         f"within {found.solution.gap:.2%} of the least; {found.trials} end-to-end checks"
     )
+    if found.recipe.run:
+        told = ", ".join(f"{name} {value}" for name, value in found.recipe.run.items())
+        print(f"best run here with {told}")
     if rows:
         table(
             ["scheme", loss.name, "size", "bits/weight", f"modelled {aim.name}"],

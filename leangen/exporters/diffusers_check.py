@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from leangen.families import denoising, diffusion, latents
 from leangen.session import Session
 
 if TYPE_CHECKING:
-    from leangen.exporters.diffusers_folder import Saved
+    from leangen.exporters.diffusers_saved import Saved
 
 TOLERANCE = 1e-4
 """Largest difference that passes, times the largest value where that is above 1."""
@@ -55,8 +56,17 @@ def differences(saved: Saved, bundle: Bundle) -> list[Difference]:
     steps of the whole with DDIM, or the model's own kind of schedule, from the same noise. Code
     that comes with a model is never run. Holds both models in memory.
     """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what diffusers would rather have in its configs
+        return _differences(saved, bundle)
+
+
+def _differences(saved: Saved, bundle: Bundle) -> list[Difference]:
+    import diffusers
     import torch
 
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
     scheduler, changes = _scheduler(saved, bundle)
     recorder = Recorder(replace(bundle, config={**bundle.config, **changes}))
     request, noise, first = _asked(saved, recorder)
@@ -95,10 +105,7 @@ def _asked(saved: Saved, session: Session) -> tuple[diffusion.Request, _Noise, A
     import torch
 
     config = session.bundle.config
-    request = diffusion.calibration_requests(session)[0]
-    request = replace(request, steps=None)
-    if not {"upscale", "inpainting"} & set(config):
-        request = replace(request, image=None, strength=None)
+    request = diffusion.trial(session, _SEED)
     kind = diffusers.DDPMPipeline if saved.bare else getattr(diffusers, saved.kind)
     takes_latents = "latents" in inspect.signature(kind.__call__).parameters
     sigma = denoising.levels(config, config["steps"])[0].sigma
@@ -185,7 +192,6 @@ _KEPT = (
 
 def _pipeline(saved: Saved, parts: dict[str, Any], scheduler: Any) -> Any:
     import diffusers
-    import torch
 
     if saved.bare:
         return diffusers.DDPMPipeline(parts["unet"], scheduler)
@@ -193,7 +199,7 @@ def _pipeline(saved: Saved, parts: dict[str, Any], scheduler: Any) -> Any:
     if "vae" in parts and hasattr(parts["vae"], "quant_conv"):
         _take_the_mean(parts["vae"])
     pipeline = getattr(diffusers, saved.kind).from_pretrained(
-        saved.path, **parts, **checker, scheduler=scheduler, torch_dtype=torch.float32
+        saved.path, **parts, **checker, scheduler=scheduler
     )
     pipeline.scheduler = scheduler  # some make one of their own kind of it
     pipeline.set_progress_bar_config(disable=True)

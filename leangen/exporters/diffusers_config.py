@@ -11,7 +11,7 @@ from leangen.exporters import diffusers_schedulers as schedulers
 
 if TYPE_CHECKING:
     from leangen.exporters.diffusers_components import Form
-    from leangen.exporters.diffusers_folder import Saved
+    from leangen.exporters.diffusers_saved import Saved
 
 _FEWER_STEPS = {"lcm": 4, "consistency": 1}
 """Steps of models that were distilled to take few, by their sampler."""

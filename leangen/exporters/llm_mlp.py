@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from onnx import TensorProto
 
 from leangen.exporters.decoder import DecoderConfig
 from leangen.exporters.llm_linear import Linears
@@ -51,7 +52,6 @@ class Mlps:
         node, constant = self.writer.node, self.writer.constant
         path = f"/{layer}/mlp"
         active = constant(f"{path}/active", np.array([experts.active], np.int64))
-        first = constant(f"{path}/axis", np.array([0], np.int64))
         shares = node("Softmax", f"{path}/shares", [self._router(layer, x)], axis=-1)
         top, chosen = f"{path}/top_shares", f"{path}/chosen"
         node("TopK", f"{path}/top", [shares, active], [top, chosen], axis=-1)
@@ -63,22 +63,27 @@ class Mlps:
         )
         shares = node("ScatterElements", f"{path}/routed", [nothing, chosen, top], axis=1)
         by_expert = node("Transpose", f"{path}/by_expert", [shares], perm=[1, 0])
-        shape = node("Shape", f"{path}/shape", [x])
-        y = node("ConstantOfShape", f"{path}/start", [shape])
-        for expert in range(experts.count):
-            name = f"{path}/experts.{expert}"
-            index = constant(f"{name}/index", np.array(expert))
-            share = node("Gather", f"{name}/share", [by_expert, index], axis=0)
-            rows = node("Squeeze", f"{name}/row", [node("NonZero", f"{name}/rows", [share]), first])
-            made = self._one(
-                f"{layer}.experts.{expert}", "mlp", node("Gather", f"{name}/x", [x, rows])
-            )
-            weight = node("Gather", f"{name}/weight", [share, rows])
-            weight = node("Unsqueeze", f"{name}/weight_column", [weight, "axis_last"])
-            made = node("Mul", f"{name}/weighted", [made, weight])
-            column = node("Unsqueeze", f"{name}/row_column", [rows, "axis_last"])
-            y = node("ScatterND", f"{name}/y", [y, column, made], reduction="add")
-        return y
+        # Where shares are, expert after expert: one cut gives each its rows, most of them none.
+        # An idle expert then costs its two products of no rows, and no more.
+        routed = node("NonZero", f"{path}/routed_places", [by_expert])
+        places = node("Transpose", f"{path}/places", [routed], perm=[1, 0])
+        whose = node("Gather", f"{path}/whose", [routed, constant(f"{path}/one", np.array(1))])
+        rows = node("Gather", f"{path}/x", [x, whose])
+        taken = node("Cast", f"{path}/taken", [by_expert], to=TensorProto.BOOL)
+        taken = node("Cast", f"{path}/taken_once", [taken], to=TensorProto.INT64)
+        counts = node("ReduceSum", f"{path}/counts", [taken, "axis_last"], keepdims=0)
+        cut = [f"{path}/rows.{expert}" for expert in range(experts.count)]
+        node("Split", f"{path}/cut", [rows, counts], cut, axis=0)
+        made = [
+            self._one(f"{layer}.experts.{expert}", "mlp", part) for expert, part in enumerate(cut)
+        ]
+        joined = node("Concat", f"{path}/made", made, axis=0)
+        weights = node("GatherND", f"{path}/weights", [by_expert, places])
+        weights = node("Unsqueeze", f"{path}/weights_column", [weights, "axis_last"])
+        joined = node("Mul", f"{path}/weighted", [joined, weights])
+        start = node("ConstantOfShape", f"{path}/start", [node("Shape", f"{path}/shape", [x])])
+        column = node("Unsqueeze", f"{path}/whose_column", [whose, "axis_last"])
+        return node("ScatterND", f"{path}/y", [start, column, joined], reduction="add")
 
     def _router(self, layer: str, x: str) -> str:
         """Logits [rows, experts]; kept in fp32, as they choose."""

@@ -28,7 +28,7 @@ class StoredTensors:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.files = _files(folder)
+        self.files = weight_files(folder)
         self._read: dict[str, Callable[[], torch.Tensor]] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         for file in self.files:
@@ -111,7 +111,7 @@ def _twins(name: str, state: Mapping[str, torch.Tensor]) -> list[str]:
     return [other for other, tensor in state.items() if tensor is state[name] and other != name]
 
 
-def _files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The files with the weights, of one variant: fp32 where there are several."""
     for suffix in ("safetensors", "bin"):
         index = sorted(folder.glob(f"*.{suffix}.index.json"), key=lambda path: len(path.name))

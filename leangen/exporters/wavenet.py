@@ -137,8 +137,8 @@ class _Graph:
         node, constant, path = self.writer.node, self.writer.constant, f"/layers.{layer}"
         seen = node("Concat", f"{path}/seen", [f"state_{layer}", x], axis=2)
         start = constant(f"{path}/start", np.array([-memory], np.int64))
-        end = constant("end", np.array([np.iinfo(np.int64).max], np.int64))
-        axis = constant("axis", np.array([2], np.int64))
+        end = constant(f"{path}/end", np.array([np.iinfo(np.int64).max], np.int64))
+        axis = constant(f"{path}/axis", np.array([2], np.int64))
         node("Slice", f"{path}/keep", [seen, start, end, axis], [f"next_state_{layer}"])
         names = [f"filter_convs.{layer}", f"gate_convs.{layer}"]
         both = self.conv(f"{path}/conv", seen, names, dilations=[dilation])

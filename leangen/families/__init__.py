@@ -12,7 +12,8 @@ A family is one module with
     run(session, request)    a generator: yields a Step as each is done, returns an Output
 
 and, where bundles of it can be calibrated without data, `calibration_requests(session)`; where what
-comes out depends on the bundle, `media(config)`.
+comes out depends on the bundle, `media(config)`; where an option may ask for what has to be
+measured first, `settle(engine, options) -> options`.
 `Request.describe()` gives the options that the receipt keeps, never the prompt's text. The engine
 times every family the same way. The flow family has a module per task, each with its own unit.
 """

@@ -24,15 +24,15 @@ Text as a condition is `families.prompting`'s, latents and images as conditions 
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from leangen import samplers
 from leangen.errors import RequestError
-from leangen.families import denoising, imaging, latents, prompting
+from leangen.families import denoising, imaging, latents, prompting, step_choice
 from leangen.families.conditioning import Given
 from leangen.records import Media, Output, Step
 from leangen.samplers import Array
@@ -57,6 +57,7 @@ class Request:
     seed: int = 0
     """Same seed, same noise, in every scheme."""
     steps: int | None = None
+    """`auto`, of an engine's requests, chooses them and the sampler: see `step_choice`."""
     sampler: str | None = None
     """A name in `samplers.SAMPLERS`."""
     conditions: Mapping[str, Any] = field(default_factory=dict)
@@ -75,7 +76,7 @@ class Request:
 
     def __post_init__(self) -> None:
         imaging.check_count(self.count, self.seed)
-        if self.steps is not None and self.steps < 1:
+        if self.steps is not None and (not isinstance(self.steps, int) or self.steps < 1):
             raise RequestError(f"steps is {self.steps}, expected 1 or more")
         if self.sampler is not None:
             samplers.get(self.sampler)
@@ -132,7 +133,9 @@ def run(session: Session, request: Request) -> Generator[Step, None, Output]:
         states = _states(session, request, given, imaging.generator(request.seed, index))
         for step in range(1, steps + 1):
             x = next(states)
-            yield Step(kind="denoise", units=float(step == steps and not decodes))
+            units = float(step == steps and not decodes)
+            picture = None if decodes else np.moveaxis(x[0], 0, -1)
+            yield Step(kind="denoise", units=units, picture=picture)
         drawn.append(latents.decoded(session, x))
         if decodes:
             yield Step(kind="decode", units=1)
@@ -181,41 +184,64 @@ def _levels(config: Mapping[str, Any], request: Request) -> list[samplers.Level]
 
 
 _CALIBRATION_STEPS = 4
-_CALIBRATION_PROMPTS = (
+_TRIAL_PROMPTS = (
     "a photograph of a lighthouse on a rocky coast at dusk",
     "an oil painting of a bowl of fruit on a wooden table",
     "a portrait of an old man with a white beard, soft light",
 )
 
 
-def calibration_requests(session: Session) -> list[Request]:
-    """Three samples across the range of the conditions, of a few steps each."""
+def settle(engine: step_choice.Draws, options: Mapping[str, Any]) -> Any:
+    """The options of a request with what is to be measured first; see `step_choice`."""
+    trials = [
+        {
+            name: value
+            for name in ("prompt", "image", "mask", "seed")
+            if (value := getattr(trial(engine.session, seed), name)) is not None
+        }
+        for seed in step_choice.SEEDS
+    ]
+    return step_choice.settle(engine, options, trials)
+
+
+def trial(session: Session, seed: int) -> Request:
+    """A request that the bundle can carry out without being given anything."""
     config = session.bundle.config
-    texts: Any = _CALIBRATION_PROMPTS if prompting.reads_text(config) else (None, None, None)
     shape = config["upscale"]["shape"] if "upscale" in config else latents.image_shape(config)
-    rng = np.random.default_rng(imaging.CALIBRATION_SEED)
+    image = mask = None
+    if {"upscale", "inpainting"} & set(config):
+        image = _picture(seed, shape, config)
+    if "inpainting" in config:
+        mask = np.zeros(shape[1:], np.float32)
+        mask[: shape[1] // 2] = 1
+    prompt = _TRIAL_PROMPTS[seed % len(_TRIAL_PROMPTS)] if prompting.reads_text(config) else None
+    return Request(prompt=prompt, seed=seed, image=image, mask=mask)
+
+
+def calibration_requests(session: Session) -> list[Request]:
+    """Three samples across the range of the conditions, of a few steps each.
+
+    They begin with pictures where there is an encoder, so that it is run too.
+    """
+    config = session.bundle.config
     requests = []
     for index, share in enumerate((0.5, 0.0, 1.0)):
-        image = mask = strength = None
-        if "upscale" in config or "encoder" in session.bundle.graphs:
-            image = np.moveaxis(imaging.smooth_noise(rng, shape, config.get("range"))[0], 0, -1)
-        if "inpainting" in config:
-            mask = np.zeros(shape[1:], np.float32)
-            mask[: shape[1] // 2] = 1
-        elif image is not None and "upscale" not in config:
-            strength = 1.0
-        requests.append(
-            Request(
-                prompt=texts[index],
-                seed=imaging.CALIBRATION_SEED + index,
-                steps=min(config["steps"], _CALIBRATION_STEPS),
-                conditions=imaging.spread_conditions(config, share),
-                image=image,
-                mask=mask,
-                strength=strength,
-            )
+        request = replace(
+            trial(session, imaging.CALIBRATION_SEED + index),
+            steps=min(config["steps"], _CALIBRATION_STEPS),
+            conditions=imaging.spread_conditions(config, share),
         )
+        if request.image is None and "encoder" in session.bundle.graphs:
+            picture = _picture(request.seed, latents.image_shape(config), config)
+            request = replace(request, image=picture, strength=1.0)
+        requests.append(request)
     return requests
+
+
+def _picture(seed: int, shape: Sequence[int], config: Mapping[str, Any]) -> Array:
+    """A picture [h, w, c] without fine detail."""
+    smooth = imaging.smooth_noise(np.random.default_rng(seed), shape, config.get("range"))
+    return np.moveaxis(smooth[0], 0, -1)
 
 
 def show(session: Session, images: Array, *, levels: int) -> None:

@@ -78,7 +78,7 @@ def replies(
         reply = empty_reply(session, request, prompt)
         found.append(reply)
         if request.beams > 1:
-            steps = _search(reply, session, request, decoder, logits)
+            steps = search(reply, session, request.beams, decoder, logits)
         else:
             steps = fill(reply, choosers[sample], decoder, prompt, logits, request.speculate)
         for step in steps:
@@ -163,12 +163,17 @@ def fill(
         rows = decoder.feed_all(fed) if guess else decoder.feed(fed)[None]
 
 
-def _search(
-    reply: Reply, session: Session, request: Request, decoder: Decoder, logits: Floats
+def search(
+    reply: Reply,
+    session: Session,
+    width: int,
+    decoder: Decoder,
+    logits: Floats,
+    mask: beams.Mask | None = None,
 ) -> Iterator[Step]:
     """A step per round of beam search; which tokens are the reply's only the last one tells."""
     found = beams.search(
-        session, decoder, logits, beams=request.beams, ends=reply.ends, limit=reply.limit
+        session, decoder, logits, beams=width, ends=reply.ends, limit=reply.limit, mask=mask
     )
     for number, tokens in enumerate(found):
         text = "".join(reply.push(Choice(token)) for token in tokens or ())
@@ -207,7 +212,7 @@ def tokens_of(session: Session, request: Request) -> list[int]:
     if request.tokens is not None:
         tokens = _checked(request.tokens, config["vocab_size"])
     elif request.messages is not None:
-        text = _chat(session)(request.messages, request.tools)
+        text = chat_template(session)(request.messages, request.tools)
         tokens = tokenizer(session).encode(text, add_special_tokens=False).ids
     else:
         tokens = tokenizer(session).encode(request.prompt or "").ids
@@ -255,7 +260,9 @@ def _checked(tokens: Sequence[int], vocab: int) -> list[int]:
     return [int(token) for token in tokens]
 
 
-def _chat(session: Session) -> Any:
+def chat_template(session: Session) -> Any:
+    """The function from messages (and tools) to the prompt; RequestError where there is none."""
+
     def build() -> Any:
         from leangen.families import chat
 

@@ -35,9 +35,8 @@ def quantize(w: Array, scheme: ModuleType, moment: Array, **options: Any) -> Pac
     importance = np.diagonal(moment)
     nearest: Packed = scheme.quantize(w, importance=importance, **options)
     order = np.argsort(-importance, kind="stable")
-    damped = _damped(moment)
-    factor = _factor(damped[np.ix_(order, order)])
-    exact = damped.astype(np.float32)
+    exact = _damped(moment)
+    factor = _factor(exact[np.ix_(order[::-1], order[::-1])].astype(np.float64))
     codes = np.empty_like(nearest.q)
     for start in range(0, len(w), _ROWS):
         rows = slice(start, start + _ROWS)
@@ -111,17 +110,33 @@ def _descend(
 
 
 def _damped(moment: Array) -> Array:
-    """The moment in float64 with a little added to its diagonal."""
-    damped = moment.astype(np.float64)
-    mean = np.diagonal(damped).mean()
+    """The moment with a little added to its diagonal, float32 [k, k]."""
+    damped = moment.astype(np.float32)
+    mean = np.diagonal(damped).mean(dtype=np.float64)
     # An input that is always zero has no say; it must not make the matrix singular either.
-    damped[np.diag_indices_from(damped)] += _DAMPING * mean if mean > 0 else 1.0
+    damped[np.diag_indices_from(damped)] += np.float32(_DAMPING * mean) if mean > 0 else 1
     return damped
 
 
-def _factor(damped: Array) -> Array:
-    """The upper Cholesky factor of the inverse of a moment, float32 [k, k]."""
-    # With J reversing the order, J H J = L L^T gives H^-1 = U^T U for U = J L^-1 J.
-    lower = np.linalg.cholesky(damped[::-1, ::-1])
-    upper = np.linalg.inv(lower)[::-1, ::-1]
-    return np.ascontiguousarray(upper, np.float32)
+def _factor(reversed_moment: Array) -> Array:
+    """The upper Cholesky factor of the inverse of a moment, float32 [k, k].
+
+    `reversed_moment`: its rows and columns in reverse. With J reversing the order, J H J = L L^T
+    gives H^-1 = U^T U for U = J L^-1 J.
+    """
+    lower = np.linalg.cholesky(reversed_moment)
+    _invert(lower)
+    return np.ascontiguousarray(lower[::-1, ::-1], np.float32)
+
+
+def _invert(lower: Array) -> None:
+    """Invert a lower triangular matrix in place, by halves."""
+    size = len(lower)
+    if size <= _TOGETHER:
+        lower[:] = np.tril(np.linalg.inv(lower))
+        return
+    half = size // 2
+    first, second, below = lower[:half, :half], lower[half:, half:], lower[half:, :half]
+    _invert(first)
+    _invert(second)
+    below[:] = -second @ (below @ first)

@@ -55,11 +55,14 @@ def load(path: Path, open_model: Callable[[str], Engine]) -> Pipeline:
     """
     spec = read(path)
     atoms: dict[str, Runner] = {}
+    engines: dict[str, Engine] = {}  # parts that are of one model share it
     for part in spec.parts:
         try:
-            engine = open_model(part.model)
+            if part.model not in engines:
+                engines[part.model] = open_model(part.model)
         except LeangenError as error:
             raise type(error)(f"{spec.name}: parts.{part.name}: {error}") from error
+        engine = engines[part.model]
         engine.tag = engine.tag or spec.name
         atoms[part.name] = Retriever(engine) if part.retrieve else Atom(engine)
     return Pipeline(spec, atoms)

@@ -10,7 +10,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
+
 from leangen import families
+from leangen.families import latents
 from leangen.records import Output
 from leangen.session import Session
 
@@ -113,18 +116,39 @@ def _density(session: Session) -> Ports:
 
 
 def _diffusion(session: Session) -> Ports:
-    channels, height, width = session.bundle.config["sample"]["shape"]
+    config = session.bundle.config
+    channels, height, width = latents.image_shape(config)
     image = _image(session, (height, width, channels))
+    taken = image
+    if "upscale" in config:
+        channels, height, width = config["upscale"]["shape"]
+        taken = _image(session, (height, width, channels))
     mask = Port(kind="image", shape=(height, width), range=(0.0, 1.0))
-    return Ports({"image": image}, {"image": image, "mask": mask})
+    return Ports({"image": image}, {"image": taken, "mask": mask, "prompt": TEXT})
+
+
+def _pixels(session: Session) -> Ports:
+    height, width = session.bundle.config["size"]
+    image = _image(session, (height, width, 3))
+    return Ports({"image": image}, {"image": image})
+
+
+def _waveform(session: Session) -> Ports:
+    rate_hz = int(session.bundle.config["sample_rate_hz"])
+    return Ports({"audio": Port(kind="audio", range=(-1.0, 1.0), rate_hz=rate_hz)}, {})
 
 
 def _oneshot(session: Session) -> Ports:
     config = session.bundle.config
+    if "image" in config:  # an encoder
+        channels, height, width = config["image"]["shape"]
+        image = _image(session, (height, width, channels))
+        return Ports({"latent": Port(kind="rows")}, {"image": image})
+    latent = Port(kind="rows", shape=(None, int(np.prod(config["latent"]["shape"]))))
     outputs = {value.name: value.shape for value in session.graph("model").get_outputs()}
     sizes = [size if isinstance(size, int) else None for size in outputs[config["output"]][1:]]
     channels, height, width = sizes if len(sizes) == 3 else (None, None, None)
-    return Ports({"image": _image(session, (height, width, channels))}, {})
+    return Ports({"image": _image(session, (height, width, channels))}, {"latent": latent})
 
 
 def _image(session: Session, shape: tuple[int | None, ...]) -> Port:
@@ -144,6 +168,8 @@ PORTS: Mapping[str, Callable[[Session], Ports]] = {
     "embedding": _embedding,
     "flow/speech": _speech,
     "flow/density": _density,
+    "autoregressive/image": _pixels,
+    "autoregressive/audio": _waveform,
     "diffusion": _diffusion,
     "oneshot": _oneshot,
 }

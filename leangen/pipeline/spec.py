@@ -137,6 +137,8 @@ def _check_references(path: Path, spec: Spec) -> None:
                         f"{where} names no input: expected one of "
                         f"{', '.join(spec.inputs) or 'none, as [inputs] is empty'}"
                     )
+                if reference.part == INPUT and reference.filters:
+                    raise RequestError(f"{where} has a filter: they are for what a part gives")
                 if reference.part != INPUT and reference.part not in earlier:
                     raise RequestError(
                         f"{where} names no earlier part: expected one of "

@@ -7,6 +7,7 @@ the way from one part to the next.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -78,8 +79,10 @@ def _reference(whole: str, inner: str) -> Reference:
         except ValueError:
             values = ()
         takes = FILTERS[name].numbers
-        if len(values) != len(takes):
-            raise RequestError(f"{whole!r}: expected {' '.join([name, *takes])}")
+        if len(values) != len(takes) or not FILTERS[name].fits(values):
+            raise RequestError(
+                f"{whole!r}: expected {' '.join([name, *takes])}, {FILTERS[name].expected}"
+            )
         filters.append((name, values))
     return Reference(match[1], match[2], tuple(filters))
 
@@ -142,6 +145,10 @@ class Filter:
     """Of the ports that it takes."""
     numbers: tuple[str, ...]
     """What follows its name."""
+    expected: str
+    """Which numbers."""
+    fits: Callable[[tuple[float, ...]], bool]
+    """Whether these are such."""
     apply: Callable[..., Array]
     """The value, its port and the numbers to the new value."""
     port: Callable[..., Port]
@@ -152,16 +159,28 @@ FILTERS: Mapping[str, Filter] = {
     "resize": Filter(
         "image",
         ("HEIGHT", "WIDTH"),
+        "pixels, 1 to 8192",
+        lambda size: all(1 <= pixels <= 8192 and pixels.is_integer() for pixels in size),
         resize,
         lambda port, *size: replace(
             port, shape=(*map(int, size), *(port.shape or (None,) * 3)[2:])
         ),
     ),
     "range": Filter(
-        "image", ("LOW", "HIGH"), rescale, lambda port, *ends: replace(port, range=ends)
+        "image",
+        ("LOW", "HIGH"),
+        "low below high",
+        lambda ends: -math.inf < ends[0] < ends[1] < math.inf,
+        rescale,
+        lambda port, *ends: replace(port, range=ends),
     ),
     "rate": Filter(
-        "audio", ("HZ",), resample, lambda port, rate_hz: replace(port, rate_hz=int(rate_hz))
+        "audio",
+        ("HZ",),
+        "samples a second, 1 or more",
+        lambda rate: 1 <= rate[0] <= 1e6 and rate[0].is_integer(),
+        resample,
+        lambda port, rate_hz: replace(port, rate_hz=int(rate_hz)),
     ),
 }
 """By the name that is written after `|`."""

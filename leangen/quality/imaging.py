@@ -6,17 +6,19 @@ is told for each, so that it shows where along the trajectory a scheme goes astr
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from leangen.calibrate import evenly
 from leangen.errors import RequestError
 from leangen.families import diffusion, imaging, oneshot
 from leangen.quality import features, spectrum
 from leangen.quality.measures import Array, Measure, Task, mean
 from leangen.session import Session
 
+_STEPS_TOLD = 8
 _SIGMA = 1.5
 _RADIUS = 5
 
@@ -110,6 +112,8 @@ def _blur(image: Array) -> Array:
 
 def _per_step(reference: Drawn, candidate: Drawn) -> list[Measure]:
     steps = len(reference.trajectories[0])
+    if len(candidate.trajectories[0]) != steps:
+        return []
     pairs = list(zip(reference.trajectories, candidate.trajectories, strict=True))
     return [
         mean(
@@ -117,7 +121,7 @@ def _per_step(reference: Drawn, candidate: Drawn) -> list[Measure]:
             [relative_rmse(a[step], b[step]) for a, b in pairs],
             "seeds",
         )
-        for step in range(steps - 1)
+        for step in evenly(range(steps - 1), _STEPS_TOLD)
     ]
 
 
@@ -132,7 +136,8 @@ def _perceived(reference: Drawn, candidate: Drawn) -> list[Measure]:
 def _states(session: Session, task: Task, seed: int) -> list[Array]:
     """What each step leaves, [1, c, h, w]; a one-shot model has a single one."""
     if session.bundle.family == "diffusion":
-        return list(diffusion.trajectory(session, diffusion.Request(seed=seed, steps=task.steps)))
+        request = replace(diffusion.trial(session, seed), steps=task.steps)
+        return list(diffusion.trajectory(session, request))
     steps: Any = oneshot.run(session, oneshot.Request(seed=seed))
     while True:
         try:

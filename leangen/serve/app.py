@@ -119,6 +119,7 @@ def _model(server: Server, name: str) -> dict[str, Any]:
         "conditions": served.bundle.config.get("conditions") or {},
         "columns": served.bundle.config.get("columns") or [],
         "voices": media.voices(served),
+        "reads_text": bool(served.bundle.config.get("text")),
     }
 
 
@@ -129,6 +130,14 @@ def _errors(app: FastAPI) -> None:
         if told is not None:
             told["error"] = str(error)
         return JSONResponse(problems.body(error), status_code=problems.status(error))
+
+    @app.exception_handler(MemoryError)
+    @app.exception_handler(RuntimeError)
+    async def short_of_memory(request: Request, error: Exception) -> JSONResponse:
+        why = problems.out_of_memory(error)
+        if why is None:
+            raise error
+        return await known(request, why)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:

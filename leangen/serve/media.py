@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from datetime import datetime
 from typing import Any
 
@@ -22,6 +22,7 @@ from leangen.serve.calls import Server
 from leangen.serve.models import Served
 from leangen.serve.schemas import FlowDensityBody, FlowSampleBody, ImageBody, SpeechBody
 
+DRAWING = ("diffusion", "oneshot", "autoregressive/image")
 PCM_HZ = 24_000
 """OpenAI's rate of raw `pcm`; a voice of another rate says its own in the header."""
 WAV_HEADER_BYTES = 44
@@ -35,16 +36,19 @@ def router(server: Server) -> APIRouter:
     @routes.post("/v1/images/generations")
     async def images(body: ImageBody, request: Request) -> Response:
         served, reason = await _choose_images(server, body)
-        options: dict[str, Any] = {
-            "count": body.n or 1,
-            "seed": single.seed(body),
-            "conditions": body.conditions,
+        options: dict[str, Any] = {"count": body.n or 1, "seed": single.seed(body)}
+        options |= {"conditions": body.conditions} if body.conditions else {}
+        steered = {
+            "prompt": body.prompt or None,
+            "negative_prompt": body.negative_prompt,
+            "steps": body.steps,
+            "sampler": body.sampler,
+            "guidance": body.guidance,
         }
-        if served.key == "diffusion":
-            options |= {"steps": body.steps, "sampler": body.sampler}
-            options |= {"prompt": body.prompt or None}
-        elif body.steps is not None or body.sampler is not None:
-            raise RequestError(f"{served.name} draws in one step: leave steps and sampler out")
+        options |= {name: value for name, value in steered.items() if value is not None}
+        known = {field.name for field in fields(served.family.Request)}
+        if strange := [name for name in options if name not in known]:
+            raise RequestError(f"{served.name} takes no {strange[0]}: leave it out")
         call = single.call(server, served, request, body, options)
         output = await single.output(call, request, served)
         if output is None:
@@ -127,9 +131,7 @@ def router(server: Server) -> APIRouter:
 
 async def _choose_images(server: Server, body: ImageBody) -> tuple[Served, str | None]:
     family = server.models.get(body.model).key
-    served, reason = await server.choose(
-        body.model, family if family in ("diffusion", "oneshot") else "diffusion"
-    )
+    served, reason = await server.choose(body.model, family if family in DRAWING else "diffusion")
     if families.media(served.bundle) != "image":
         raise RequestError(f"{served.name} encodes images: expected a model that makes them")
     if body.prompt and not served.bundle.config.get("text"):

@@ -326,7 +326,10 @@ class ImageBody(Body):
     output_format: Literal["png"] | None = None
     steps: Annotated[int, Field(ge=1, le=1000)] | None = None
     sampler: str | None = None
-    conditions: dict[str, Number] = Field(default_factory=dict)
+    negative_prompt: str | None = None
+    guidance: Number | None = None
+    """Scale of classifier-free guidance: 1 is none."""
+    conditions: dict[str, Number | str] = Field(default_factory=dict)
 
 
 class SpeechBody(Body):

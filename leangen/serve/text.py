@@ -14,7 +14,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from leangen import clock
-from leangen.errors import LeangenError
+from leangen.errors import LeangenError, RequestError
 from leangen.families import language
 from leangen.records import Output, Step
 from leangen.serve import calls, problems, tools
@@ -140,8 +140,12 @@ async def _answer(
     prompts: int,
     form_of_calls: tools.Form | None = None,
 ) -> Response:
-    served, reason = await server.choose(body.model, "language")
     chat = kind == "chatcmpl"
+    family = server.models.get(body.model).key
+    translates = family == "seq2seq/text" and not chat
+    served, reason = await server.choose(body.model, family if translates else "language")
+    if translates and body.likeliest() is not None:
+        raise RequestError(f"{served.name} tells no log-probabilities here: leave logprobs out")
     form = _Form(
         id=f"{kind}-{uuid.uuid4().hex}",
         object="chat.completion" if chat else "text_completion",

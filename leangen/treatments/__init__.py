@@ -12,12 +12,13 @@ from dataclasses import dataclass
 import numpy as np
 from onnx import NodeProto
 
+from leangen import methods
 from leangen.graph_edit import Graph, Range
 from leangen.precision import HALVES
 from leangen.sites import Site
 from leangen.treatments import floats, products, static
 from leangen.treatments.forms import STANDARD, TABLES, Form, code_bits, read
-from leangen.treatments.weights import Rounding, Weights, round_to_nearest
+from leangen.treatments.weights import Rounding, Weights, masked, round_to_nearest
 
 __all__ = ["STANDARD", "Form", "Rounding", "Treated", "Treatments", "code_bits", "read"]
 
@@ -50,6 +51,7 @@ class Treatments:
         self._graph = graph
         self._ranges = ranges or {}
         self._weights = Weights(graph, rounding)
+        self._made: dict[tuple[str, str], Treated] = {}
 
     def offered(self, site: Site) -> list[str]:
         """The standard treatments that fit a site."""
@@ -66,12 +68,23 @@ class Treatments:
             return False
         if form.scheme == "fp16" and np.abs(self._graph.array(site.weight)).max() > 65504:
             return False
+        if form.rank and not self._splits(site, form):
+            return False
         blocks = form.scheme in HALVES or self._weights.block(site, form) is not None
         if form.kind == "gather":
             return site.kind == "embedding" and blocks
         if site.kind == "embedding" or (form.kind == "matmul" and site.kind != "linear"):
             return False
         return blocks
+
+    def _splits(self, site: Site, form: Form) -> bool:
+        """Whether a part of the form's rank can stand beside a site's codes."""
+        return (
+            site.kind in ("conv", "deconv", "linear")
+            and form.scheme in methods.SCHEMES
+            and form.rank < min(site.rows, site.columns) / 2
+            and not masked(self._weights.matrix(site))
+        )
 
     def stored_bits(self, site: Site, treatment: str) -> float:
         """About how many bits a site's weight takes with a treatment."""
@@ -84,10 +97,17 @@ class Treatments:
         scale = 16 if self._weights.half_scales(site, form) else 32
         zero = (8 if form.kind == "w" else form.code_bits) if form.asymmetric else 0
         blocks = site.rows * -(-site.columns // block)
-        return float(blocks * (block * form.code_bits + scale + zero))
+        beside = 16 * form.rank * (site.rows + site.columns)
+        return float(blocks * (block * form.code_bits + scale + zero) + beside)
 
     def apply(self, site: Site, treatment: str) -> Treated:
-        """The nodes that do what the site's node does, with its weight packed."""
+        """The nodes that do what the site's node does, with its weight packed; made once."""
+        key = site.node.name, treatment
+        if key not in self._made:
+            self._made[key] = self._make(site, treatment)
+        return self._made[key]
+
+    def _make(self, site: Site, treatment: str) -> Treated:
         form = read(treatment)
         if form.kind == "w8a8":
             made = static.static_int8(self._weights, site, form, self._ranges)

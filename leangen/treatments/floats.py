@@ -43,16 +43,27 @@ def unpacked(weights: Weights, site: Site, form: Form) -> tuple[list[NodeProto],
             zero, extra_bits = f"{label}/w_zeros", zeros.size * (8 - bits)
             nodes.append(make("Cast", [stored], zero, to=TensorProto.FLOAT))
         nodes.append(make("Sub", [wide, zero], centred))
-    widen, scale = weights.scales(
+    widen, scale = weights.widened(
         f"{stem}/block_scale", packed.scales[..., None], f"{label}/w_scale"
     )
-    inner = (shape[1], shape[0], *shape[2:]) if site.swapped else shape
+    inner = shared(np.array((shape[1], shape[0], *shape[2:]) if site.swapped else shape, np.int64))
     last = f"{label}/w_inner" if site.swapped else f"{label}/w"
+    of_codes = f"{label}/w_codes" if form.rank else last
     nodes += [
         *widen,
         make("Mul", [centred, scale], scaled),
-        make("Reshape", [scaled, shared(np.array(inner, np.int64))], last),
+        make("Reshape", [scaled, inner], of_codes),
     ]
+    if form.rank:
+        parts, (left, right), bits_beside = weights.beside(site, form, stem, label)
+        beside, shaped = f"{label}/w_flat", f"{label}/w_beside"
+        nodes += [
+            *parts,
+            make("MatMul", [left, right], beside),
+            make("Reshape", [beside, inner], shaped),
+            make("Add", [of_codes, shaped], last),
+        ]
+        extra_bits += bits_beside
     if site.swapped:
         order = [1, 0, *range(2, len(shape))]
         nodes.append(make("Transpose", [last], f"{label}/w", perm=order))

@@ -8,8 +8,8 @@ A treatment is a form and the code of a weight, such as `w4`, `matmul4-asym-g128
                 nf4 and fp4: MatMulBnb4, activations in fp32
     gatherCODE  embedding: only the rows asked for are unpacked
 
-CODE is 8, 4, 3, 2, nf4, fp4, 16 (half precision) or bf16, with -asym, -gN and -wo as in
-`leangen.precision`.
+CODE is 8, 4, 3, 2, nf4, fp4, 16 (half precision) or bf16, with -asym, -gN, -rN and -wo as in
+`leangen.precision`; integers of 4 bits or fewer take -rN.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TABLES = ("fp4", "nf4")
 """Schemes whose codes index a table."""
 _TREATMENT = re.compile(
     r"(?P<form>w|matmul|gather)(?P<code>8|4|3|2|nf4|fp4|16|bf16)"
-    r"(?P<asym>-asym)?(?:-g(?P<group>\d+))?(?P<wo>-wo)?"
+    r"(?P<asym>-asym)?(?:-g(?P<group>\d+))?(?:-r(?P<rank>\d+))?(?P<wo>-wo)?"
 )
 STANDARD = (
     *("w2", "w3", "w4", "wnf4", "wfp4", "w8", "w16", "wbf16"),
@@ -43,6 +43,8 @@ class Form:
     scheme: str
     asymmetric: bool = False
     group: int | None = None
+    rank: int = 0
+    """Of the part of the weight that stands beside the codes in half precision."""
     weights_only: bool = False
 
     @property
@@ -66,6 +68,7 @@ def read(treatment: str) -> Form:
         f"int{scheme}" if scheme.isdigit() else scheme,
         bool(found["asym"]),
         int(found["group"]) if found["group"] else None,
+        int(found["rank"] or 0),
         bool(found["wo"]),
     )
 

@@ -30,7 +30,7 @@ def nbits(weights: Weights, site: Site, form: Form) -> tuple[list[NodeProto], in
         nodes, q = unpacking.nibbles(planes, f"{node.name}/w", centred, shared)
     else:
         q = weights.constant(f"{stem}/codes", lambda: packing.nbits_layout(packed))
-    widen, scale = weights.scales(f"{stem}/scale", packed.scales, f"{node.name}/w_scale")
+    widen, scale = weights.widened(f"{stem}/scale", packed.scales, f"{node.name}/w_scale")
     inputs = [node.input[0], q, scale]
     # Whole blocks are stored, and whole bytes of zero points.
     extra_bits = (packed.scales.size * packed.block_size - packed.q.size) * form.code_bits
@@ -50,7 +50,23 @@ def nbits(weights: Weights, site: Site, form: Form) -> tuple[list[NodeProto], in
         block_size=block,
         accuracy_level=level,  # without it ORT takes a path 4 to 100 times slower
     )
-    return [*nodes, *widen, product], packed.stored_bits + extra_bits
+    nodes += [*widen, product]
+    if form.rank:  # y = Q x + left (right x)
+        parts, wide, bits_beside = weights.beside(site, form, stem, node.name)
+        turned = [f"{name}_turned" for name in wide]
+        nodes += parts
+        for name, other in zip(wide, turned, strict=True):
+            nodes.append(make("Transpose", [name], other, perm=[1, 0]))
+        left, right = turned
+        inner, beside = f"{node.name}/inner", f"{node.name}/beside"
+        product.output[0] = f"{node.name}/product"
+        nodes += [
+            make("MatMul", [node.input[0], right], inner),
+            make("MatMul", [inner, left], beside),
+            make("Add", [product.output[0], beside], node.output[0]),
+        ]
+        extra_bits += bits_beside
+    return nodes, packed.stored_bits + extra_bits
 
 
 def bnb(weights: Weights, site: Site, form: Form) -> tuple[list[NodeProto], int]:
@@ -78,7 +94,7 @@ def gather(weights: Weights, site: Site, form: Form) -> tuple[list[NodeProto], i
     q = weights.constant(f"{stem}/codes", lambda: packing.nbits_layout(packed))
     rows = weights.constant(f"{stem}/rows", lambda: graph.array(q).reshape(site.rows, -1))
     label = f"{site.node.name}/w_scale"
-    widen, scale = weights.scales(f"{stem}/scale", packed.scales, label)
+    widen, scale = weights.widened(f"{stem}/scale", packed.scales, label)
     graph.require(MICROSOFT)
     lookup = helper.make_node(
         "GatherBlockQuantized",

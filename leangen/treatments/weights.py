@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
@@ -18,6 +19,9 @@ from leangen.treatments.unpacking import node
 
 BLOCK = 32
 """Weights per scale where nothing else is asked; MatMulNBits rounds activations in its blocks."""
+
+MASKED_SHARE = 0.01
+"""A weight with more zeros than this has a mask."""
 
 Rounding = Callable[[Site, Array, ModuleType, Mapping[str, Any]], Packed]
 """Makes codes of a site's matrix: (site, w [n, k], scheme, its options) -> Packed."""
@@ -40,7 +44,10 @@ class Weights:
     def __init__(self, graph: Graph, rounding: Rounding = round_to_nearest) -> None:
         self.graph = graph
         self._rounding = rounding
+        self._beside: dict[str, tuple[Array, Array]] = {}
         self._packed: dict[str, Packed] = {}
+        """Of weights that several nodes read: what no other will ask for is not held."""
+        self._readers = Counter(name for node in graph.nodes for name in node.input)
         self._small: dict[str, bool] = {}
 
     def block(self, site: Site, form: Form) -> int | None:
@@ -72,16 +79,48 @@ class Weights:
     def pack(self, site: Site, form: Form, **options: Any) -> tuple[Packed, str]:
         """The packed weight, and a stem for the names of its constants."""
         stem = f"{site.weight}/{form.scheme}" + "-asym" * form.asymmetric
+        stem += f"-r{form.rank}" if form.rank else ""
         stem += "".join(f"-{name}{value}" for name, value in sorted(options.items()))
         if form.asymmetric:
             options["asymmetric"] = True
         if self.half_scales(site, form):
             options["scale_dtype"], stem = np.float16, f"{stem}-f16"
-        if stem not in self._packed:
+        packed = self._packed.get(stem)
+        if packed is None:
             scheme, w = schemes.get(form.scheme), self.matrix(site)
+            if form.rank:
+                left, right = self._split(site, form)
+                w = w - left.astype(np.float32) @ right.astype(np.float32)
             rounding = self._rounding if site.kind in ("linear", "matrix") else round_to_nearest
-            self._packed[stem] = rounding(site, w, scheme, options)
-        return self._packed[stem], stem
+            packed = rounding(site, w, scheme, options)
+            if self._readers[site.weight] > 1:
+                self._packed[stem] = packed
+        return packed, stem
+
+    def beside(
+        self, site: Site, form: Form, stem: str, label: str
+    ) -> tuple[list[NodeProto], list[str], int]:
+        """The part beside the codes: nodes, what they make [n, rank] and [rank, k], bits stored."""
+        nodes, wide = [], []
+        for name, part in zip(("left", "right"), self._split(site, form), strict=True):
+            made, tensor = self.widened(f"{stem}/{name}", part, f"{label}/w_{name}")
+            nodes += made
+            wide.append(tensor)
+        return nodes, wide, 16 * form.rank * (site.rows + site.columns)
+
+    def _split(self, site: Site, form: Form) -> tuple[Array, Array]:
+        """The part of largest singular values, float16: what is left has fewer outliers.
+
+        Li et al., "SVDQuant: Absorbing Outliers by Low-Rank Components for 4-Bit Diffusion Models"
+        (arXiv 2411.05007).
+        """
+        key = f"{site.weight} {form.rank}"
+        if key not in self._beside:
+            u, sizes, v = np.linalg.svd(self.matrix(site), full_matrices=False)
+            root = np.sqrt(sizes[: form.rank])
+            left, right = u[:, : form.rank] * root, root[:, None] * v[: form.rank]
+            self._beside[key] = left.astype(np.float16), right.astype(np.float16)
+        return self._beside[key]
 
     def matrix(self, site: Site) -> Array:
         """The weight as [rows, columns] float32, rows being outputs."""
@@ -94,8 +133,8 @@ class Weights:
         """A constant of the graph, made unless it is there."""
         return name if self.graph.has(name) else self.graph.add(name, value())
 
-    def scales(self, name: str, values: Array, label: str) -> tuple[list[NodeProto], str]:
-        """A constant of scales, widened by a node that ORT folds where they are half-precision."""
+    def widened(self, name: str, values: Array, label: str) -> tuple[list[NodeProto], str]:
+        """A constant, widened to float32 by a node that ORT folds where it is half-precision."""
         stored = self.constant(name, lambda: values)
         if values.dtype != np.float16:
             return [], stored
@@ -108,6 +147,15 @@ class Weights:
             for name, plane in zip(names, make(), strict=True):
                 self.graph.add(name, plane)
         return names
+
+
+def masked(w: Array) -> bool:
+    """Whether a weight has zeros that stand for what an output must not depend on.
+
+    Rounded to the nearest they stay zeros; methods that spread errors, and a part of low rank,
+    would fill them in, and an autoregressive flow would be none any more.
+    """
+    return float(np.mean(w == 0)) > MASKED_SHARE
 
 
 def with_weight(original: NodeProto, place: int, weight: str) -> NodeProto:

@@ -3,15 +3,16 @@
 Harm of each node (`harms`), cost of each node (`costs`), the cheapest choice within a budget of
 harm (`solve`), then the truth: the bundle is made and its loss measured end to end, and the budget
 of harm is tightened or widened by what that says, a few times. What is kept meets the budget as
-measured.
+measured. For time or energy, steps, threads and spinning are looked for as well (`settings`).
 """
 
 from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from leangen.quality import Measure, Task
 from leangen.recipe import NodeRecipe
 from leangen.session import Session
 from leangen.treatments import read
-from leangen.tune import costs, harms, solve
+from leangen.tune import costs, harms, settings, solve
 from leangen.tune.costs import Objective
 from leangen.tune.solve import Option, Solution, Table
 
@@ -143,19 +144,36 @@ def tune(
     }
     reference = Session(bundle, threads=threads)
     observed = quality.observe(reference, None, task)
+    run: dict[str, int] = {}
+    if aim.name != "size":
+
+        def within(measures: list[Measure], share: float) -> bool:
+            loss = budget.loss(budget.measured(bundle, measures).value)
+            return loss**2 <= share * budget.most**2
+
+        steps = settings.fewest_steps(reference, task, observed, within, progress)
+        run = {} if steps is None else {"steps": steps}
+    judged = replace(task, steps=run.get("steps", task.steps))
+
+    def recipe(solution: Solution, how: Mapping[str, Any] | None = None) -> NodeRecipe:
+        choices, method = solution.choices, calibration.method
+        return NodeRecipe(bundle.name, bundle.digest, choices, how or {}, method, dict(run))
+
+    @contextmanager
+    def made(solution: Solution) -> Iterator[Bundle]:
+        with tempfile.TemporaryDirectory(prefix="leangen-") as folder:
+            out = Path(folder) / "trial"
+            yield quantize.replay(bundle, recipe(solution), out, calibration=calibration)
 
     def judge(solution: Solution) -> list[Measure]:
-        with tempfile.TemporaryDirectory(prefix="leangen-") as folder:
-            made = quantize.replay(
-                bundle,
-                _recipe(bundle, calibration, solution),
-                Path(folder) / "trial",
-                calibration=calibration,
-            )
-            session = Session(made, threads=threads)
-            return quality.measure(made, observed, quality.observe(session, observed, task))
+        with made(solution) as low:
+            seen = quality.observe(Session(low, threads=threads), observed, judged)
+            return quality.measure(low, observed, seen)
 
     best, measures, trials = _search(bundle, budget, table, judge, progress)
+    if aim.name != "size" and threads is None:
+        with made(best) as low:
+            run |= settings.best_run(low, aim, progress)
     loss = budget.measured(bundle, measures)
     how = {
         "budget": {"kind": budget.kind, "limit": budget.limit},
@@ -168,7 +186,7 @@ def tune(
         "trials": trials,
     }
     return Tuned(
-        recipe=_recipe(bundle, calibration, best, how),
+        recipe=recipe(best, how),
         measures=measures,
         loss=loss,
         solution=best,
@@ -245,13 +263,3 @@ def _search(
 
 def _told(budget: Budget) -> str:
     return f"--{'min' if budget.kind == 'psnr' else 'max'}-{budget.kind} {budget.limit:g}"
-
-
-def _recipe(
-    bundle: Bundle,
-    calibration: quantize.Calibration,
-    solution: Solution,
-    how: Mapping[str, Any] | None = None,
-) -> NodeRecipe:
-    choices, method = solution.choices, calibration.method
-    return NodeRecipe(bundle.name, bundle.digest, choices, how or {}, method)

@@ -9,7 +9,7 @@ restate the time, so then time it is, and that is said.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -147,7 +147,7 @@ def _measure(
         median_s = _time(session, feed)
         if aim.selection is None:
             return median_s
-        return _joules(session, feed, median_s, aim.selection)
+        return joules(lambda: session.run(None, feed), median_s, aim.selection)
 
 
 def _time(session: ort.InferenceSession, feed: Mapping[str, Array]) -> float:
@@ -161,15 +161,13 @@ def _time(session: ort.InferenceSession, feed: Mapping[str, Array]) -> float:
     return float(np.median(spent)) / 1e9
 
 
-def _joules(
-    session: ort.InferenceSession, feed: Mapping[str, Array], run_s: float, selection: Selection
-) -> float:
-    """Joules of a run, from one window over many that begins on a tick."""
+def joules(run: Callable[[], object], run_s: float, selection: Selection) -> float:
+    """Joules of a run of about `run_s` seconds, from one window over many that begins on a tick."""
     tick_s = max((meter.tick.seconds for meter in selection.meters), default=0.001)
     repeats = max(LEAST_RUNS, int(np.ceil(_TICKS * tick_s / run_s)))
     window = meters.begin(selection, aligned=True)
     for _ in range(repeats):
-        session.run(None, feed)
+        run()
     windows = meters.end(window)
     spent = [one.energy_uj for one in windows]
     known = [energy_uj for energy_uj in spent if energy_uj is not None]
