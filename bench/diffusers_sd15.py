@@ -1,12 +1,14 @@
 """Stable Diffusion 1.5's shape with random weights: export, int8, int4, and a step beside torch.
 
-    python bench/diffusers_sd15.py FOLDER make          a pipeline whose UNet is SD 1.5's (860M)
+    python bench/diffusers_sd15.py FOLDER make          all of it, into FOLDER/results.jsonl
+    python bench/diffusers_sd15.py FOLDER save          a pipeline whose UNet is SD 1.5's (860M)
     python bench/diffusers_sd15.py FOLDER export        to a bundle, fp32
     python bench/diffusers_sd15.py FOLDER int8|int4     quantize it
     python bench/diffusers_sd15.py FOLDER run SCHEME    denoise in one step per sample
     python bench/diffusers_sd15.py FOLDER torch fp32|bf16
 
-One part a process, so that its peak memory is its own; each prints a JSON line. The text encoder
+One part a process, so that its peak memory is its own; each prints a JSON line. `make` leaves out
+what has a result already. The text encoder
 and the autoencoder are small: the figures are the UNet's. Latents are 4 x 64 x 64, the batch is
 1 (no guidance). A step's time is the median of `--repeats` after one that is not counted. Joules
 are of the meter that leangen finds, torch's on the same one; without a counter they are estimates
@@ -19,6 +21,8 @@ import argparse
 import json
 import resource
 import statistics
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -35,7 +39,7 @@ UNET = {
 PROMPT = "a photograph of an astronaut riding a horse"
 
 
-def make(folder: Path) -> dict[str, Any]:
+def save(folder: Path) -> dict[str, Any]:
     """Save the pipeline; the UNet's weights in half precision, as they are published."""
     import diffusers
     import torch
@@ -139,18 +143,43 @@ def in_torch(folder: Path, kind: str, repeats: int, threads: int) -> dict[str, A
     }
 
 
+PARTS = (
+    *("save", "export", "int8", "run int8", "int4", "run int4", "run fp32"),
+    *("torch fp32", "torch bf16"),
+)
+
+
+def make(folder: Path, options: list[str]) -> None:
+    """Carry out what has no result yet, each part in a process of its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    results = folder / "results.jsonl"
+    lines = results.read_text().splitlines() if results.exists() else []
+    done = {json.loads(line)["part"] for line in lines}
+    for part in PARTS:
+        if part in done:
+            continue
+        command = [sys.executable, __file__, str(folder), *part.split(), *options]
+        line = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        with results.open("a") as file:
+            file.write(line.splitlines()[-1] + "\n")
+        print(line.splitlines()[-1], flush=True)
+
+
 def main() -> None:
-    """Carry out one part."""
+    """Carry out one part, or all."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("part", choices=("make", "export", "int8", "int4", "run", "torch"))
+    parser.add_argument("part", choices=("make", "save", "export", "int8", "int4", "run", "torch"))
     parser.add_argument("what", nargs="?", default="fp32")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
-    begun = time.monotonic()
     if args.part == "make":
-        found = make(args.folder)
+        make(args.folder, ["--repeats", str(args.repeats), "--threads", str(args.threads)])
+        return
+    begun = time.monotonic()
+    if args.part == "save":
+        found = save(args.folder)
     elif args.part == "export":
         found = export(args.folder)
     elif args.part == "run":

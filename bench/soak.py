@@ -256,7 +256,7 @@ class Soak:
 
         def no_memory() -> None:
             assert self.child is not None
-            self.excused.add("out_of_memory")
+            self.excused.update(("out_of_memory", "model_unavailable"))
             size = int(re.search(r"VmSize:\s+(\d+)", status_of(self.child.pid))[1]) * 1024  # type: ignore[index]
             resource.prlimit(self.child.pid, resource.RLIMIT_AS, (size + 20_000_000, -1))
 
@@ -264,7 +264,7 @@ class Soak:
             assert self.child is not None
             resource.prlimit(self.child.pid, resource.RLIMIT_AS, (-1, -1))
             self.served_again()
-            self.excused.discard("out_of_memory")
+            self.excused -= {"out_of_memory", "model_unavailable"}
 
         for share, fault in (
             (0.08, restart(signal.SIGTERM)),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from diffusers_models import PIPELINES, bare, change, diffusers, optimum, saved, torch
 
-from leangen import exporters
+from leangen import exporters, quality
 from leangen.bundle import Bundle
 from leangen.engine import Engine
 from leangen.errors import RequestError, SourceError, UnsupportedError
@@ -244,3 +244,50 @@ def test_steps_auto_takes_the_cheapest_that_draws_the_same(made, monkeypatch):
     distilled = Engine(Session(made("lcm"), threads=1), baseline_s=0)
     with pytest.raises(RequestError, match="distilled to few steps"):
         distilled.generate("a cat", steps="auto")
+
+
+@pytest.fixture(scope="module")
+def reusing(made):
+    """A UNet whose outer part is a graph of its own."""
+    made("sd")
+    return exporters.export(made.root / "sd", made.root / "sd-reuse", reuse=True)
+
+
+def test_the_outer_part_on_its_own_features_is_the_whole(reusing, made):
+    found = exporters.check(made.root / "sd", reusing)
+    assert [str(each) for each in found if not each.passed] == []
+    assert "shallow" in {each.part for each in found}
+    share = reusing.files["shallow.onnx"]["bytes"] + reusing.size_bytes - made("sd").size_bytes
+    assert share < 0.5 * made("sd").size_bytes  # the weights are there once
+
+
+def test_reuse_runs_the_whole_every_so_many_steps(reusing):
+    options = {"prompt": "a cat", "steps": 5}
+    assert np.array_equal(drawn(reusing, **options), drawn(reusing, **options, reuse=1))
+    session, seen = Session(reusing, threads=1), []
+    run = session.run
+    session.run = lambda role, *given: (seen.append(role), run(role, *given))[1]
+    *_, picture = diffusion.trajectory(session, diffusion.Request(**options, reuse=3))
+    ran = [role for role in seen if role in ("model", "shallow")]
+    assert ran == ["model", "shallow", "shallow", "model", "shallow"]
+    exact = drawn(reusing, **options)
+    assert 0 < np.abs(np.moveaxis(picture, 1, -1) - exact).max()
+
+
+def test_what_reuse_costs_in_quality_is_measured(reusing, tmp_path):
+    session = Session(reusing, threads=1)
+    task = quality.Task(seeds=2, steps=6, reuse=2)
+    (found,) = quality.evaluate([session], session, task, lambda *_: None)
+    assert found[0].name == "relative RMSE" and found[0].value > 0
+    low = quantize(reusing, "int8", tmp_path / "int8")
+    assert np.isfinite(drawn(low, prompt="a cat", steps=3, reuse=2)).all()
+
+
+def test_reuse_where_there_is_nothing_to_reuse_is_refused(made, tmp_path):
+    with pytest.raises(RequestError, match="reuse is 2, but sd was exported without it"):
+        drawn(made("sd"), reuse=2)
+    with pytest.raises(RequestError, match=r"reuse is 0, expected 1 \(at every step\) or more"):
+        drawn(made("sd"), reuse=0)
+    made("dit")
+    with pytest.raises(UnsupportedError, match="reuse needs a UNet"):
+        exporters.export(made.root / "dit", tmp_path / "dit", reuse=True)

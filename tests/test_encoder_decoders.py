@@ -72,20 +72,20 @@ def test_greedy_text_is_theirs(tmp_path, kind, options):
         assert theirs[0, 1:].tolist() == written[:20]
 
 
-@pytest.mark.parametrize("multilingual", [False, True])
-def test_transcripts_are_theirs(tmp_path, multilingual):
+@pytest.mark.parametrize(("multilingual", "beams"), [(False, 1), (True, 1), (True, 4)])
+def test_transcripts_are_theirs(tmp_path, multilingual, beams):
     model = checkpoint(tmp_path / "saved", "whisper", WHISPER, multilingual=multilingual)
     session = Session(exporters.export(tmp_path / "saved", tmp_path / "bundle"), threads=1)
     config = session.bundle.config
     assert bool(config["languages"]) == multilingual
     prompt = [1, 4, 81, 82] if multilingual else [1, 82]
     spoken = "de" if multilingual else None
-    request = transcription.Request(audio=sound(), language=spoken, max_new_tokens=60)
+    request = transcription.Request(audio=sound(), language=spoken, max_new_tokens=40, beams=beams)
     written = [token for step in transcription.run(session, request) for token in step.tokens]
     features = transcription.features(config, sound()[: config["window_samples"]])
     theirs = model.generate(
-        torch.from_numpy(features), decoder_input_ids=torch.tensor([prompt]), max_new_tokens=60,
-        do_sample=False, eos_token_id=2, pad_token_id=0, decoder_start_token_id=1,
+        torch.from_numpy(features), decoder_input_ids=torch.tensor([prompt]), max_new_tokens=40,
+        num_beams=beams, do_sample=False, eos_token_id=2, pad_token_id=0, decoder_start_token_id=1,
         suppress_tokens=[7, 9, *range(83, VOCAB)], begin_suppress_tokens=[2, 11],
         return_timestamps=False,
     )[0].tolist()  # fmt: skip

@@ -462,6 +462,43 @@ def test_a_mistake_in_a_worker_is_told_and_does_not_last(text_model, monkeypatch
         assert server.account.billed_uj + server.account.unattributed_uj == server.account.total_uj
 
 
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("can't start new thread"), Exception("std::bad_alloc")]
+)
+def test_a_lack_of_memory_is_told_and_does_not_last(text_model, monkeypatch, error):
+    step = Batch.step
+
+    def short(batch):
+        raise error
+
+    with serving.serving([text_model]) as (address, server), client(address) as http:
+        monkeypatch.setattr(Batch, "step", short)
+        reply = http.post("/v1/completions", json=LONG)
+        assert reply.status_code == 503
+        assert reply.json()["error"]["code"] == "out_of_memory"
+        monkeypatch.setattr(Batch, "step", step)
+        assert http.post("/v1/completions", json=LONG | {"max_tokens": 2}).status_code == 200
+        assert server.account.billed_uj + server.account.unattributed_uj == server.account.total_uj
+
+
+def test_a_thread_that_cannot_be_started_is_told_and_does_not_last(text_model, monkeypatch):
+    start = threading.Thread.start
+
+    def refused(thread):
+        if thread.name.startswith(("leangen-tiny", "asyncio")):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with serving.serving([text_model]) as (address, _), client(address) as http:
+        monkeypatch.setattr(threading.Thread, "start", refused)
+        for _ in range(2):
+            reply = http.post("/v1/completions", json=LONG)
+            assert reply.status_code == 503
+            assert reply.json()["error"]["code"] == "out_of_memory"
+        monkeypatch.setattr(threading.Thread, "start", start)
+        assert http.post("/v1/completions", json=LONG | {"max_tokens": 2}).status_code == 200
+
+
 def test_a_used_up_budget_is_429(text_model):
     limit = budget.Budget(per="day", limit=1e-9, on_exceed="refuse")
     with (

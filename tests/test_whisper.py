@@ -141,6 +141,8 @@ def test_no_times_and_no_suppressed_tokens(session):
         ({"sample_rate_hz": 0}, "sample_rate_hz is 0"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"temperature": -1}, "temperature is -1"),
+        ({"beams": 0}, "beams is 0"),
+        ({"beams": 3, "temperature": 1.0}, "beam search takes no temperature"),
     ],
 )
 def test_bad_requests(session, options, told):
@@ -214,4 +216,4 @@ def test_a_voice_is_understood():
         speech._heard(voice, real_models.store().resolve("whisper-tiny-en").path), axis=0
     )
     assert said == 84
-    assert wrong <= 16  # 13 with greedy decoding, transformers' too; 8 with faster-whisper's beams
+    assert wrong <= 12  # greedy 13, as transformers; faster-whisper with five beams 8

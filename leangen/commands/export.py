@@ -17,8 +17,9 @@ def declare(add: Callable[..., argparse.ArgumentParser]) -> None:
     sub = add(
         "export",
         run,
-        "Turn a GGUF, a folder of transformers or diffusers, a Piper voice, a pzflow file, a plain"
-        " ONNX or a torch module of your own into a bundle",
+        "Turn a GGUF, a folder of transformers or diffusers, one of ONNX by optimum or"
+        " onnxruntime-genai, a CTranslate2 Whisper, a Piper voice, a pzflow file, a plain ONNX or a"
+        " torch module of your own into a bundle",
         "leangen export voice.onnx -o my-voice; leangen export flow.py:make -o my-flow --check",
     )
     sub.add_argument(

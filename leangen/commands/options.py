@@ -114,6 +114,9 @@ def request_options(sub: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--steps", type=_steps, help="diffusion steps; auto: as few as draw the same, measured once"
     )
+    group.add_argument(
+        "--reuse", type=int, metavar="N", help="diffusion: the UNet's inner levels every N steps"
+    )
     group.add_argument("--sampler", help="diffusion: ddim, heun, dpmpp_2m, unipc, ...")
     group.add_argument("--guidance", type=float, metavar="SCALE", help="diffusion: 1 is none")
     group.add_argument("--guidance-rescale", type=float, metavar="SHARE", help="diffusion: 0 to 1")
@@ -146,7 +149,7 @@ _REQUEST_FIELDS = (
     *("ignore_eos", "phonemes", "phoneme_ids", "length_scale", "noise_scale", "count", "data"),
     *("steps", "conditions", "min_p", "presence_penalty", "frequency_penalty", "logit_bias", "n"),
     *("beams", "logprobs", "regex", "speculate", "sampler", "guidance", "guidance_rescale"),
-    *("latent", "negative_prompt"),
+    *("latent", "negative_prompt", "reuse"),
     *("image", "strength", "mask", "audio", "language", "task", "seconds"),
 )
 

@@ -30,6 +30,9 @@ def task_options(sub: argparse.ArgumentParser) -> None:
     group.add_argument("--new-tokens", type=int, help="language: length of each; default 64")
     group.add_argument("--seeds", type=int, help="images, speech: samples to draw; default 4")
     group.add_argument("--steps", type=int, help="diffusion: steps; default: the model's")
+    group.add_argument(
+        "--reuse", type=int, metavar="N", help="diffusion: what reuse costs; see `generate`"
+    )
     group.add_argument("--rows", type=int, help="flow: samples to draw; default 4096")
     group.add_argument("--features", type=Path, metavar="ONNX", help="images: a feature network")
     group.add_argument(
@@ -51,7 +54,10 @@ def task_of(
     from leangen.families import key
     from leangen.quality import Task
 
-    names = ("data", "tokens", "prompts", "new_tokens", "seeds", "steps", "rows", "features")
+    names = (
+        *("data", "tokens", "prompts", "new_tokens", "seeds", "steps", "rows", "features"),
+        "reuse",
+    )
     given: dict[str, Any] = {
         name: getattr(args, name) for name in names if getattr(args, name) is not None
     }

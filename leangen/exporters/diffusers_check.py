@@ -90,6 +90,8 @@ def _differences(saved: Saved, bundle: Bundle) -> list[Difference]:
                 expected = answer if isinstance(answer, tuple) else (answer,)
                 got = recorder.run(role, feeds, list(form.outputs))
                 found.append(_difference(role, kind, got, [each.numpy() for each in expected]))
+    if "shallow" in bundle.graphs:
+        found.append(_shallow(recorder, real["model"][0]))
     theirs = _drawn(saved, parts, scheduler, recorder.bundle.config, request, first)
     return [*found, _difference("trajectory", "real", [np.clip(picture, -1, 1)], [theirs])]
 
@@ -97,6 +99,14 @@ def _differences(saved: Saved, bundle: Bundle) -> list[Difference]:
 def _difference(part: str, kind: str, got: list[Any], expected: list[Any]) -> Difference:
     largest = max(float(np.abs(a - b).max()) for a, b in zip(got, expected, strict=True))
     return Difference(part, kind, largest, max(float(np.abs(b).max()) for b in expected))
+
+
+def _shallow(session: Session, feeds: Mapping[str, Any]) -> Difference:
+    """The outer part on the deep features of the same step, against the whole."""
+    answer, deep = session.run("model", feeds, ["prediction", "deep"])
+    taken = {each.name for each in session.graph("shallow").get_inputs()}
+    given = {name: value for name, value in feeds.items() if name in taken} | {"deep": deep}
+    return _difference("shallow", "real", session.run("shallow", given, ["prediction"]), [answer])
 
 
 def _asked(saved: Saved, session: Session) -> tuple[diffusion.Request, _Noise, Any]:

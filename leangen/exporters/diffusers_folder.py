@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from leangen.bundle import Bundle, create, open_bundle
 from leangen.errors import RequestError
+from leangen.exporters import diffusers_reuse
 from leangen.exporters.diffusers_saved import CONFIG, INDEX, Saved
 
 if TYPE_CHECKING:
@@ -36,9 +37,11 @@ def export(
     name: str | None = None,
     source: Mapping[str, Any] | None = None,
     replace: bool = False,
+    reuse: bool = False,
 ) -> Bundle:
     """Export the pipeline in folder `path` to a bundle in folder `out`.
 
+    With `reuse` steps may take the deep features of those before them: see `diffusers_reuse`.
     Raises SourceError for damaged or missing files, UnsupportedError for what leangen cannot run,
     DependencyError without torch and diffusers, StorageError.
     """
@@ -54,6 +57,9 @@ def export(
             forms = component.write(draft)
             written[component.name] = forms
             hashes |= component.hashes()
+        if reuse:
+            diffusers_reuse.split(draft.folder)
+            draft.graphs["shallow"] = "shallow.onnx"
         draft.config = diffusers_config.describe(saved, written, draft)
         kind = {"kind": "diffusers", "pipeline": saved.kind, "folder": path.resolve().name}
         draft.source = dict(source) if source is not None else kind | {"sha256": hashes}

@@ -7,7 +7,7 @@ running beam has a better mean than the worst of as many finished ones as there 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -16,6 +16,9 @@ import numpy as np
 from leangen.families.decoder import Decoder, Floats
 from leangen.families.sampling import likeliest, log_softmax
 from leangen.session import Session
+
+Mask = Callable[[Floats, int], None]
+"""Sets to -inf, in the scores of the next token, what may not follow so many tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,18 +41,19 @@ def search(
     beams: int,
     ends: Collection[int],
     limit: int,
+    mask: Mask | None = None,
 ) -> Iterator[Sequence[int] | None]:
     """None after each round of one token per beam; at last the tokens found, at most `limit`.
 
     `logits` [vocab] follow the prompt that `decoder` holds. Each beam beside the first takes a
-    cache of its own.
+    cache of its own. `mask` takes tokens out of the log-probabilities, which stay what they were.
     """
     width = max(2, 1 + len(ends)) * beams  # even if all of them end, as many go on
     running, finished = [_Beam((), 0.0)], list[_Beam]()
     decoders, rows = [decoder], [logits]
     with ExitStack() as stack:
         while True:
-            candidates = _continued(running, rows, width)
+            candidates = _continued(running, rows, width, mask)
             last = len(candidates[0].tokens) == limit
             ended = [beam for beam in candidates if last or beam.tokens[-1] in ends]
             finished += [beam for beam in candidates[:beams] if beam in ended]
@@ -67,14 +71,17 @@ def search(
             rows = [heir.feed([beam.tokens[-1]]) for heir, beam in heirs]
 
 
-def _continued(running: Sequence[_Beam], rows: Sequence[Floats], width: int) -> list[_Beam]:
+def _continued(
+    running: Sequence[_Beam], rows: Sequence[Floats], width: int, mask: Mask | None
+) -> list[_Beam]:
     """The `width` likeliest sequences that are a token longer, likeliest first."""
-    totals = np.concatenate(
-        [
-            log_softmax(row) + np.float32(beam.logprob)
-            for beam, row in zip(running, rows, strict=True)
-        ]
-    )
+    parts = []
+    for beam, row in zip(running, rows, strict=True):
+        logprobs = log_softmax(row)
+        if mask is not None:
+            mask(logprobs, len(beam.tokens))
+        parts.append(logprobs + np.float32(beam.logprob))
+    totals = np.concatenate(parts)
     vocab = len(rows[0])
     return [
         _Beam((*running[at // vocab].tokens, at % vocab), float(totals[at]), at // vocab)

@@ -45,18 +45,23 @@ def levels(config: Mapping[str, Any], steps: int, strength: float | None = None)
 
 
 def denoiser(
-    session: Session, conditions: Mapping[str, Array], guided: Guidance | None
+    session: Session,
+    conditions: Mapping[str, Array],
+    guided: Guidance | None,
+    *,
+    reuse: int = 1,
 ) -> Denoiser:
-    """The graph `model` as a denoiser of samples [1, c, h, w] under these conditions."""
+    """The graph `model` as a denoiser of samples [1, c, h, w] under these conditions.
+
+    Of `reuse` calls one runs it whole; the others run `shallow` on the deep features of that one.
+    """
     config = session.bundle.config
     sample, noise = config["sample"], config["noise_level"]
     told, clip = _told(noise), config.get("clip")
-
-    def ask(feeds: Mapping[str, Any]) -> Array:
-        answer: Array = session.run("model", feeds, [sample["output"]])[0]
-        return answer
+    ask = _Answers(session, sample["output"], reuse)
 
     def denoise(x: Array, level: Level) -> Array:
+        ask.begin()
         feeds = {
             sample["input"]: x,
             noise["input"]: np.full(noise["shape"], told(level), noise["dtype"]),
@@ -67,6 +72,41 @@ def denoiser(
         return clean if clip is None else _clipped(clean, clip)
 
     return denoise
+
+
+class _Answers:
+    """What the graph answers, call by call."""
+
+    def __init__(self, session: Session, output: str, reuse: int) -> None:
+        if reuse > 1 and "shallow" not in session.bundle.graphs:
+            raise RequestError(
+                f"reuse is {reuse}, but {session.bundle.name} was exported without it: export it "
+                "with --option reuse=true"
+            )
+        self._session, self._output, self._reuse = session, output, reuse
+        self._calls, self._place = -1, 0
+        self._deep: list[Array] = []
+        """By the place of a run in its call: guidance may make two."""
+
+    def begin(self) -> None:
+        """A new call of the denoiser."""
+        self._calls, self._place = self._calls + 1, 0
+        if self._calls % self._reuse == 0:
+            self._deep = []
+
+    def __call__(self, feeds: Mapping[str, Any]) -> Array:
+        """The answer to what the graph is fed."""
+        place, self._place = self._place, self._place + 1
+        if place < len(self._deep):
+            wanted = {each.name for each in self._session.graph("shallow").get_inputs()}
+            given = {name: value for name, value in feeds.items() if name in wanted}
+            given["deep"] = self._deep[place]
+            return self._session.run("shallow", given, [self._output])[0]
+        if self._reuse == 1:
+            return self._session.run("model", feeds, [self._output])[0]
+        answer, deep = self._session.run("model", feeds, [self._output, "deep"])
+        self._deep.append(deep)
+        return answer
 
 
 def inpainting(denoise: Denoiser, image: Array, mask: Array) -> Denoiser:

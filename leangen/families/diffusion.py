@@ -18,6 +18,7 @@ The bundle has the graph `model`, and in its config
     range        [low, high] of the values of a picture, or null
     render       `relief` for heightmaps, or null
 
+A UNet may have its outer part as the graph `shallow`, which takes the output `deep` of `model`.
 Text as a condition is `families.prompting`'s, latents and images as conditions `families.latents`'.
 """
 
@@ -60,6 +61,9 @@ class Request:
     """`auto`, of an engine's requests, chooses them and the sampler: see `step_choice`."""
     sampler: str | None = None
     """A name in `samplers.SAMPLERS`."""
+    reuse: int | None = None
+    """Run the inner levels of a UNet at every so many steps only, and reuse what they said between
+    (DeepCache, arXiv 2312.00858): cheaper, not the same; None is at every step."""
     conditions: Mapping[str, Any] = field(default_factory=dict)
     """For example `{"difficulty": 0.5}`, `{"class": "otter"}` or `{"crop": [0, 0]}`."""
     guidance: float | None = None
@@ -78,6 +82,8 @@ class Request:
         imaging.check_count(self.count, self.seed)
         if self.steps is not None and (not isinstance(self.steps, int) or self.steps < 1):
             raise RequestError(f"steps is {self.steps}, expected 1 or more")
+        if self.reuse is not None and self.reuse < 1:
+            raise RequestError(f"reuse is {self.reuse}, expected 1 (at every step) or more")
         if self.sampler is not None:
             samplers.get(self.sampler)
         if self.guidance is not None and not math.isfinite(self.guidance):
@@ -99,6 +105,7 @@ class Request:
             "seed": self.seed,
             "steps": self.steps,
             "sampler": self.sampler,
+            "reuse": self.reuse,
             "conditions": dict(self.conditions),
             "guidance": self.guidance,
             "guidance_rescale": self.guidance_rescale,
@@ -170,7 +177,7 @@ def _states(
     conditions = dict(given.conditions)
     if "upscale" in config:
         conditions |= latents.upscaling_feeds(session, request.image, conditions, rng)
-    denoise = denoising.denoiser(session, conditions, given.guided)
+    denoise = denoising.denoiser(session, conditions, given.guided, reuse=request.reuse or 1)
     if given.image is not None:
         x = x + levels[0].alpha * given.image
         if given.mask is not None:
@@ -230,6 +237,7 @@ def calibration_requests(session: Session) -> list[Request]:
             trial(session, imaging.CALIBRATION_SEED + index),
             steps=min(config["steps"], _CALIBRATION_STEPS),
             conditions=imaging.spread_conditions(config, share),
+            reuse=2 if "shallow" in session.bundle.graphs else None,
         )
         if request.image is None and "encoder" in session.bundle.graphs:
             picture = _picture(request.seed, latents.image_shape(config), config)

@@ -78,7 +78,7 @@ def replies(
         reply = empty_reply(session, request, prompt)
         found.append(reply)
         if request.beams > 1:
-            steps = _search(reply, session, request, decoder, logits)
+            steps = search(reply, session, request.beams, decoder, logits)
         else:
             steps = fill(reply, choosers[sample], decoder, prompt, logits, request.speculate)
         for step in steps:
@@ -163,12 +163,17 @@ def fill(
         rows = decoder.feed_all(fed) if guess else decoder.feed(fed)[None]
 
 
-def _search(
-    reply: Reply, session: Session, request: Request, decoder: Decoder, logits: Floats
+def search(
+    reply: Reply,
+    session: Session,
+    width: int,
+    decoder: Decoder,
+    logits: Floats,
+    mask: beams.Mask | None = None,
 ) -> Iterator[Step]:
     """A step per round of beam search; which tokens are the reply's only the last one tells."""
     found = beams.search(
-        session, decoder, logits, beams=request.beams, ends=reply.ends, limit=reply.limit
+        session, decoder, logits, beams=width, ends=reply.ends, limit=reply.limit, mask=mask
     )
     for number, tokens in enumerate(found):
         text = "".join(reply.push(Choice(token)) for token in tokens or ())

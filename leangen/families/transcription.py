@@ -27,6 +27,7 @@ from leangen.families import language, whisper_mel
 from leangen.families.decoder import Decoder, Floats, cross_names
 from leangen.families.reply import Reply
 from leangen.families.sampling import Chooser, Sampling, check, is_whole
+from leangen.families.text_request import MOST_BEAMS
 from leangen.families.text_stream import TextStream
 from leangen.records import Media, Output, Step
 from leangen.session import Session
@@ -58,15 +59,23 @@ class Request:
     """For each window of 30 s."""
     temperature: float = 0.0
     """0 takes the likeliest token each time."""
+    beams: int = 1
+    """Above 1: search for the likeliest words with so many beams; nothing is drawn."""
     seed: int = 0
 
     def __post_init__(self) -> None:
         Sampling(temperature=self.temperature, seed=self.seed)
+        if self.beams != 1 and self.temperature:
+            raise RequestError("beam search takes no temperature: drop it, or beams")
         check(
             self,
             sample_rate_hz=(is_whole(self.sample_rate_hz, 1), "a rate in Hz, 1 or more"),
             max_new_tokens=(is_whole(self.max_new_tokens, 1), "a whole number, 1 or more"),
             task=(self.task in TASKS, " or ".join(TASKS)),
+            beams=(
+                is_whole(self.beams, 1) and self.beams <= MOST_BEAMS,
+                f"a whole number, 1 (off) to {MOST_BEAMS}",
+            ),
         )
 
     def describe(self) -> dict[str, Any]:
@@ -76,6 +85,7 @@ class Request:
             "task": self.task,
             "max_new_tokens": self.max_new_tokens,
             "temperature": self.temperature,
+            "beams": self.beams,
             "seed": self.seed,
         }
 
@@ -122,9 +132,15 @@ def run(session: Session, request: Request) -> Generator[Step, None, Output]:
             prompt = first_tokens(config, request, spoken)
             reply = _reply(session, request, prompt)
             sampling = Sampling(temperature=request.temperature, seed=request.seed + len(windows))
-            chooser = Chooser(sampling, prompt, constraint=_Spoken(config))
+            rules = _Spoken(config)
             logits = decoder.feed(prompt).copy()
-            for step in language.fill(reply, chooser, decoder, prompt, logits):
+            if request.beams > 1:
+                mask = rules.mask_after
+                steps = language.search(reply, session, request.beams, decoder, logits, mask)
+            else:
+                chooser = Chooser(sampling, prompt, constraint=rules)
+                steps = language.fill(reply, chooser, decoder, prompt, logits)
+            for step in steps:
                 piece = step.text if text else step.text.lstrip()
                 text += piece
                 done = reply.stop_reason is not None
@@ -215,12 +231,18 @@ class _Spoken:
     def __init__(self, config: Mapping[str, Any]) -> None:
         self._never = np.array(config["suppress"], np.int64)
         self._not_first = np.array(config["suppress_first"], np.int64)
+        self._said = 0
 
     def mask(self, logits: Floats) -> None:
         """Set the logits [vocab] of other tokens to -inf."""
+        self.mask_after(logits, self._said)
+
+    def mask_after(self, logits: Floats, said: int) -> None:
+        """The same after so many tokens."""
         logits[self._never] = -np.inf
-        logits[self._not_first] = -np.inf
+        if said == 0:
+            logits[self._not_first] = -np.inf
 
     def accept(self, token: int) -> None:
-        """Take the chosen token: those that follow may be any."""
-        self._not_first = self._not_first[:0]
+        """Take the chosen token."""
+        self._said += 1

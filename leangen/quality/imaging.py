@@ -38,6 +38,8 @@ class Drawn:
 
 def observe(session: Session, task: Task, reference: Drawn | None) -> Drawn:
     """Draw one picture per seed."""
+    if reference is None:
+        task = replace(task, reuse=None)  # what reuse changes is what is measured
     trajectories = [_states(session, task, seed) for seed in range(task.seeds)]
     images = [imaging.images(states[-1:])[0] for states in trajectories]
     if not np.isfinite(images).all():
@@ -136,7 +138,7 @@ def _perceived(reference: Drawn, candidate: Drawn) -> list[Measure]:
 def _states(session: Session, task: Task, seed: int) -> list[Array]:
     """What each step leaves, [1, c, h, w]; a one-shot model has a single one."""
     if session.bundle.family == "diffusion":
-        request = replace(diffusion.trial(session, seed), steps=task.steps)
+        request = replace(diffusion.trial(session, seed), steps=task.steps, reuse=task.reuse)
         return list(diffusion.trajectory(session, request))
     steps: Any = oneshot.run(session, oneshot.Request(seed=seed))
     while True:

@@ -49,6 +49,8 @@ class Task:
     """Images and speech: samples drawn, from the same noise in both models."""
     steps: int | None = None
     """Diffusion: steps; None is the model's default."""
+    reuse: int | None = None
+    """Diffusion: deep features reused over so many steps, by the candidate alone."""
     rows: int = 4096
     """Density: samples drawn and scored."""
     features: Path | None = None

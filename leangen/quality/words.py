@@ -18,6 +18,8 @@ from leangen.families import key, transcription
 from leangen.session import Session
 
 Array = np.ndarray[Any, Any]
+BEAMS = 5
+"""As faster-whisper and OpenAI's own transcribe by default."""
 Hear = Callable[[Array, int], str]
 """What was said in samples at a rate in Hz."""
 
@@ -95,7 +97,7 @@ def errors(said: Sequence[str], heard: Sequence[str]) -> int:
 
 @cache
 def recogniser(path: Path) -> Hear:
-    """A function that transcribes English with the bundle at `path`, greedily, in its precision.
+    """A function that transcribes English with the bundle at `path`, searching with `BEAMS`.
 
     Raises RequestError for a bundle that does not transcribe.
     """
@@ -107,7 +109,9 @@ def recogniser(path: Path) -> Hear:
         )
 
     def hear(samples: Array, rate_hz: int) -> str:
-        request = transcription.Request(audio=samples, sample_rate_hz=rate_hz, language="en")
+        request = transcription.Request(
+            audio=samples, sample_rate_hz=rate_hz, language="en", beams=BEAMS
+        )
         return "".join(step.text for step in transcription.run(session, request))
 
     return hear

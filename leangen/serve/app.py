@@ -131,6 +131,14 @@ def _errors(app: FastAPI) -> None:
             told["error"] = str(error)
         return JSONResponse(problems.body(error), status_code=problems.status(error))
 
+    @app.exception_handler(MemoryError)
+    @app.exception_handler(RuntimeError)
+    async def short_of_memory(request: Request, error: Exception) -> JSONResponse:
+        why = problems.out_of_memory(error)
+        if why is None:
+            raise error
+        return await known(request, why)
+
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]

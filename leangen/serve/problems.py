@@ -24,6 +24,10 @@ class OverloadError(LeangenError):
     """Too many requests wait."""
 
 
+class OutOfMemoryError(LeangenError):
+    """The machine has no memory left for what was asked, or for a thread to do it."""
+
+
 class BudgetError(LeangenError):
     """A budget of energy or emissions is used up."""
 
@@ -63,6 +67,7 @@ _STATUS: tuple[tuple[type[LeangenError], int, str, str], ...] = (
     (RateError, 429, "rate_limit_error", "rate_limit_exceeded"),
     (DependencyError, 501, "server_error", "missing_dependency"),
     (OverloadError, 503, "overloaded_error", "overloaded"),
+    (OutOfMemoryError, 503, "overloaded_error", "out_of_memory"),
     (StoppingError, 503, "overloaded_error", "shutting_down"),
     (BundleError, 503, "server_error", "model_unavailable"),
     (StorageError, 503, "server_error", "storage"),
@@ -70,6 +75,17 @@ _STATUS: tuple[tuple[type[LeangenError], int, str, str], ...] = (
 )
 
 INTERNAL = "the server met a mistake of its own; its log has the details"
+
+
+def out_of_memory(error: BaseException) -> OutOfMemoryError | None:
+    """What a client is told of an error that is a lack of memory; None for any other.
+
+    Python, and ONNX Runtime's C++, have several ways to say so.
+    """
+    said = ("can't start new thread", "bad_alloc", "Failed to allocate memory")
+    if isinstance(error, MemoryError) or any(text in str(error) for text in said):
+        return OutOfMemoryError("the machine is short of memory: try again in a moment")
+    return None
 
 
 def status(error: LeangenError) -> int:

@@ -1,4 +1,4 @@
-"""How a model's jobs run: language models in a batch, the other families one at a time."""
+"""How a model's jobs run: language models in a batch, others by shape, the rest one at a time."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Protocol
 
-from leangen import clock
+from leangen import clock, families
 from leangen.engine import Engine
+from leangen.errors import LeangenError
 from leangen.families.batch import Batch, Sequence
 from leangen.records import Output, Step
 from leangen.serve.jobs import Job
+
+BY_SHAPE = ("diffusion", "oneshot", "flow/density", "embedding")
+"""Families whose graphs take rows that have nothing to do with each other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,10 +23,12 @@ class Gain:
 
     job: Job
     step: Step | None
-    """None where the step only ended the job."""
+    """None where it only computed for the job, or ended it."""
     busy_ns: int
     output: Output | None
     """Set with the job's last step."""
+    error: LeangenError | None = None
+    """What ended this job alone."""
 
 
 class Runner(Protocol):
@@ -155,4 +161,8 @@ def runner(engine: Engine, *, rows: int, capacity: int) -> Runner:
     """The runner that fits a model's family."""
     if engine.bundle.family == "language" and "io" not in engine.bundle.config:
         return BatchRunner(engine, rows=rows, capacity=capacity)
+    if families.key(engine.bundle) in BY_SHAPE:
+        from leangen.serve.gathering import GatheringRunner
+
+        return GatheringRunner(engine, rows=rows)
     return SingleRunner(engine)

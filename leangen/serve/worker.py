@@ -17,7 +17,7 @@ from leangen.console import say
 from leangen.engine import Engine, Measured
 from leangen.errors import LeangenError
 from leangen.records import Output
-from leangen.serve import runners
+from leangen.serve import problems, runners
 from leangen.serve.account import Account, Tab, Worker
 from leangen.serve.jobs import FairQueue, Finished, Job
 from leangen.serve.power import PowerCap
@@ -52,6 +52,8 @@ class _Running:
     steps: list[tuple[str, float, int]] = field(default_factory=list)
     busy_ns: list[int] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
+    since_step_ns: int = 0
+    """Computing time since its last step."""
     began: bool = False
     """Whether it has got its first unit of work."""
 
@@ -122,8 +124,13 @@ class ModelWorker:
             self._queue.put(job)
             self.last_used_ns = clock.monotonic_ns()
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name=f"leangen-{self.name}")
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name=f"leangen-{self.name}")
+                try:
+                    thread.start()
+                except RuntimeError:
+                    self._queue.clear()  # without a thread there was no other job
+                    raise
+                self._thread = thread
             self._wake.notify()
 
     def cancel(self, job: Job) -> None:
@@ -163,7 +170,8 @@ class ModelWorker:
                 while self._wait():
                     self._turn(account)
                 self._unload()
-        except BaseException:  # a mistake in leangen: nobody may wait for ever because of it
+        except BaseException as error:  # nobody may wait for ever because of it
+            short = problems.out_of_memory(error)
             self._unload()
             with self._wake:
                 left = [*self._running, *self._queue.clear()]
@@ -172,8 +180,10 @@ class ModelWorker:
                 self._account.close(running.tab)
             self._running.clear()
             for job in left:
-                job.tell(LeangenError("the model's worker stopped unexpectedly"))
-            raise
+                job.tell(short or LeangenError("the model's worker stopped unexpectedly"))
+            if short is None:
+                raise
+            say(f"leangen: error: {self.name}: {short}")
         finally:
             self._account.dismiss(account)
 
@@ -247,6 +257,9 @@ class ModelWorker:
         return self._runner
 
     def _unload(self) -> None:
+        if self._runner is not None:
+            for job in self._running:  # left over by a mistake
+                self._runner.remove(job)
         self._engine = self._runner = None
         gc.collect()  # the engine and its closures refer to each other
         self._room.leave(self)
@@ -275,9 +288,11 @@ class ModelWorker:
             gains = runner.step()
         except LeangenError as error:
             failure = error
-        work = {self._running[gain.job].tab: gain.busy_ns for gain in gains}
+        work: Counter[Tab] = Counter()
+        for gain in gains:
+            work[self._running[gain.job].tab] += gain.busy_ns
         self._account.end_step(account, work)
-        self._metrics.stepped(self.name, len(gains))
+        self._metrics.stepped(self.name, len(work))
         for gain in gains:
             self._gained(gain)
         if failure is not None:
@@ -289,10 +304,12 @@ class ModelWorker:
 
     def _gained(self, gain: Gain) -> None:
         job, running = gain.job, self._running[gain.job]
+        running.since_step_ns += gain.busy_ns
         if gain.step is not None:
             now_ns = clock.monotonic_ns()
             running.steps.append((gain.step.kind, gain.step.units, now_ns - running.last_ns))
-            running.busy_ns.append(gain.busy_ns)
+            running.busy_ns.append(running.since_step_ns)
+            running.since_step_ns = 0
             running.counts.update(gain.step.counts)
             if gain.step.units and not running.began:
                 running.began = True
@@ -305,6 +322,9 @@ class ModelWorker:
             finished = self._end(job, gain.output)
             if finished is not None:
                 job.tell(finished)
+        elif gain.error is not None:
+            self._end(job, None)
+            job.tell(gain.error)
 
     def _end(self, job: Job, output: Output | None) -> Finished | None:
         """Take a job off, and put what it cost on the account; None where it did nothing."""
