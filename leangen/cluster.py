@@ -112,7 +112,7 @@ def _measure(command: Sequence[str]) -> Measured:
     """What a node does: the command in a process of its own, with a ledger of its own."""
     with tempfile.TemporaryDirectory(prefix="leangen-") as folder:
         path = Path(folder) / "ledger.sqlite"
-        shared = isinstance(Store().ledger_path, str) and "://" in str(Store().ledger_path)
+        shared = isinstance(Store().ledger_path, str)
         env = os.environ if shared else os.environ | {"LEANGEN_LEDGER": str(path)}
         done = subprocess.run(
             [sys.executable, "-m", "leangen", *command], capture_output=True, text=True, env=env

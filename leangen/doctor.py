@@ -226,18 +226,20 @@ def ledger(path: Path | str) -> Iterator[Finding]:
         return
     try:
         with Ledger(path) as book:
+            shown = str(book)  # without a password
             found = book.verify()
     except LeangenError as error:
-        yield Finding("ledger", "problem", str(error), f"move {path} away: a new one is made")
+        remedy = f"move {path} away: a new one is made" if isinstance(path, Path) else None
+        yield Finding("ledger", "problem", str(error), remedy)
         return
     if found.problems:
-        remedy = f"keep a copy of {path} for an inquiry, then move it away: a new one is made"
+        remedy = f"keep a copy of {shown} for an inquiry, then move it away: a new one is made"
         more = f" (and {len(found.problems) - 1} more)" if len(found.problems) > 1 else ""
-        yield Finding("ledger", "problem", f"{path}: {found.problems[0]}{more}", remedy)
+        yield Finding("ledger", "problem", f"{shown}: {found.problems[0]}{more}", remedy)
     elif isinstance(path, Path) and not os.access(path, os.W_OK):
         yield Finding("ledger", "problem", f"{path} cannot be written", f"chmod u+w {path}")
     else:
-        detail = f"{path}: {found.rows} rows as they were written, head {found.head[:16]}"
+        detail = f"{shown}: {found.rows} rows as they were written, head {found.head[:16]}"
         yield Finding("ledger", "ok", detail)
 
 

@@ -79,7 +79,8 @@ class Store:
     @property
     def ledger_path(self) -> Path | str:
         """Where receipts are kept: `$LEANGEN_LEDGER` (path or `postgresql://`), or in the store."""
-        return os.environ.get("LEANGEN_LEDGER") or self.home / "ledger.sqlite"
+        given = os.environ.get("LEANGEN_LEDGER", "")
+        return given if "://" in given else Path(given or self.home / "ledger.sqlite")
 
     def resolve(
         self,

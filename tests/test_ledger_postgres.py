@@ -9,7 +9,7 @@ import postgres_server
 import pytest
 from ledger_fakes import receipt
 
-from leangen import host
+from leangen import doctor, host
 from leangen.cli import main
 from leangen.errors import StorageError
 from leangen.ledger import Ledger
@@ -91,6 +91,10 @@ def test_the_ledger_of_a_node_is_merged_in(address, tmp_path, capsys, monkeypatc
         assert main(["ledger", "merge", str(tmp_path / "node.sqlite"), "--json"]) == 0
         assert json.loads(capsys.readouterr().out)[0]["added"] == added
     assert main(["ledger", "verify"]) == 0
+    secret = address.replace("postgres@", "postgres:secret@")
+    [found] = doctor.ledger(secret)
+    assert found.status == "ok"
+    assert "secret" not in str(found)
     with Ledger(tmp_path / "copy.sqlite") as copy:
         assert copy.merge(address).added == 2
         assert copy.verify().problems == []

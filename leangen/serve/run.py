@@ -42,9 +42,11 @@ def build(
     Raises DependencyError without the extra `serve`, and what finding the models raises.
     """
     try:
+        import python_multipart  # noqa: F401  FastAPI wants it for uploads
+
         from leangen.serve import app
     except ModuleNotFoundError as error:
-        if error.name not in ("fastapi", "pydantic", "starlette"):
+        if error.name not in ("fastapi", "pydantic", "starlette", "python_multipart"):
             raise
         raise DependencyError(
             "the server needs its libraries: pip install 'leangen[serve]'"
