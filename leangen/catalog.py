@@ -327,8 +327,8 @@ _ENTRIES = (
         summary="UNet of 0.5M parameters, clothes at 28 x 28 by label; bench/train/fashion_ddpm.py",
         source=Packaged(
             filename="fashion-ddpm.onnx.xz",
-            sha256="14798bf92bc9b8baa69ea6e700a7057b1b422b88433651336fc161f65c9d1a23",
-            size_bytes=915_260,
+            sha256="213b429b7d9babaea0ccbe9524087535f2eb5adb94d2c19cffbd0db332f4ab02",
+            size_bytes=915_336,
             licence="MIT (weights; data Fashion-MNIST, MIT)",
         ),
         exporter="onnx",

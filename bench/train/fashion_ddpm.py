@@ -1,9 +1,8 @@
-"""Train the class-conditional image diffusion models: `python bench/train/fashion_ddpm.py -o DIR`
+"""Train the catalog's fashion-ddpm: `python bench/train/fashion_ddpm.py -o DIR`
 
 A UNet that denoises Fashion-MNIST by class (Ho et al. 2020), with v prediction (Salimans and Ho
 2022) on the cosine schedule (Nichol and Dhariwal 2021), and classifier-free guidance (Ho and
-Salimans 2022): a tenth of the labels are dropped. `--size 28` is the catalog's fashion-ddpm,
-`--size 14` fashion-ddpm-14, which begins a cascade.
+Salimans 2022): a tenth of the labels are dropped.
 """
 
 from __future__ import annotations
@@ -23,11 +22,8 @@ from leangen.samplers import schedules
 TIMESTEPS, BATCH, RATE, DROPPED = 1000, 128, 1e-3, 0.1
 NOTHING = 10
 """The label that tells nothing."""
-EMBEDDING = 128
-WIDTHS = {28: (32, 80), 14: (24, 56)}
-"""Channels at half the size and at a quarter of it, by size."""
-STEPS = {28: 7500, 14: 6000}
-"""That the catalog's models saw."""
+WIDE, DEEP, EMBEDDING = 32, 80, 128
+"""Channels at half the size and at a quarter of it, and of what timestep and label become."""
 SCHEDULE = {"kind": "cosine", "timesteps": TIMESTEPS}
 
 
@@ -70,29 +66,29 @@ class Attention(nn.Module):
 
 
 class UNet(nn.Module):
-    """Images [b, 1, s, s] in -1..1, timesteps [b] and labels [b] to v [b, 1, s, s].
+    """Images [b, 1, 28, 28] in -1..1, timesteps [b] and labels [b] to v [b, 1, 28, 28].
 
-    It works on squares of four pixels, at half the size and a quarter of it.
+    It works on squares of four pixels, at 14 x 14 and at 7 x 7.
     """
 
-    def __init__(self, wide: int, deep: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.time = nn.Sequential(
             nn.Linear(64, EMBEDDING), nn.SiLU(), nn.Linear(EMBEDDING, EMBEDDING)
         )
         self.label = nn.Embedding(NOTHING + 1, EMBEDDING)
-        self.stem = nn.Conv2d(4, wide, 3, padding=1)
-        self.down1, self.down2 = Block(wide, wide), Block(wide, wide)
-        self.shrink = nn.Conv2d(wide, deep, 3, stride=2, padding=1)
+        self.stem = nn.Conv2d(4, WIDE, 3, padding=1)
+        self.down1, self.down2 = Block(WIDE, WIDE), Block(WIDE, WIDE)
+        self.shrink = nn.Conv2d(WIDE, DEEP, 3, stride=2, padding=1)
         self.middle1, self.attention, self.middle2 = (
-            Block(deep, deep),
-            Attention(deep),
-            Block(deep, deep),
+            Block(DEEP, DEEP),
+            Attention(DEEP),
+            Block(DEEP, DEEP),
         )
-        self.grow = nn.Conv2d(deep, wide, 3, padding=1)
-        self.up1, self.up2 = Block(2 * wide, wide), Block(2 * wide, wide)
-        self.norm = nn.GroupNorm(8, wide)
-        self.head = nn.Conv2d(wide, 4, 3, padding=1)
+        self.grow = nn.Conv2d(DEEP, WIDE, 3, padding=1)
+        self.up1, self.up2 = Block(2 * WIDE, WIDE), Block(2 * WIDE, WIDE)
+        self.norm = nn.GroupNorm(8, WIDE)
+        self.head = nn.Conv2d(WIDE, 4, 3, padding=1)
         frequencies = torch.exp(-math.log(10_000) * torch.arange(32) / 32)
         self.register_buffer("frequencies", frequencies)
 
@@ -104,7 +100,7 @@ class UNet(nn.Module):
         second = self.down2(first, embedding)
         h = self.middle1(self.shrink(second), embedding)
         h = self.middle2(self.attention(h), embedding)
-        h = self.grow(F.interpolate(h, second.shape[-2:], mode="nearest"))
+        h = self.grow(F.interpolate(h, scale_factor=2.0, mode="nearest"))
         h = self.up1(torch.cat([h, second], 1), embedding)
         h = self.up2(torch.cat([h, first], 1), embedding)
         return F.pixel_shuffle(self.head(F.silu(self.norm(h))), 2)
@@ -115,15 +111,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
     parser.add_argument("--data", type=Path, metavar="DIR", help="Fashion-MNIST's four files")
-    parser.add_argument("--size", type=int, choices=(14, 28), default=28)
-    parser.add_argument("--steps", type=int, help="default: as many as the catalog's model saw")
+    parser.add_argument("--steps", type=int, default=7500)
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
-    steps = args.steps or STEPS[args.size]
-    pixels, labels = (torch.from_numpy(part) for part in read("train", args.size, args.data))
+    images, labels = fashion("train", args.data)
+    pixels = torch.from_numpy(images.astype(np.float32) / 127.5 - 1)[:, None]
+    labels = torch.from_numpy(labels)
     levels = torch.tensor(schedules.trained(SCHEDULE), device=DEVICE, dtype=torch.float32)
     torch.manual_seed(0)
-    model = UNet(*WIDTHS[args.size]).to(DEVICE)
+    model = UNet().to(DEVICE)
 
     def loss_of(rng: np.random.Generator) -> Tensor:
         rows = torch.from_numpy(rng.integers(0, len(pixels), BATCH))
@@ -142,34 +138,25 @@ def main() -> None:
         return F.mse_loss(answer.float(), alpha * noise - sigma * x)
 
     curve, weights = train(
-        model, loss_of, steps=steps, rate=RATE, checkpoint=args.output / "checkpoint.pt"
+        model, loss_of, steps=args.steps, rate=RATE, checkpoint=args.output / "checkpoint.pt"
     )
     model.load_state_dict(weights)
-    name = "fashion-ddpm" if args.size == 28 else f"fashion-ddpm-{args.size}"
     inputs = {
-        "sample": torch.zeros(2, 1, args.size, args.size),
+        "sample": torch.zeros(2, 1, 28, 28),
         "timestep": torch.zeros(2, dtype=torch.int64),
         "label": torch.zeros(2, dtype=torch.int64),
     }
-    export_onnx(model.cpu(), inputs, ["v"], args.output / f"{name}.onnx")
+    export_onnx(model.cpu(), inputs, ["v"], args.output / "fashion-ddpm.onnx")
     card = {
-        "name": name,
+        "name": "fashion-ddpm",
         "data": "Fashion-MNIST (Xiao et al. 2017), MIT: 60,000 pictures, mirrored at random",
         "licence": "MIT",
         "parameters": parameters(model),
-        "steps": steps,
+        "steps": args.steps,
         "batch": BATCH,
         "loss_curve": curve,
     }
     write_card(args.output / "card.json", card)
-
-
-def read(part: str, size: int, folder: Path | None) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures float32 [n, 1, size, size] in -1..1, the mean of each square, and labels [n]."""
-    images, labels = fashion(part, folder)
-    scale = 28 // size
-    squares = images.reshape(-1, size, scale, size, scale).mean(axis=(2, 4), dtype=np.float32)
-    return squares[:, None] / np.float32(127.5) - 1, labels
 
 
 if __name__ == "__main__":

@@ -66,8 +66,8 @@ typedef struct {
 } Job;
 
 static int64_t past_of(const Job *job, int64_t sequence) {
-  int64_t past = job->last[sequence] + 1 - job->new;
-  return past < 0 ? 0 : past; /* a prompt shorter than the longest of its batch */
+  /* not below 0 for a prompt shorter than the longest of its batch */
+  return larger(job->last[sequence] + (int64_t)1 - job->new, 0);
 }
 
 /* Put keys and values of one position in their places. */
@@ -164,10 +164,9 @@ static int64_t chunks_of(const Job *job, int64_t head, int64_t tile, int64_t *fi
   const Attention *op = job->op;
   int64_t group = op->heads / op->kv_heads, past = past_of(job, head / op->kv_heads);
   int64_t token = tile * job->tile->queries / group;
-  int64_t last = (tile * job->tile->queries + job->tile->queries - 1) / group;
-  if (last >= job->new) last = job->new - 1;
+  int64_t last = smaller(((tile + 1) * job->tile->queries - 1) / group, job->new - 1);
   int64_t low = op->window ? past + token + 1 - op->window : 0;
-  *first = low > 0 ? low / CHUNK : 0;
+  *first = larger(low, 0) / CHUNK;
   return (past + last) / CHUNK + 1;
 }
 
@@ -265,11 +264,11 @@ static Status check(const Attention *op, const Tensor *in) {
     if (in[i].dims[1] != width / 2)
       return fail("Attention: %s has %lld columns, expected %lld", names[i],
                   (long long)in[i].dims[1], (long long)(width / 2));
-    if (in[i].dims[0] < positions) positions = in[i].dims[0];
+    positions = smaller(positions, in[i].dims[0]);
   }
   const int32_t *last = in[LENGTHS].data;
   for (int64_t i = 0; i < batch; i++) {
-    int64_t end = last[i] + (int64_t)1 > qkv[1] ? last[i] + (int64_t)1 : qkv[1];
+    int64_t end = larger(last[i] + (int64_t)1, qkv[1]);
     if (last[i] < 0 || end > positions)
       return fail("Attention: %lld positions, expected at most %lld, by a capacity of %lld and the "
                   "rotations", (long long)end, (long long)positions, (long long)capacity);
@@ -279,19 +278,12 @@ static Status check(const Attention *op, const Tensor *in) {
 }
 
 static int64_t parts_for(int64_t work, int64_t most) {
-  int64_t parts = work / PART_WORK;
-  parts = parts > MAX_PARTS ? MAX_PARTS : parts;
-  return parts > most ? most : parts < 1 ? 1 : parts;
+  return larger(smaller(smaller(work / PART_WORK, MAX_PARTS), most), 1);
 }
 
 static Status run(void *context, Job *job, void (*part)(void *, size_t), int64_t parts) {
   job->parts = parts;
-  if (parts == 1) return part(job, 0), NULL;
-  return ORT(KernelContext_ParallelFor)(context, part, (size_t)parts, (size_t)0, job);
-}
-
-static int64_t up_to(int64_t value, int64_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
+  return run_parts(context, part, parts, job);
 }
 
 static const Tile *tile_for(const Attention *op, int64_t rows, int64_t width) {
@@ -314,7 +306,7 @@ static Status compute(void *self, void *context) {
              .scale = op->scale != 0 ? op->scale : 1 / sqrtf((float)width),
              .block_bytes = ROWS * columns * op->size};
   int64_t dims[] = {batch, new, op->heads * width}, queries = job.tile->queries;
-  job.tiles = (rows + queries - 1) / queries;
+  job.tiles = up_to(rows, queries) / queries;
   job.head_bytes = job.capacity / ROWS * job.block_bytes;
   TRY(get_output(context, 0, dims, 3, (void **)&job.y));
   TRY(get_output(context, 1, in[1].dims, 4, (void **)&job.keys));
@@ -325,23 +317,19 @@ static Status compute(void *self, void *context) {
   if (!batch || !new) return NULL;
 
   int64_t seen = 0; /* keys of the longest sequence */
-  for (int64_t i = 0; i < batch; i++) {
-    int64_t end = past_of(&job, i) + new;
-    if (end > seen) seen = end;
-  }
-  job.chunks = (seen + CHUNK - 1) / CHUNK;
+  for (int64_t i = 0; i < batch; i++) seen = larger(seen, past_of(&job, i) + new);
+  job.chunks = up_to(seen, CHUNK) / CHUNK;
   int64_t tiles = batch * op->kv_heads * job.tiles;
   int split = tiles < FEW_TILES && job.chunks > 1;
   int64_t units = split ? tiles * job.chunks : tiles;
   job.state_floats = up_to(queries * (width + 2), ROWS);
-  int64_t append_floats = (op->heads + 2) * width;
-  job.work_floats = 2 * job.state_floats + CHUNK * queries;
-  if (job.work_floats < append_floats) job.work_floats = up_to(append_floats, ROWS);
+  job.work_floats = larger(2 * job.state_floats + CHUNK * queries, (op->heads + 2) * width);
+  job.work_floats = up_to(job.work_floats, ROWS);
   int64_t q_floats = up_to(tiles * queries * width, ROWS);
   int64_t states_floats = split ? units * job.state_floats : 0;
   int64_t work = 2 * tiles * queries * width * (seen - new / 2);
   int64_t append_parts = new == 1 ? 1 : parts_for(in[0].count * 8, batch * new);
-  int64_t parts = parts_for(work, units), most = parts > append_parts ? parts : append_parts;
+  int64_t parts = parts_for(work, units), most = larger(parts, append_parts);
   job.q = (float *)scratch((size_t)(q_floats + states_floats + job.work_floats * most) *
                            sizeof(float));
   if (!job.q) return fail("Attention: out of memory for %lld tokens", (long long)new);

@@ -64,6 +64,11 @@ Status get_output(void *context, size_t index, const int64_t *dims, size_t rank,
   return ORT(GetTensorMutableData)(value, data);
 }
 
+Status run_parts(void *context, void (*part)(void *, size_t), int64_t parts, void *job) {
+  if (parts == 1) return part(job, 0), NULL;
+  return ORT(KernelContext_ParallelFor)(context, part, (size_t)parts, (size_t)0, job);
+}
+
 static int absent(Status status) {
   if (status) ORT(ReleaseStatus)(status);
   return status != NULL;

@@ -65,12 +65,6 @@ typedef struct {
   _Atomic uint64_t busy;              /* which pieces of work are in use */
 } Job;
 
-static int64_t up_to(int64_t value, int64_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
-}
-static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-
 static Status read_shape(Conv *op, const void *info, int transposed) {
   int64_t shape[2], pads[4] = {0}, dilations[2] = {1, 1};
   op->rank = (int64_t)attribute_ints(info, "kernel_shape", shape, 2);
@@ -432,20 +426,13 @@ static Status compute(void *self, void *context) {
   make_offsets(&job);
   if (job.gain) {
     int64_t all = job.batch * op->norm_groups;
-    job.norm_parts = smaller(smaller(all, 8), in[X].count / NORM_WORK);
-    if (job.norm_parts < 2)
-      job.norm_parts = 1, norm(&job, 0);
-    else
-      TRY(ORT(KernelContext_ParallelFor)(context, norm, (size_t)job.norm_parts, (size_t)0, &job));
+    job.norm_parts = larger(smaller(smaller(all, 8), in[X].count / NORM_WORK), 1);
+    TRY(run_parts(context, norm, job.norm_parts, &job));
   }
   make_gains(&job);
   for (int64_t first = 0; first < parts; first += MAX_PARTS) {
     job.first = first;
-    int64_t some = smaller(parts - first, MAX_PARTS);
-    if (some == 1)
-      convolve(&job, 0);
-    else
-      TRY(ORT(KernelContext_ParallelFor)(context, convolve, (size_t)some, (size_t)0, &job));
+    TRY(run_parts(context, convolve, smaller(parts - first, MAX_PARTS), &job));
   }
   return NULL;
 }

@@ -36,11 +36,6 @@ typedef struct {
   int64_t key_codes, head_codes, key_numbers, head_numbers, work_bytes;
 } Job;
 
-static int64_t up_to(int64_t value, int64_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
-}
-static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
 static Status create(const CustomOp *self, const void *api, const void *info, void **kernel) {
   (void)self, (void)api;
   PixelAttention op = {.heads = attribute_int(info, "heads", 0)};
@@ -204,7 +199,7 @@ static Status compute(void *self, void *context) {
                 (long long)job.pixels, (long long)job.width);
   job.tiles = up_to(job.pixels, TILE) / TILE;
   int64_t key_fours = up_to(job.width, 4) / 4, value_fours = up_to(job.pixels, 4) / 4;
-  int64_t most_fours = key_fours > value_fours ? key_fours : value_fours;
+  int64_t most_fours = larger(key_fours, value_fours);
   int64_t blocks = up_to(job.pixels, BLOCK) / BLOCK;
   job.key_codes = up_to(job.pixels, OUTPUTS) * key_fours * 4;
   job.head_codes = job.key_codes + up_to(job.width, OUTPUTS) * value_fours * 4;
@@ -228,9 +223,9 @@ static Status compute(void *self, void *context) {
   for (int64_t i = 0; i < job.width; i++) job.gains[2 * i] = 1, job.gains[2 * i + 1] = 0;
   for (int64_t i = 0; i < OUTPUTS; i++) job.zeros[i] = 0;
   job.parts = smaller(job.heads, parts);
-  TRY(ORT(KernelContext_ParallelFor)(context, round_heads, (size_t)job.parts, (size_t)0, &job));
+  TRY(run_parts(context, round_heads, job.parts, &job));
   job.parts = parts;
-  return ORT(KernelContext_ParallelFor)(context, attend, (size_t)parts, (size_t)0, &job);
+  return run_parts(context, attend, parts, &job);
 }
 
 static Status infer(const CustomOp *self, void *context) {

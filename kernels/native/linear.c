@@ -70,10 +70,6 @@ typedef struct {
   linear_fn kernel;
 } Job;
 
-static int64_t up_to(int64_t value, int64_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
-}
-
 static const struct form {
   const char *name, *kernel;
   int64_t bits, minimum, wide, block, table;
@@ -209,16 +205,15 @@ static Largest largest_of(const float *row, int64_t first, int64_t count) {
 static void multiply(void *given, size_t part) {
   const Job *job = given;
   const Linear *op = job->op;
-  int64_t shrink = op->gated ? 2 : 1, steps = (op->groups + STEP - 1) / STEP;
+  int64_t shrink = op->gated ? 2 : 1, steps = up_to(op->groups, STEP) / STEP;
   int64_t first = steps * (int64_t)part / job->parts * STEP;
   int64_t last = steps * ((int64_t)part + 1) / job->parts * STEP;
-  if (last > op->groups) last = op->groups;
-  int64_t from = first * ROWS / shrink, to = last * ROWS / shrink; /* columns of y */
-  if (to > op->outputs) to = op->outputs;
-  int64_t width = to - from;
+  last = smaller(last, op->groups);
+  int64_t from = first * ROWS / shrink; /* columns of y */
+  int64_t width = smaller(last * ROWS / shrink, op->outputs) - from;
   char *work = job->work + job->work_bytes * (int64_t)part;
   for (int64_t start = 0; start < job->tokens; start += job->chunk) {
-    int64_t tokens = job->tokens - start < job->chunk ? job->tokens - start : job->chunk;
+    int64_t tokens = smaller(job->tokens - start, job->chunk);
     int64_t x = (int64_t)(job->rows + op->row_bytes * start);
     int64_t stride = 4 * op->outputs, y = (int64_t)job->y + stride * start;
     int64_t out = y, out_stride = stride;
@@ -274,14 +269,12 @@ static Status check(const Linear *op, const Tensor *in) {
 
 /* Into how many parts to cut so much work: bytes of weights, or of activations, times tokens. */
 static int64_t parts_for(int64_t work) {
-  int64_t parts = work / PART_WORK;
-  return parts < 1 ? 1 : parts > MAX_PARTS ? MAX_PARTS : parts;
+  return larger(smaller(work / PART_WORK, MAX_PARTS), 1);
 }
 
 static Status run(void *context, Job *job, void (*part)(void *, size_t), int64_t parts) {
   job->parts = parts;
-  if (parts == 1) return part(job, 0), NULL;
-  return ORT(KernelContext_ParallelFor)(context, part, (size_t)parts, (size_t)0, job);
+  return run_parts(context, part, parts, job);
 }
 
 /* Choose the tile, find memory, pack the rows and multiply. */
@@ -294,18 +287,17 @@ static Status multiply_all(void *context, Job *job, int64_t elements) {
   job->tile = 1 << tile;
   int64_t padded = up_to(job->tokens, job->tile); /* what the last tile computes beyond is unused */
   job->chunk = op->argmax ? ARGMAX_CHUNK : up_to(CHUNK_BYTES / op->row_bytes + 1, job->tile);
-  if (job->chunk > padded) job->chunk = padded;
+  job->chunk = smaller(job->chunk, padded);
 
   int64_t pack_parts = job->tokens < ROWS ? 1 : parts_for(4 * elements);
-  int64_t steps = (op->groups + STEP - 1) / STEP;
-  int64_t parts = parts_for(op->groups * op->blocks * op->block_bytes * job->tokens);
-  if (parts > steps) parts = steps;
+  int64_t steps = up_to(op->groups, STEP) / STEP;
+  int64_t parts = smaller(parts_for(op->groups * op->blocks * op->block_bytes * job->tokens), steps);
   job->work_bytes = up_to(4 * op->k, 64); /* of each part, for a normed row or products */
   int64_t products_bytes = 4 * ROWS * STEP * (steps / parts + 1) * job->chunk;
   if ((op->gated || op->argmax) && products_bytes > job->work_bytes)
     job->work_bytes = products_bytes;
   int64_t rows_bytes = up_to(padded * op->row_bytes, 64);
-  int64_t most = pack_parts > parts ? pack_parts : parts;
+  int64_t most = larger(pack_parts, parts);
   int64_t largest_bytes = op->argmax ? parts * job->tokens * (int64_t)sizeof(Largest) : 0;
   job->rows = scratch((size_t)(rows_bytes + job->work_bytes * most + largest_bytes));
   if (!job->rows) return fail("Linear: out of memory for %lld tokens", (long long)job->tokens);

@@ -51,6 +51,15 @@ Status infer_input(void *context, size_t input, int64_t *dims, const char **name
 Status infer_output(void *context, size_t output, const int64_t *dims, const char **names,
                     size_t rank);
 
+static inline int64_t up_to(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+/* Run part(job, i) for each i below `parts`, on ORT's threads where there is more than one. */
+Status run_parts(void *context, void (*part)(void *, size_t), int64_t parts, void *job);
+
 /* Memory of the calling thread, 64-byte aligned, valid until its next call; NULL if exhausted. */
 char *scratch(size_t bytes);
 

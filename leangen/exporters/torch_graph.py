@@ -13,6 +13,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import onnx
 import torch
 import torch.nn.functional as F
 from onnx import numpy_helper
+from onnx.reference import ReferenceEvaluator
 from torch import nn
 
 from leangen.exporters.onnx_writer import Array, GraphWriter
@@ -83,23 +85,17 @@ def write(
     `inputs` are examples; `open_axes` names the axes whose size they do not fix, by input or
     output. `weights` gives a tensor of the module's state by name.
     """
-    model = trace(module, inputs, outputs, open_axes)
+    graph = trace(module, inputs, outputs, open_axes).graph
+    folded = _Folded(graph, {value.name for value in graph.input} - set(inputs))
     with GraphWriter(folder, role) as writer:
-        graph = model.graph
-        for node in graph.node:
-            if node.op_type == "Constant":
-                writer.constant(node.output[0], numpy_helper.to_array(node.attribute[0].t))
-        nodes, stored = _folded(
-            [node for node in graph.node if node.op_type != "Constant"],
-            {value.name for value in graph.input} - set(inputs),
-            {value.name for value in graph.output},
-        )
-        for initializer in graph.initializer:
-            writer.constant(initializer.name, numpy_helper.to_array(initializer))
-        for tensor, name in stored.items():
-            array = weights(name)
-            writer.constant(tensor, array if tensor == name else np.ascontiguousarray(array.T))
-        writer.append(nodes)
+        used = {name for node in folded.nodes for name in node.input}
+        for name, array in folded.constants.items():
+            if name in used:
+                writer.constant(name, array)
+        for tensor, (name, form) in folded.weights.items():
+            if tensor in used:
+                writer.constant(tensor, form(weights(name)))
+        writer.append(folded.nodes)
         wanted = [value for value in graph.input if value.name in inputs]
         return writer.save(wanted, graph.output, opset=OPSET)
 
@@ -134,30 +130,71 @@ def trace(
         return onnx.load(path)
 
 
-def _folded(
-    nodes: Sequence[onnx.NodeProto], state: set[str], outputs: set[str]
-) -> tuple[list[onnx.NodeProto], dict[str, str]]:
-    """Nodes without those that only pass on or transpose a weight; the name of each stored tensor.
+class _Folded:
+    """A graph whose constants are computed, and whose weights have the form in which they are used.
 
-    `stored` maps the tensors that nodes read to names in the module's state; one of another name
-    is the transposed.
+    What the exporter does itself only where it holds the weights.
     """
-    names: dict[str, str] = {name: name for name in state}
-    passed: dict[str, str] = {}
-    kept = []
-    for node in nodes:
-        first = passed.get(node.input[0], node.input[0]) if node.input else ""
-        if node.op_type == "Identity" and node.output[0] not in outputs:
-            passed[node.output[0]] = first
-        elif node.op_type == "Transpose" and first in state and len(node.attribute[0].ints) == 2:
-            names[f"{first}.T"] = first
-            passed[node.output[0]] = f"{first}.T"
+
+    def __init__(self, graph: onnx.GraphProto, state: set[str]) -> None:
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants = {each.name: numpy_helper.to_array(each) for each in graph.initializer}
+        self.weights: dict[str, tuple[str, Callable[[Array], Array]]] = {
+            name: (name, np.asarray) for name in state
+        }
+        """Tensor to the name of a weight, and what is made of it."""
+        self._passed: dict[str, str] = {}
+        outputs = {value.name for value in graph.output}
+        for node in graph.node:
+            node.input[:] = [self._passed.get(name, name) for name in node.input]
+            if outputs & set(node.output) or not self._fold(node):
+                self.nodes.append(node)
+
+    def _fold(self, node: onnx.NodeProto) -> bool:
+        """Whether a node is not needed: a constant, a weight in another form, or nothing at all."""
+        output, given = node.output[0], list(node.input)
+        if node.op_type == "Constant":
+            self.constants[output] = numpy_helper.to_array(node.attribute[0].t)
+        elif node.op_type == "Identity" or self._is_neutral(node):
+            self._passed[output] = given[0]
+        elif given and given[0] in self.weights and (form := self._form(node)) is not None:
+            name, former = self.weights[given[0]]
+            suffix, change = form
+            self.weights[given[0] + suffix] = name, partial(_both, former, change)
+            self._passed[output] = given[0] + suffix
+        elif node.op_type in _COMPUTED and all(name in self.constants for name in given):
+            evaluator = ReferenceEvaluator(node, opsets={"": OPSET})
+            values: Any = evaluator.run(None, {name: self.constants[name] for name in given})
+            self.constants[output] = np.asarray(values[0])
         else:
-            kept.append(node)
-    for node in kept:
-        node.input[:] = [passed.get(name, name) for name in node.input]
-    used = {name for node in kept for name in node.input}
-    return kept, {tensor: name for tensor, name in names.items() if tensor in used}
+            return False
+        return True
+
+    def _is_neutral(self, node: onnx.NodeProto) -> bool:
+        """Whether it divides or multiplies by one."""
+        if node.op_type not in ("Div", "Mul") or node.input[1] not in self.constants:
+            return False
+        factor = self.constants[node.input[1]]
+        return factor.size == 1 and factor.item() == 1 and node.input[0] not in self.constants
+
+    def _form(self, node: onnx.NodeProto) -> tuple[str, Callable[[Array], Array]] | None:
+        """A suffix for a weight's name, and what a node makes of it."""
+        if node.op_type == "Transpose" and list(node.attribute[0].ints) == [1, 0]:
+            return ".T", np.transpose
+        if node.op_type == "Unsqueeze" and node.input[1] in self.constants:
+            axes = tuple(self.constants[node.input[1]].tolist())
+            return f".{'_'.join(map(str, axes))}", partial(np.expand_dims, axis=axes)
+        return None
+
+
+_COMPUTED = (
+    *("Add", "Cast", "Concat", "Div", "Gather", "Mul", "Slice", "Squeeze", "Sub", "Unsqueeze"),
+)
+"""What sizes are computed with."""
+
+
+def _both(first: Callable[[Array], Array], then: Callable[[Array], Array], array: Array) -> Array:
+    return then(first(array))
 
 
 class _Attention(torch.autograd.Function):  # type: ignore[misc]

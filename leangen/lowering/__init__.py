@@ -28,7 +28,7 @@ from leangen.bundle import Bundle
 from leangen.errors import StorageError
 from leangen.lowering import cache
 
-VERSION = 7
+VERSION = 8
 """To be raised when a rule or a packed layout changes, so that lowered models are made again."""
 
 RULES = {

@@ -17,10 +17,9 @@ from onnx import NodeProto
 from leangen.graph_edit import attributes
 from leangen.lowering import attention
 from leangen.lowering.draft import Draft, options_are, set_option
-from leangen.lowering.rows import keep_batched
+from leangen.lowering.rows import NORMS, keep_batched
 
 X, WEIGHTS, GAIN, BIAS, RESIDUAL, SHIFT = range(6)  # inputs of Linear
-_NORMS = ("SimplifiedLayerNormalization", "RMSNormalization", "LayerNormalization")
 
 
 def rewrite(graph: Draft) -> int:
@@ -34,7 +33,7 @@ def rewrite(graph: Draft) -> int:
         _activation(graph, node)
     for node in graph.all("SkipSimplifiedLayerNormalization", "SkipLayerNormalization"):
         _split_skip(graph, node)
-    for node in graph.all(*_NORMS):
+    for node in graph.all(*NORMS):
         _norm(graph, node)
     replaced = [attention.replace(graph, node) for node in graph.all("GroupQueryAttention")]
     graph.prune()

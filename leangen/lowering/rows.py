@@ -12,9 +12,9 @@ from onnx import NodeProto
 from leangen.graph_edit import attributes
 from leangen.lowering.draft import Draft
 
+NORMS = ("SimplifiedLayerNormalization", "RMSNormalization", "LayerNormalization")
 _ROWWISE = (
-    *("Linear", "MatMulNBits", "Add", "Mul", "Div", "Concat", "Split"),
-    *("SimplifiedLayerNormalization", "RMSNormalization", "LayerNormalization"),
+    *("Linear", "MatMulNBits", "Add", "Mul", "Div", "Concat", "Split", *NORMS),
     *("QuickGelu", "Gelu", "Relu", "Sigmoid", "Tanh"),
 )
 """Operators that treat each row alike, as long as they look at the last axis only."""
@@ -94,8 +94,8 @@ def _is_attended(graph: Draft, tensor: str) -> bool:
 
 
 def _width(graph: Draft, tensor: str) -> int | None:
-    """The last dimension of what attention or a `Linear` makes, or of a slice or a sum; or None."""
-    node = graph.producer(tensor, "Attention", "Linear", "Slice", "Reshape", "Add")
+    """The last dimension of what attention or a `Linear` makes, or what keeps it; or None."""
+    node = graph.producer(tensor, "Attention", "Linear", "Slice", "Reshape", "Add", *NORMS)
     if node is None:
         return None
     options = attributes(node)
@@ -105,4 +105,6 @@ def _width(graph: Draft, tensor: str) -> int | None:
         return int(options["n"]) // (2 if options["gated"] else 1)
     if node.op_type == "Slice" and graph.values(node.input[3]) != [1]:
         return None
+    if node.op_type == "Add":  # the last operand first: a residual is the sum of all before
+        return next(filter(None, (_width(graph, term) for term in node.input[::-1])), None)
     return _width(graph, node.input[0])
