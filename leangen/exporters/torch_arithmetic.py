@@ -85,7 +85,9 @@ def _binary(e: Emitter, a: Arguments, op: Op) -> str:
         kind = "And"
     made = e.op(kind, e.name(a["self"], dtype), e.name(a["other"], dtype))
     if kind == "Div" and a.get("rounding_mode"):
-        return e.op("Floor" if a["rounding_mode"] == "floor" else "Trunc", made)
+        if a["rounding_mode"] == "floor":
+            return e.op("Floor", made)
+        return e.op("Mul", e.op("Sign", made), e.op("Floor", e.op("Abs", made)))
     return made
 
 
