@@ -40,7 +40,6 @@ _UNARY = {
     "asinh": "Asinh",
     "acosh": "Acosh",
     "atanh": "Atanh",
-    "sigmoid": "Sigmoid",
     "relu": "Relu",
     "reciprocal": "Reciprocal",
     "isnan": "IsNaN",
@@ -198,6 +197,13 @@ def _with_alpha(e: Emitter, a: Arguments, op: Op) -> str:
         gamma, alpha = float(a["scale"]), float(a["alpha"])
         return e.op("Selu", e.name(a["self"]), alpha=alpha, gamma=gamma)
     return e.op(kind, e.name(a["self"]), alpha=float(a.get("negative_slope", a.get("alpha"))))
+
+
+@aten("sigmoid")
+def _sigmoid(e: Emitter, a: Arguments, op: Op) -> str:
+    """As 1 / (1 + exp(-x)): ORT's own stops falling at -18, and flows divide by it."""
+    decay = e.op("Exp", e.op("Neg", e.name(a["self"])))
+    return e.op("Reciprocal", e.op("Add", decay, e.const(1.0, np.float32)))
 
 
 @aten("silu")
