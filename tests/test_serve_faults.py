@@ -463,7 +463,13 @@ def test_a_mistake_in_a_worker_is_told_and_does_not_last(text_model, monkeypatch
 
 
 @pytest.mark.parametrize(
-    "error", [MemoryError(), RuntimeError("can't start new thread"), Exception("std::bad_alloc")]
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("can't start new thread"),
+        Exception("std::bad_alloc"),
+        ImportError("onnx.so: failed to map segment from shared object"),
+    ],
 )
 def test_a_lack_of_memory_is_told_and_does_not_last(text_model, monkeypatch, error):
     """What such requests used is nobody's: no receipt has it."""
