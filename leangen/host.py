@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import platform
 import resource
@@ -94,3 +95,14 @@ def _text(path: Path) -> str | None:
         return path.read_text(encoding="utf-8", errors="replace").strip() or None
     except OSError:
         return None
+
+
+def trim_memory() -> None:
+    """Give memory that was freed back to the system, where the C library is glibc.
+
+    It keeps what threads have freed for their like: a process that loads and unloads models grows
+    with each of them otherwise.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

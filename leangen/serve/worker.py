@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from leangen import clock
+from leangen import clock, host
 from leangen.console import say
 from leangen.engine import Engine, Measured
 from leangen.errors import LeangenError
@@ -262,6 +262,7 @@ class ModelWorker:
                 self._runner.remove(job)
         self._engine = self._runner = None
         gc.collect()  # the engine and its closures refer to each other
+        host.trim_memory()
         self._room.leave(self)
         self._release = False
 
