@@ -1,7 +1,7 @@
 """Writes a trace of a torch function as an ONNX graph, operator by operator.
 
 Linear layers become `MatMul` on constants [k, n] and `Add`; weights keep the names that torch has
-for them. The conversions are in `torch_ops` and `torch_shapes`.
+for them. The conversions are in `torch_arithmetic`, `torch_layers` and `torch_shapes`.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import cache
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -45,18 +46,33 @@ class Writer(Protocol):
 
 
 Convert: TypeAlias = Callable[["Emitter", Mapping[str, Any], Op], "str | list[str]"]
-OPS: dict[str, Convert] = {}
-"""Conversions by ATen name, filled in by `torch_ops` and `torch_shapes`."""
 
 
-def aten(*names: str) -> Callable[[Convert], Convert]:
-    """Register a conversion under the ATen names that it is for."""
+def registry() -> tuple[dict[str, Convert], Callable[..., Callable[[Convert], Convert]]]:
+    """A dict of conversions by ATen name, and the decorator that fills it."""
+    found: dict[str, Convert] = {}
 
-    def register(convert: Convert) -> Convert:
-        OPS.update(dict.fromkeys(names, convert))
-        return convert
+    def aten(*names: str) -> Callable[[Convert], Convert]:
+        def register(convert: Convert) -> Convert:
+            found.update(dict.fromkeys(names, convert))
+            return convert
 
-    return register
+        return register
+
+    return found, aten
+
+
+@cache
+def conversions() -> Mapping[str, Convert]:
+    """All conversions by ATen name."""
+    from leangen.exporters import torch_arithmetic, torch_layers, torch_scan, torch_shapes
+
+    return {
+        **torch_arithmetic.CONVERSIONS,
+        **torch_layers.CONVERSIONS,
+        **torch_shapes.CONVERSIONS,
+        **torch_scan.CONVERSIONS,
+    }
 
 
 def _key(array: Array) -> str:
@@ -97,14 +113,14 @@ class Emitter:
         self._names = {value.index: name for value, name in zip(trace.inputs, feeds, strict=True)}
         for op in _used(trace):
             strange = {v.dtype for v in op.outputs if v is not None} - ONNX_TYPES.keys()
-            if op.name not in OPS or strange:
+            if op.name not in conversions() or strange:
                 of_type = f" of {strange.pop()}" if strange else ""
                 raise UnsupportedError(
                     f"{op.where}: the operator aten.{op.name}{of_type} has no counterpart here: "
                     "rewrite the line with other operators, or export the module to ONNX yourself "
                     "(torch.onnx) and give leangen the file"
                 )
-            made = OPS[op.name](self, op.arguments, op)
+            made = conversions()[op.name](self, op.arguments, op)
             names = made if isinstance(made, list) else [made]
             for value, name in zip(op.outputs, names, strict=False):
                 if value is not None:

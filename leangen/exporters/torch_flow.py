@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from leangen.errors import UnsupportedError
-from leangen.exporters import torch_ops, torch_scan, torch_shapes  # noqa: F401  conversions
 from leangen.exporters.onnx_writer import GraphWriter
 from leangen.exporters.torch_emitter import ONNX_TYPES, Emitter, layer_weights, value_info
 from leangen.exporters.torch_trace import Batch, Trace, trace

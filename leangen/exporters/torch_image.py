@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from leangen.errors import SourceError, UnsupportedError
-from leangen.exporters import torch_ops, torch_shapes  # noqa: F401  conversions
 from leangen.exporters.onnx_file import SIGMA_NAMES
 from leangen.exporters.onnx_writer import GraphWriter
 from leangen.exporters.torch_emitter import ONNX_TYPES, Emitter, value_info

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from onnx import NodeProto, TensorProto, helper
 
-from leangen.exporters.torch_emitter import OPS, Array, Emitter, Writer, aten
+from leangen.exporters.torch_emitter import Array, Emitter, Writer, conversions, registry
 from leangen.exporters.torch_sequential import (
     ELEMENTWISE,
     LINEAR,
@@ -28,6 +28,8 @@ from leangen.exporters.torch_sequential import (
     weight_of,
 )
 from leangen.exporters.torch_trace import Batch, Constant, Op, Size, Value
+
+CONVERSIONS, aten = registry()
 
 
 @aten("leangen.sequential")
@@ -155,7 +157,7 @@ class _Scan:
                 stand_in = Value(-1 - len(inputs), argument.shape, torch.float32)
                 self.inner.bind(stand_in, self._per_unit(f"{name}.{key}", argument, schedule))
                 inputs[key] = stand_in
-        made = OPS[op.name](self.inner, {**op.arguments, **inputs}, op)
+        made = conversions()[op.name](self.inner, {**op.arguments, **inputs}, op)
         return made if isinstance(made, str) else made[0]
 
     def _normalized(self, name: str, op: Op, schedule: Schedule) -> str:

@@ -84,9 +84,8 @@ class Plan:
 ELEMENTWISE = frozenset(
     (
         *("relu", "tanh", "sigmoid", "elu", "celu", "leaky_relu", "silu", "gelu", "mish"),
-        *("softplus", "hardtanh", "sin", "cos", "exp", "clone", "detach", "dropout", "alias"),
+        *("softplus", "hardtanh", "sin", "cos", "exp", "clone", "detach"),
         *("add", "sub", "mul", "div", "rsub", "native_batch_norm"),
-        "_native_batch_norm_legit_no_training",
     )
 )
 LINEAR = frozenset(("addmm", "mm"))

@@ -9,19 +9,20 @@ import numpy as np
 import torch
 
 from leangen.errors import UnsupportedError
-from leangen.exporters.torch_emitter import Emitter, aten
+from leangen.exporters.torch_emitter import Emitter, registry
 from leangen.exporters.torch_trace import Batch, Constant, Op, Size, Tensor, Value
 
 Arguments = Mapping[str, Any]
+CONVERSIONS, aten = registry()
 _TO_THE_END = 2**63 - 1
 
 
-@aten("clone", "detach", "alias", "contiguous", "lift_fresh", "lift", "dropout", "native_dropout")
+@aten("clone", "detach")
 def _same(e: Emitter, a: Arguments, op: Op) -> str:
-    return e.name(a.get("self", a.get("input")))
+    return e.name(a["self"])
 
 
-@aten("view", "_unsafe_view", "reshape", "_reshape_alias", "view_as", "unsqueeze", "squeeze")
+@aten("view", "_unsafe_view", "unsqueeze", "squeeze")
 def _view(e: Emitter, a: Arguments, op: Op) -> str:
     return e.reshape(e.name(a["self"]), _made(op).shape)
 
@@ -37,7 +38,15 @@ def _expand(e: Emitter, a: Arguments, op: Op) -> str:
     return e.op("Expand", e.name(a["self"]), e.shape(asked))
 
 
-@aten("_to_copy", "to")
+@aten("copy", "fill")
+def _copy(e: Emitter, a: Arguments, op: Op) -> str:
+    """Mutation taken out: what was written over a whole tensor."""
+    made = _made(op)
+    new = e.name(a.get("src", a.get("value")), made.dtype)
+    return e.op("Expand", new, e.shape(made.shape))
+
+
+@aten("_to_copy")
 def _to(e: Emitter, a: Arguments, op: Op) -> str:
     return e.name(a["self"], _made(op).dtype)
 
@@ -228,7 +237,7 @@ def _pad(e: Emitter, a: Arguments, op: Op) -> str:
     return e.op("Pad", e.name(a["self"]), _pads(e, a), value, mode="constant")
 
 
-@aten("reflection_pad1d", "reflection_pad2d", "replication_pad1d", "replication_pad2d")
+@aten("reflection_pad2d", "replication_pad2d")
 def _pad_like(e: Emitter, a: Arguments, op: Op) -> str:
     mode = "reflect" if op.name.startswith("reflection") else "edge"
     return e.op("Pad", e.name(a["self"]), _pads(e, a), mode=mode)
