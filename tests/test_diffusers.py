@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
+import onnx
 import pytest
 from diffusers_models import PIPELINES, bare, change, diffusers, optimum, saved, torch
 
-from leangen import exporters, quality
+from leangen import exporters, lowering, quality
 from leangen.bundle import Bundle
 from leangen.engine import Engine
 from leangen.errors import RequestError, SourceError, UnsupportedError
@@ -14,6 +17,7 @@ from leangen.exporters import diffusers_folder
 from leangen.exporters.diffusers_pipelines import PIPELINES as KNOWN
 from leangen.families import diffusion, step_choice
 from leangen.files import default_home
+from leangen.lowering.draft import DOMAIN
 from leangen.quantize import quantize
 from leangen.session import Session
 
@@ -141,6 +145,9 @@ def test_pickles_are_read_as_weights_or_not_at_all(tmp_path):
     state = diffusers.UNet2DModel.from_config(folder).state_dict()
     torch.save({"state": state, "print": print}, pickled)
     with pytest.raises(SourceError, match="pickled and torch refuses to load it as weights only"):
+        exporters.export(folder, tmp_path / "b")
+    torch.save({"state": state}, pickled)
+    with pytest.raises(SourceError, match="holds more than tensors by name"):
         exporters.export(folder, tmp_path / "b")
     torch.save(state, pickled)
     bundle = exporters.export(folder, tmp_path / "b")
@@ -291,3 +298,17 @@ def test_reuse_where_there_is_nothing_to_reuse_is_refused(made, tmp_path):
     made("dit")
     with pytest.raises(UnsupportedError, match="reuse needs a UNet"):
         exporters.export(made.root / "dit", tmp_path / "dit", reuse=True)
+
+
+def test_group_norm_silu_and_attention_are_nodes_that_are_fused(made, tmp_path):
+    graph = onnx.load(made("sd").graph("model"), load_external_data=False).graph
+    kinds = Counter(node.op_type for node in graph.node)
+    assert kinds["MultiHeadAttention"] == 2 * 4 and "Softmax" not in kinds
+    lowered, why = lowering.find(quantize(made("sd"), "int8", tmp_path / "int8"), "model")
+    if lowered is None:
+        pytest.skip(why)
+    nodes = onnx.load(lowered.path, load_external_data=False).graph.node
+    own = [node for node in nodes if node.domain == DOMAIN and node.op_type == "Conv"]
+    normed = [node for node in own if any(a.name == "norm_groups" for a in node.attribute)]
+    left = sum(node.op_type == "InstanceNormalization" for node in nodes)
+    assert len(normed) >= 18 and left <= 1  # the last stands before a convolution that stays fp32

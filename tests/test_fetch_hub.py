@@ -209,9 +209,10 @@ def test_a_hub_that_went_away_between_listing_and_download(fake, tmp_path):
 PULL = """
 import sys
 from pathlib import Path
-from store_fakes import quantize
+from store_fakes import bare, quantize
 from leangen.store import Store
-store = Store(exporters={"gguf": "store_fakes", "piper": "store_fakes"}, quantize=quantize)
+exporters = {"gguf": "store_fakes", "piper": "store_fakes"}
+store = Store(exporters=exporters, quantize=quantize, probe=bare)
 for ref in sys.argv[1:]:
     print(store.resolve(ref, notify=print).path)
 """

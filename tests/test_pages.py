@@ -30,5 +30,10 @@ def test_only_what_is_written_is_resident():
     assert resident_kb() - before_kb < 8_000
 
 
+def test_more_than_there_is():
+    with pytest.raises(MemoryError, match="cannot allocate"):
+        pages.zeros((1 << 58,))
+
+
 def test_an_empty_one():
     assert pages.zeros((0, 4)).shape == (0, 4)

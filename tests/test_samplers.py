@@ -236,6 +236,8 @@ def test_an_unknown_schedule_or_spacing_is_refused():
 @pytest.mark.parametrize("steps", [1, 2, 10, 200])
 def test_steps_visit_levels_of_falling_noise_and_end_clean(steps, spacing):
     trained = schedules.trained({**VP, "timesteps": 200})
+    if spacing == "distilled":
+        steps = min(steps, 50)  # the family refuses more
     ours = schedules.spaced(trained, steps, spacing)
     assert len(ours) == steps + 1
     assert ours[-1] == CLEAN

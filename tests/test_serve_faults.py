@@ -463,9 +463,17 @@ def test_a_mistake_in_a_worker_is_told_and_does_not_last(text_model, monkeypatch
 
 
 @pytest.mark.parametrize(
-    "error", [MemoryError(), RuntimeError("can't start new thread"), Exception("std::bad_alloc")]
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("can't start new thread"),
+        Exception("std::bad_alloc"),
+        ImportError("onnx.so: failed to map segment from shared object"),
+    ],
 )
 def test_a_lack_of_memory_is_told_and_does_not_last(text_model, monkeypatch, error):
+    """What such requests used is nobody's: no receipt has it."""
+
     step = Batch.step
 
     def short(batch):
@@ -478,6 +486,8 @@ def test_a_lack_of_memory_is_told_and_does_not_last(text_model, monkeypatch, err
         assert reply.json()["error"]["code"] == "out_of_memory"
         monkeypatch.setattr(Batch, "step", step)
         assert http.post("/v1/completions", json=LONG | {"max_tokens": 2}).status_code == 200
+        billed_j = sum(receipt["energy"]["gross_j"] for receipt in server.ledger.entries())
+        assert server.account.billed_uj / 1e6 == pytest.approx(billed_j)
         assert server.account.billed_uj + server.account.unattributed_uj == server.account.total_uj
 
 

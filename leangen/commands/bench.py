@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-from leangen.commands.options import on_every_machine, request, request_options, run_options, share
+from leangen.commands.options import on_every_machine, run_options, share
+from leangen.commands.request import request, request_options
 
 
 def declare(add: Callable[..., argparse.ArgumentParser]) -> None:

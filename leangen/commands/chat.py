@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-from leangen.commands.options import GUESSES, run_options, speculate
+from leangen.commands.options import GUESSES, SPECULATE, run_options
 
 
 def declare(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -17,7 +17,7 @@ def declare(add: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument("--temperature", type=float, default=0.2)
     sub.add_argument("--top-p", type=float, default=0.9)
     sub.add_argument("--seed", type=int, default=0)
-    speculate(sub, default=GUESSES)
+    sub.add_argument("--speculate", **SPECULATE, default=GUESSES)
     sub.add_argument(
         "--no-prefix-cache",
         dest="prefix_cache",

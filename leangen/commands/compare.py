@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from leangen.commands.options import on_every_machine, request, request_options, run_options, share
+from leangen.commands.options import on_every_machine, run_options, share
+from leangen.commands.request import request, request_options
 from leangen.commands.task import task_of, task_options
 from leangen.console import print_json, progress_bar, say, table
 

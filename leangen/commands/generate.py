@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from leangen.commands.options import request, request_options, run_options
+from leangen.commands.options import run_options
+from leangen.commands.request import request, request_options
 from leangen.console import print_json, say
 
 

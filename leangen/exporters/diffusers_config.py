@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from leangen.bundle import Draft
 from leangen.errors import DependencyError, SourceError
 from leangen.exporters import diffusers_schedulers as schedulers
+from leangen.exporters.diffusers_pipelines import Upscale
 
 if TYPE_CHECKING:
     from leangen.exporters.diffusers_components import Form
@@ -46,7 +47,7 @@ def describe(
     if pipeline.texts:
         config["text"] = _text(saved, draft)
     if pipeline.upscale is not None:
-        config["upscale"] = _upscale(saved, form)
+        config["upscale"] = _upscale(saved, pipeline.upscale, form)
     elif "masked_image" in form.inputs:
         config["inpainting"] = {"mask": "mask", "image": "masked_image"}
     return config
@@ -69,8 +70,7 @@ def _image_shape(written: Mapping[str, Mapping[str, Form]], shape: list[int]) ->
     if decoder is None:
         return shape
     latent, image = decoder.inputs["latent"], written["vae"]["encoder"].inputs["image"]
-    assert latent.traced is not None and image.traced is not None  # the autoencoder's always are
-    factor = image.traced[1] // latent.traced[1]
+    factor = image.shape[1] // latent.shape[1]
     return [image.shape[0], shape[1] * factor, shape[2] * factor]
 
 
@@ -111,9 +111,7 @@ def _classes(saved: Saved, name: str, count: int) -> dict[str, Any]:
     return entry | {"shape": [1], "dtype": "int64"}
 
 
-def _upscale(saved: Saved, form: Form) -> dict[str, Any]:
-    upscale = saved.pipeline.upscale
-    assert upscale is not None  # only such pipelines are asked for it
+def _upscale(saved: Saved, upscale: Upscale, form: Form) -> dict[str, Any]:
     shape = list(form.inputs["image"].shape)
     if upscale.resize:
         shape = [shape[0], shape[1] // 4, shape[2] // 4]

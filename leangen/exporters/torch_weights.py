@@ -101,6 +101,11 @@ class StoredTensors:
                 f"({str(error).splitlines()[0]}): load it where you trust it and save it with "
                 "save_pretrained, which writes safetensors"
             ) from error
+        if not isinstance(state, dict) or not all(map(torch.is_tensor, state.values())):
+            raise SourceError(
+                f"{file} holds more than tensors by name: load it where you trust it and save it "
+                "with save_pretrained, which writes safetensors"
+            )
         for name, tensor in state.items():
             self._shapes[name] = tuple(tensor.shape)
             self._read[name] = partial(state.__getitem__, name)

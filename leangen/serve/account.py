@@ -152,6 +152,11 @@ class Account:
             if now_ns - self._stretch_ns >= wait_ns:
                 self._settle()
 
+    def disown(self, bill: Bill) -> None:
+        """No receipt is made of this bill, so its energy is nobody's."""
+        with self._lock:
+            self.billed_uj -= sum(window.energy_uj or 0 for window in bill.windows)
+
     def close(self, tab: Tab) -> Bill:
         """The request has left: its bill."""
         with self._lock:

@@ -82,7 +82,7 @@ def out_of_memory(error: BaseException) -> OutOfMemoryError | None:
 
     Python, and ONNX Runtime's C++, have several ways to say so.
     """
-    said = ("can't start new thread", "bad_alloc", "Failed to allocate memory")
+    said = ("can't start new thread", "bad_alloc", "allocate memory", "failed to map segment")
     if isinstance(error, MemoryError) or any(text in str(error) for text in said):
         return OutOfMemoryError("the machine is short of memory: try again in a moment")
     return None

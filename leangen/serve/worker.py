@@ -177,7 +177,7 @@ class ModelWorker:
                 left = [*self._running, *self._queue.clear()]
                 self._thread = None
             for running in self._running.values():
-                self._account.close(running.tab)
+                self._account.disown(self._account.close(running.tab))
             self._running.clear()
             for job in left:
                 job.tell(short or LeangenError("the model's worker stopped unexpectedly"))
@@ -338,6 +338,7 @@ class ModelWorker:
         engine = self._engine
         bill = self._account.close(running.tab)
         if not running.steps or engine is None:
+            self._account.disown(bill)
             return None
         shared = bill.company > 0
         receipt = engine.receipt(
