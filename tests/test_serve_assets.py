@@ -24,7 +24,7 @@ def test_the_dashboard_shows_metrics_that_there_are(tmp_path):
         serving.serving(models) as (address, _),
         httpx.Client(base_url=address, trust_env=False, timeout=30) as http,
     ):
-        asked = {"model": "tiny-text", "prompt": "hello", "max_tokens": 3}
+        asked = {"model": "tiny-text", "prompt": "hello", "max_tokens": 3, "ignore_eos": True}
         assert http.post("/v1/completions", json=asked).status_code == 200
         assert http.post("/v1/completions", json={}).status_code == 400
         families = list(text_string_to_metric_families(http.get("/metrics").text))
