@@ -160,7 +160,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         f"{row['bits_per_weight']:.2f}",
         f"{rate:.4g} {row['unit']}s/s",
         f"{first['median'] * 1000:.0f} ms" if first else "",
-        f"{with_u(row['j_per_unit'], row['j_per_unit_u'], 'J')} {row['energy_source']}",
+        f"{with_u(row['j_per_unit'], row['j_per_unit_u'], 'J')} ({row['energy_source']})",
         ", ".join(
             f"{m['name']} {with_u(m['value'], m['u'], m['unit']).strip()}"
             for m in row["quality"][:SHOWN]
