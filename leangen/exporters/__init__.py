@@ -16,17 +16,13 @@ from importlib import import_module
 from inspect import Parameter, signature
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, TypeAlias, cast
+from typing import TYPE_CHECKING, cast
 
 from leangen.bundle import Bundle
 from leangen.errors import RequestError, SourceError
 
 if TYPE_CHECKING:
-    from leangen.exporters import diffusers_check, torch_check, transformers_check
-
-    Difference: TypeAlias = (
-        "transformers_check.Difference | torch_check.Difference | diffusers_check.Difference"
-    )
+    from leangen.exporters.difference import Difference
 
 EXPORTERS = {
     "torch": "leangen.exporters.torch_module",

@@ -12,35 +12,25 @@ import numpy as np
 
 from leangen.bundle import Bundle
 from leangen.calibrate import Recorder
+from leangen.exporters.difference import Difference
 from leangen.families import denoising, diffusion, latents
 from leangen.session import Session
 
 if TYPE_CHECKING:
     from leangen.exporters.diffusers_saved import Saved
 
-TOLERANCE = 1e-4
-"""Largest difference that passes, times the largest value where that is above 1."""
 STEPS = 4
 _SEED = 7
 
 
 @dataclass(frozen=True, slots=True)
-class Difference:
+class Component(Difference):
     """One result of the bundle against torch's, both in fp32, on one input."""
 
     part: str
     """The graph, or `trajectory` for whole pictures."""
     input: str
     """`random`, or `real`: what the pipeline feeds."""
-    largest: float
-    """Of the absolute differences."""
-    scale: float
-    """The largest value of torch."""
-
-    @property
-    def passed(self) -> bool:
-        """Whether it is within `TOLERANCE`."""
-        return self.largest <= TOLERANCE * max(1.0, self.scale)
 
     def __str__(self) -> str:
         return (
@@ -98,7 +88,8 @@ def _differences(saved: Saved, bundle: Bundle) -> list[Difference]:
 
 def _difference(part: str, kind: str, got: list[Any], expected: list[Any]) -> Difference:
     largest = max(float(np.abs(a - b).max()) for a, b in zip(got, expected, strict=True))
-    return Difference(part, kind, largest, max(float(np.abs(b).max()) for b in expected))
+    scale = max(float(np.abs(b).max()) for b in expected)
+    return Component(part, kind, largest=largest, scale=scale)
 
 
 def _shallow(session: Session, feeds: Mapping[str, Any]) -> Difference:

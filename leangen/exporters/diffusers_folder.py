@@ -17,7 +17,7 @@ from leangen.exporters import diffusers_reuse
 from leangen.exporters.diffusers_saved import CONFIG, INDEX, Saved
 
 if TYPE_CHECKING:
-    from leangen.exporters.diffusers_check import Difference
+    from leangen.exporters.difference import Difference
     from leangen.exporters.diffusers_components import Form
 
 

@@ -51,7 +51,7 @@ from leangen.errors import DependencyError, SourceError, UnsupportedError
 if TYPE_CHECKING:
     import torch
 
-    from leangen.exporters.torch_check import Difference
+    from leangen.exporters.difference import Difference
 
 KINDS = ("decoder", "encoder", "denoiser", "velocity", "flow")
 

@@ -28,7 +28,7 @@ from leangen.exporters.transformers_folder import (
 )
 
 if TYPE_CHECKING:
-    from leangen.exporters.transformers_check import Difference
+    from leangen.exporters.difference import Difference
 
 
 def accepts(path: Path) -> bool:

@@ -26,7 +26,7 @@ from leangen.exporters.transformers_folder import (
 from leangen.exporters.transformers_lm import checked_layout
 
 if TYPE_CHECKING:
-    from leangen.exporters.transformers_check import Difference
+    from leangen.exporters.difference import Difference
 
 
 def accepts(path: Path) -> bool:
