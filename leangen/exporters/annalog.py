@@ -11,15 +11,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from leangen.bundle import Bundle, create, open_bundle, sha256_file
 from leangen.errors import DependencyError, SourceError
 from leangen.exporters import restricted_pickle
-from leangen.exporters.checkpoint import Checkpoint, Layout, Rows
+from leangen.exporters.checkpoint import Held, Layout, Rows
 from leangen.exporters.decoder import DecoderConfig
-from leangen.exporters.gguf_blocks import Floats
 from leangen.exporters.transformers_seq2seq import shape, write_graphs
 
 HEAD_DIM = 32
@@ -48,7 +46,8 @@ def export(
     """
     (words,) = path.parent.glob("*vocab*.pkl")
     tokenizer = _tokenizer(words)
-    weights = _Tensors(path)
+    stored = _read(path)
+    weights = Held(path, stored, _layout(path, stored))
     with create(out, replace=replace) as draft:
         draft.name = name or path.stem.lower()
         draft.family, draft.scheme = "seq2seq", "fp32"
@@ -88,22 +87,6 @@ def _tokenizer(path: Path) -> Tokenizer:
         single=f"{SPECIAL[2]} $A {SPECIAL[3]}", special_tokens=ends
     )
     return tokenizer
-
-
-class _Tensors(Checkpoint):
-    def __init__(self, path: Path) -> None:
-        self.stored = _read(path)
-        super().__init__(_layout(path, self.stored))
-        self.check(path)
-
-    def _shape(self, tensor: str) -> tuple[int, ...] | None:
-        return self.stored[tensor].shape if tensor in self.stored else None
-
-    def _rows(self, tensor: str) -> Rows:
-        return self.stored[tensor]
-
-    def _floats(self, tensor: str, rows: Rows) -> Floats:
-        return np.asarray(rows, np.float32)
 
 
 def _read(path: Path) -> dict[str, Rows]:

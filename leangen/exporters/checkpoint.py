@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -184,6 +185,24 @@ class Checkpoint(ABC):
                 f"{source} does not fit its own description: {'; '.join(wrong[:8])}{more}; "
                 "download or convert it again"
             )
+
+
+class Held(Checkpoint):
+    """Weights that lie in memory, or are mapped into it, by their tensors' names."""
+
+    def __init__(self, path: Path, stored: Mapping[str, Rows], layout: Layout) -> None:
+        self.stored = stored
+        super().__init__(layout)
+        self.check(path)
+
+    def _shape(self, tensor: str) -> tuple[int, ...] | None:
+        return self.stored[tensor].shape if tensor in self.stored else None
+
+    def _rows(self, tensor: str) -> Rows:
+        return self.stored[tensor]
+
+    def _floats(self, tensor: str, rows: Rows) -> Floats:
+        return np.asarray(rows, np.float32)
 
 
 def _llama3(frequencies: np.ndarray[Any, np.dtype[np.float64]], parameters: Json) -> Any:

@@ -22,9 +22,8 @@ import numpy as np
 from leangen.bundle import Bundle, create, open_bundle, sha256_file
 from leangen.errors import SourceError, UnsupportedError
 from leangen.exporters import whisper
-from leangen.exporters.checkpoint import Checkpoint, Layout, Rows
+from leangen.exporters.checkpoint import Held, Layout, Rows
 from leangen.exporters.encoder_decoders import whisper_layout
-from leangen.exporters.gguf_blocks import Floats
 from leangen.exporters.transformers_folder import TOKENIZER, read_json
 from leangen.exporters.transformers_seq2seq import shape, write_graphs
 
@@ -63,7 +62,8 @@ def export(
     said, tokenizer = read_json(path.parent / "config.json"), path.parent / TOKENIZER
     if not tokenizer.is_file():
         raise SourceError(f"{path.parent} has no {TOKENIZER}: expected it beside {MODEL}")
-    weights = _Tensors(path)
+    stored = _read(path)
+    weights = _Tensors(path, stored, _layout(path, stored))
     layout, mels = weights.layout, int(weights.stored["encoder/conv1/weight"].shape[1])
     with create(out, replace=replace) as draft:
         draft.name = name or path.resolve().parent.name.lower()
@@ -96,13 +96,8 @@ def _file(path: Path) -> Path:
     return path / MODEL if path.is_dir() else path
 
 
-class _Tensors(Checkpoint):
+class _Tensors(Held):
     """The weights in a `model.bin`, mapped into memory."""
-
-    def __init__(self, path: Path) -> None:
-        self.stored = _read(path)
-        super().__init__(_layout(path, self.stored))
-        self.check(path)
 
     def _tensor(self, name: str, suffix: str = ".weight") -> str:
         stem = super()._tensor(name, "")
@@ -111,15 +106,6 @@ class _Tensors(Checkpoint):
         if stem.endswith("encodings"):
             return stem
         return stem + suffix.replace(".", "/")
-
-    def _shape(self, tensor: str) -> tuple[int, ...] | None:
-        return self.stored[tensor].shape if tensor in self.stored else None
-
-    def _rows(self, tensor: str) -> Rows:
-        return self.stored[tensor]
-
-    def _floats(self, tensor: str, rows: Rows) -> Floats:
-        return np.asarray(rows, np.float32)
 
 
 def _layout(path: Path, stored: Mapping[str, Rows]) -> Layout:
