@@ -10,8 +10,8 @@ import threading
 from contextlib import suppress
 
 import leangen_kernels
+import lowered_graphs
 import numpy as np
-import onnx
 import pytest
 import tiny_bundles
 from decoder_twin import Twin
@@ -47,8 +47,7 @@ def both(bundle, **options):
 def ops(session, role="model"):
     """The operators of the graph that a session runs."""
     lowered, _ = lowering.find(session.bundle, role)
-    graph = onnx.load(lowered.path, load_external_data=False).graph
-    return [node.op_type for node in graph.node]
+    return lowered_graphs.operators(lowered.path)
 
 
 @pytest.mark.parametrize("variant", LOW_BIT)

@@ -28,7 +28,7 @@ from leangen.bundle import Bundle
 from leangen.errors import StorageError
 from leangen.lowering import cache
 
-VERSION = 8
+VERSION = 9
 """To be raised when a rule or a packed layout changes, so that lowered models are made again."""
 
 RULES = {
@@ -92,7 +92,7 @@ def _lower(path: Path, folder: Path) -> Mapping[str, int]:
     """Write the lowered graph in both forms, over the same weights; nothing if no rule matches."""
     import onnx
 
-    from leangen.lowering import activations, caches
+    from leangen.lowering import activations, caches, chain
     from leangen.lowering.draft import Draft
 
     graph = Draft(path)
@@ -105,5 +105,6 @@ def _lower(path: Path, folder: Path) -> Mapping[str, int]:
         caches.use_fp16(usual)
         activations.use_fp32(exact)
         for model, name in ((usual, MODEL), (exact, FP32_MODEL)):
+            chain.fuse(model)
             (folder / name).write_bytes(model.SerializeToString())
     return replaced
