@@ -52,8 +52,8 @@ class Weights:
         self._stems = {stem for name in self._tensors() for stem in _stems(name)}
 
     def _tensors(self) -> Iterator[str]:
-        for node in self.graph.nodes:
-            yield from node.output
+        for made in self.graph.nodes:
+            yield from made.output
         for given in (self.graph.model.graph.input, self.graph.model.graph.initializer):
             yield from (entry.name for entry in given)
 
