@@ -24,6 +24,7 @@ from leangen.console import Progress
 from leangen.errors import (
     BundleError,
     ChecksumError,
+    DependencyError,
     RequestError,
     UnknownModelError,
     UnknownSchemeError,
@@ -204,7 +205,7 @@ class Store:
         return self._home.usage()
 
     def collect_garbage(self, *, dry_run: bool = False) -> list[dict[str, Any]]:
-        """Remove downloads, lowered models and what killed processes left: what, bytes, path.
+        """Remove downloads and what can be made again, half or whole: what, bytes, path.
 
         What another process works on stays, and so does what leangen did not make.
         """
@@ -216,10 +217,10 @@ class Store:
                     rows += [row(f"{name} (source)", path, name=name) for path in paths]
                     if not dry_run:
                         home.delete(paths)
-        lowered = home.lowered()
+        again = [*home.lowered(), *home.measured()]
         if not dry_run:
-            home.delete([Path(entry["path"]) for entry in lowered])
-        return [*rows, *lowered]
+            home.delete([Path(entry["path"]) for entry in again])
+        return [*rows, *again]
 
     def _make(self, name: str, scheme: str, job: _Job) -> Bundle:
         """Export or quantize a bundle that is missing; the model's lock is held."""
@@ -288,8 +289,15 @@ class Store:
     def _packaged_file(self, name: str, source: Packaged) -> Path:
         """The file in the package; one that is compressed is unpacked beside the downloads."""
         path = source.path
+        if path is None:
+            raise DependencyError(
+                f"{name} comes with {source.distribution}, which is not installed: "
+                "`pip install ./bench/zoo` in a checkout of leangen"
+            )
         if not path.is_file() or sha256_file(path) != source.sha256:
-            raise ChecksumError(f"{path} is missing or damaged: install leangen again")
+            raise ChecksumError(
+                f"{path} is missing or damaged: install {source.distribution} again"
+            )
         if path.suffix != ".xz":
             return path
         unpacked = self._home.sources(name) / source.sha256[:12] / path.stem

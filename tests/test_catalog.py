@@ -1,6 +1,8 @@
 """Names: what they may look like, and that the catalog's own pins are well formed."""
 
 import re
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -8,8 +10,9 @@ from hypothesis import strategies as st
 
 from leangen.bundle import create, sha256_file
 from leangen.catalog import CATALOG, DATA, Packaged, Wheel, gguf_forms, parse_ref
-from leangen.errors import UnknownModelError
+from leangen.errors import DependencyError, UnknownModelError
 from leangen.home import Home
+from leangen.store import Store
 
 SOURCES = {name: entry.source for name, entry in CATALOG.items()}
 PINS = {n: source for n, source in (SOURCES | dict(DATA)).items() if isinstance(source, Wheel)}
@@ -26,7 +29,8 @@ def test_a_pin_names_one_wheel_and_files_inside(name):
 
 
 @pytest.mark.parametrize("name", PACKAGED)
-def test_a_packaged_model_is_in_the_package_and_small(name):
+def test_a_packaged_model_is_in_its_package_and_small(name, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "bench" / "zoo")
     source = PACKAGED[name]
     assert sha256_file(source.path) == source.sha256
     assert source.path.stat().st_size == source.size_bytes <= 12e6
@@ -34,7 +38,16 @@ def test_a_packaged_model_is_in_the_package_and_small(name):
 
 
 def test_all_packaged_models_together_keep_an_edge_install_small():
-    assert sum(source.size_bytes for source in PACKAGED.values()) <= 12e6
+    own = [source for source in PACKAGED.values() if source.distribution == "leangen"]
+    assert sum(source.size_bytes for source in own) <= 12e6
+
+
+def test_a_model_of_a_distribution_that_is_not_there_says_how_to_get_it(tmp_path, monkeypatch):
+    elsewhere = replace(CATALOG["fashion-ddpm"].source, distribution="leangen-nowhere")
+    entry = replace(CATALOG["fashion-ddpm"], source=elsewhere)
+    store = Store(tmp_path, catalog={entry.name: entry})
+    with pytest.raises(DependencyError, match="leangen-nowhere, which is not installed: `pip"):
+        store.resolve("fashion-ddpm")
 
 
 def test_models_and_data_never_share_a_name():

@@ -1,0 +1,1 @@
+"""Models that leangen's bench/train made; `leangen.catalog.zoo` says what they are."""
