@@ -27,7 +27,7 @@ def _memory(address: int, size: int, multiple: int) -> Any:
 
 def _read(address: int, count: int, kind: type, multiple: int) -> Any:
     size = np.dtype(kind).itemsize * count
-    values = np.frombuffer(bytes(_memory(address, size, multiple)), kind)
+    values: Array = np.frombuffer(bytes(_memory(address, size, multiple)), kind)
     return tuple(values) if count > 1 else values[0]
 
 
@@ -40,7 +40,7 @@ def _u32(*values: Any) -> Array:
     return np.array(values, np.uint32)
 
 
-def _pair(low: Any, high: Any) -> np.uint32:
+def _pair(low: Any, high: Any) -> Any:
     return np.array([low, high], np.float16).view(np.uint32)[0]
 
 
@@ -62,7 +62,7 @@ def _floats_of_bytes(word: Any) -> tuple[np.float32, ...]:
     return tuple(_u32(word).view(np.int8).astype(np.float32))
 
 
-def _bytes_of(*values: Any) -> np.uint32:
+def _bytes_of(*values: Any) -> Any:
     return np.array([int(v) & 255 for v in values], np.uint8).view(np.uint32)[0]
 
 
@@ -107,9 +107,9 @@ def _fragments(
 ) -> tuple[Array, Array, Array, Array, Array]:
     """A [16, k], B [k, 8], C [16, 8] of all lanes' registers, and rows and columns of C's."""
     words = np.array([lane[:6] for lane in given], np.uint32)
-    a_values = words[:, :4].copy().view(np.uint8 if kind is np.int8 else kind)
+    a_values: Any = words[:, :4].copy().view(np.uint8 if kind is np.int8 else kind)
     a_values = a_values.reshape(8, 4, 4, per_register)  # group, thread, register, element
-    b_values = words[:, 4:].copy().view(kind).reshape(8, 4, 2, per_register)
+    b_values: Any = words[:, 4:].copy().view(kind).reshape(8, 4, 2, per_register)
     k = 8 * per_register
     a, b = np.zeros((16, k), np.float64), np.zeros((k, 8), np.float64)
     for g in range(8):
