@@ -347,7 +347,7 @@ def test_the_store_counts_verifies_and_removes_it(tmp_path, home, capsys):
     on_disk = bundle.size_bytes + sum((bundle.path / name).stat().st_size for name in beside)
     assert rows["mine:gguf"] == on_disk
     assert rows["mine:gguf (lowered)"] > on_disk / 2
-    assert "3 lowered ones as they were written" in run("verify", str(bundle.path))
+    assert "9 lowered ones as they were written" in run("verify", str(bundle.path))
     assert cache.FOLDER in run("gc", "--dry-run") and entries(bundle)
     run("gc")
     assert not (bundle.path / cache.FOLDER).exists()
