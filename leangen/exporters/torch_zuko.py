@@ -39,10 +39,11 @@ def open_flow(module: nn.Module) -> Flow:
         made: Tensor = module(None).log_prob(x)
         return made
 
-    return Flow(encode, decode, log_density, tuple(normal.loc.shape), _traceable)
+    return Flow(encode, decode, log_density, tuple(normal.loc.shape), traceable)
 
 
-def _traceable() -> AbstractContextManager[None]:
+def traceable() -> AbstractContextManager[None]:
+    """While it is open, layers of the library can be traced."""
     from zuko.transforms import AutoregressiveTransform, MonotonicTransform
 
     return replaced(
