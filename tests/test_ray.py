@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import httpx
 import pytest
 import tiny_bundles
+from prometheus_client.parser import text_string_to_metric_families
 
 from leangen import clock, cluster
 from leangen.cli import main
@@ -132,6 +133,7 @@ def test_serving_on_two_nodes(two_nodes, tmp_path, monkeypatch):
             check_answers(http)
             check_scaling(http, ray)
             check_receipts(http, home)
+            check_metrics(http)
     finally:
         serve.delete(on_ray.NAME)
         serve.shutdown()
@@ -200,3 +202,16 @@ def check_receipts(http, home):
     with Ledger(home / "ledger.sqlite") as ledger:
         assert ledger.receipt(receipt_id)
         assert ledger.verify().problems == []
+
+
+def check_metrics(http):
+    """The page of the whole cluster, by replica, as a scraper reads it."""
+    page = http.get("/metrics").text
+    samples = [
+        sample
+        for family in text_string_to_metric_families(page)
+        for sample in family.samples
+        if sample.name == "leangen_request_energy_joules_total"
+    ]
+    assert {sample.labels["model_name"] for sample in samples} == {"tiny-text", "tiny-vectors"}
+    assert len({sample.labels["replica"] for sample in samples}) >= 2

@@ -25,7 +25,7 @@ from leangen.console import say
 from leangen.errors import RequestError, StorageError, UnknownModelError
 from leangen.ledger import Ledger
 from leangen.ledger.rows import canonical
-from leangen.serve import models
+from leangen.serve import models, prometheus
 from leangen.serve.access import Access, Message, Receive, Scope, Send, read_keys
 from leangen.serve.options import Options
 from leangen.serve.problems import NotFoundError
@@ -106,6 +106,15 @@ class Replica:
         finally:
             gone.set()
 
+    def exposition(self) -> tuple[str, str]:
+        """This replica's name and its metrics as text."""
+        from ray import serve
+
+        return (
+            serve.get_replica_context().replica_id.unique_id,
+            self._server.metrics.exposition().decode(),
+        )
+
     def record_autoscaling_stats(self) -> dict[str, float]:
         """For `replicas_for`: since it was asked last."""
         joules, units = self._joules, self._units
@@ -168,6 +177,10 @@ class Router:
             parts = [json.loads(await self._whole(name, scope)) for name in self._handles]
             data = [model for part in parts for model in part["data"]]
             await _json(send, {"object": "list", "data": data})
+        elif path == "/metrics":
+            told = [handle.broadcast("exposition") for handle in self._handles.values()]
+            parts = [part for one in told for part in await one.results_async()]
+            await _send(send, prometheus.gathered(dict(parts)), b"text/plain; version=0.0.4")
         elif path.startswith("/v1/receipts/"):
             receipt_id = path.rpartition("/")[2][:40]
             found = await asyncio.to_thread(self._ledger.receipt, receipt_id)
@@ -236,9 +249,13 @@ class Router:
 
 
 async def _json(send: Send, content: Any) -> None:
-    headers = [(b"content-type", b"application/json")]
+    await _send(send, json.dumps(content).encode(), b"application/json")
+
+
+async def _send(send: Send, body: bytes, kind: bytes) -> None:
+    headers = [(b"content-type", kind)]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
-    await send({"type": "http.response.body", "body": json.dumps(content).encode()})
+    await send({"type": "http.response.body", "body": body})
 
 
 def application(options: Options, names: Mapping[str, str], most: int) -> Any:

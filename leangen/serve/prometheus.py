@@ -7,7 +7,7 @@ replacement; energy follows the hardware conventions: joules and watts, by sourc
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from leangen.errors import DependencyError
 from leangen.ledger import Ledger
@@ -113,6 +113,36 @@ class Metrics:
         """All in Prometheus's text format."""
         text: bytes = self._client.generate_latest(self.registry)
         return text
+
+
+def gathered(expositions: Mapping[str, str]) -> bytes:
+    """The metrics of many servers as one page: each sample labelled with its `replica`, the key.
+
+    >>> text = "# HELP a b\\n# TYPE a gauge\\na 1.0\\n"
+    >>> print(gathered({"x": text, "y": text}).decode(), end="")
+    # HELP a b
+    # TYPE a gauge
+    a{replica="x"} 1.0
+    a{replica="y"} 1.0
+    """
+    from prometheus_client import exposition, parser
+
+    families: dict[str, Metric] = {}
+    for replica, text in expositions.items():
+        for family in parser.text_string_to_metric_families(text):
+            kept = families.setdefault(family.name, family)
+            own = [
+                sample._replace(labels=sample.labels | {"replica": replica})
+                for sample in family.samples
+            ]
+            kept.samples = own if kept is family else [*kept.samples, *own]
+
+    class Page:
+        def collect(self) -> Iterator[Metric]:
+            return iter(families.values())
+
+    page: bytes = exposition.generate_latest(cast("Any", Page()))
+    return page
 
 
 class _Now:
