@@ -101,6 +101,10 @@ def inputs(bundle: Bundle, rows: int) -> dict[str, dict[str, Array]]:
 
 def content(runs: Runs, errors: Mapping[str, float]) -> bytes:
     """The file that holds runs and how far off the bundle was, by graph; outputs are thinned."""
+    runs = {
+        role: (feeds, {name: _thinned(value) for name, value in outputs.items()})
+        for role, (feeds, outputs) in runs.items()
+    }
     arrays = {
         f"{role}/{side}/{name}": array
         for role, sides in runs.items()

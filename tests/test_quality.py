@@ -255,13 +255,13 @@ def test_a_flow_that_loses_support_says_so(tmp_path):
     rows = np.zeros((64, 3))
     apart = np.zeros(64)
     rng = np.random.default_rng(0)
-    a = density.Scored(rows, False, np.ones(64), rng.normal(size=(64, 3)), apart, apart)
+    a = density.Scored(rows, False, np.ones(64), rng.normal(size=(64, 3)), apart)
     q = np.ones(64)
     q[:8] = -np.inf
-    b = density.Scored(rows, False, q, a.drawn, apart, apart)
+    b = density.Scored(rows, False, q, a.drawn, apart)
     assert {m.name: m.value for m in density.measure(a, b)}["rows lost from the support"] == 12.5
     with pytest.raises(RequestError, match="no row has a finite"):
-        density.measure(a, density.Scored(rows, False, np.full(64, -np.inf), a.drawn, apart, apart))
+        density.measure(a, density.Scored(rows, False, np.full(64, -np.inf), a.drawn, apart))
 
 
 @pytest.mark.parametrize("field", ["tokens", "new_tokens", "seeds", "rows", "prompts"])

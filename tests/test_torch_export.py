@@ -81,17 +81,6 @@ def test_a_flow_inverts_itself_and_has_the_librarys_density(exported, name):
     assert rms(back - flat) <= 2 * rms(theirs) + 1e-7
 
 
-def test_far_in_the_tails_a_spline_flow_is_as_exact_as_near_them(exported):
-    """Against float64 torch: splines are computed in float64 whatever the flow's own type."""
-    session = Session(exported("zuko_nsf"), threads=1, kernels="ort")
-    made = torch_module.build(source("zuko_nsf"), None, {})
-    rows = 6 * made.examples[0]
-    with torch.no_grad():
-        exact = torch_flow.open_flow(made.module.double(), rows.double()).encode(rows.double())[1]
-    found = session.run("log_prob", {"x": rows.numpy()}, ["log_prob"])[0]
-    np.testing.assert_allclose(found, exact.numpy(), rtol=3e-6)
-
-
 @pytest.mark.parametrize("name", [*torch_models.QUANTIZED, *ONE_SHOT])
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
 def test_quantized_models_stay_close(exported, tmp_path, name, scheme):

@@ -24,7 +24,7 @@ from leangen.store import Store
 
 BATCH, RATE, HELD_OUT = 512, 1e-3, 10_000
 COLUMNS = ("redshift", "u", "g", "r", "i", "z", "y")
-STEPS = {"realnvp": 6000, "maf": 7000, "nsf": 3000}
+STEPS = {"realnvp": 3000, "maf": 5000, "nsf": 3000}
 
 
 class Frame:

@@ -31,25 +31,25 @@ ENTRIES = (
     _flow(
         "fashion-realnvp",
         "RealNVP of 0.7M parameters over clothes at 28 x 28",
-        "62c2d1a9c6112038e90f8b4aaf8a74e48472f0f543a1cf46ebd1a811018b5832",
-        1_420_000,
+        "0d19cd4d2f7c2ac83ed02f5c61db0221ba98d0fbb310771c17783de7601db112",
+        1_419_952,
     ),
     _flow(
         "fashion-glow",
         "Glow of 0.8M parameters over clothes at 28 x 28",
-        "66f7ffacd51b9929c85288ff857c5f6864bf5acacb233a5eec606943da0deaec",
-        1_528_588,
+        "f8c4e23cb5779f6dde06a0e2a0f2efc317440aa15f75ed8a2c79d8e495a3598d",
+        1_530_888,
     ),
     _flow(
         "fashion-maf",
         "masked autoregressive flow of 1.2M parameters over clothes at 28 x 28",
-        "15d553ad452285a1ed95a44a5fbfb3fae50cc80de46b7f44d7380c69dcade33a",
-        1_595_148,
+        "8db9870a3fd891896053063f15956f25cbe838fe1c8ae8937660057947d1b068",
+        1_593_956,
     ),
     _flow(
         "galaxy-nsf",
         "autoregressive neural spline flow over 7 galaxy properties",
-        "ffd5a625f53ce1ea48acf0cee415db7202db31ba66a1b4ca42b5fa0150ef0b60",
-        111_372,
+        "d0d8ec4c27b440693c1cd20b0c08c3527dc0700be8de05b8be9d216abf96b094",
+        111_228,
     ),
 )

@@ -35,8 +35,8 @@ class Scored:
     """Rows from the same latents in both models."""
     apart: Array
     """Per drawn row: how far the latent is from where inversion takes it back to, RMS."""
-    bits: Array
-    """Per scored row, bits per dimension: of a picture's levels, else of the density."""
+    level_bits: float = 0.0
+    """Bits per dimension of a density of 1: of pictures, those of their levels."""
 
 
 def observe(session: Session, task: Task, reference: Scored | None) -> Scored:
@@ -56,18 +56,13 @@ def observe(session: Session, task: Task, reference: Scored | None) -> Scored:
             for part in density.batches_of(drawn, config)
         ]
     )
-    log_density = _run(session, density.Request(data=rows))
-    if "image" in config:
-        bits = density.bits_per_dimension(log_density, config)
-    else:
-        bits = -log_density / (rows.shape[1] * math.log(2))
     return Scored(
         rows,
         task.data is not None,
-        log_density,
+        _run(session, density.Request(data=rows)),
         drawn,
         np.sqrt(np.mean((back - latents) ** 2, axis=1)),
-        bits,
+        float(density.bits_per_dimension(np.zeros(1), config)[0]) if "image" in config else 0.0,
     )
 
 
@@ -80,10 +75,11 @@ def measure(reference: Scored, candidate: Scored) -> list[Measure]:
     if not inside.any():
         raise RequestError("no row has a finite log-density in both models: give other --data")
     p, q = reference.log_density[inside], candidate.log_density[inside]
+    per_dim = 1 / (candidate.rows.shape[1] * math.log(2))
     outside = np.isfinite(reference.log_density) & ~np.isfinite(candidate.log_density)
     return [
         mean("loss on the data" if reference.given else "KL divergence", p - q, "rows", "nats"),
-        mean("bits per dimension", candidate.bits[inside], "rows", "bits"),
+        mean("bits per dimension", candidate.level_bits - q * per_dim, "rows", "bits"),
         mean("rows lost from the support", outside * 100.0, "rows", "%"),
         mean("inversion error", candidate.apart, "rows"),
         mean("reference inversion error", reference.apart, "rows"),
