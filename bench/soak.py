@@ -54,8 +54,12 @@ FLAT = 0.05
 class Soak:
     """One run: the server's lives, what clients were told, what went wrong."""
 
-    def __init__(self, folder: Path, seconds: float, rate_hz: float) -> None:
+    def __init__(
+        self, folder: Path, logs: Path, names: list[str], seconds: float, rate_hz: float
+    ) -> None:
         self.folder = folder
+        self.logs = logs
+        self.names = names
         self.begin = time.monotonic()
         self.seconds = seconds
         self.rate_hz = rate_hz
@@ -84,11 +88,11 @@ class Soak:
             self.problems.append(f"{self.seconds - self.left:.0f} s: {text}")
             print(self.problems[-1], flush=True)
 
-    def start(self, names: list[str]) -> None:
+    def start(self) -> None:
         """Start a server and wait until it answers."""
         self.lives += 1
-        log = self.folder / f"server-{self.lives}.log"
-        command = [sys.executable, "-m", "leangen", "serve", *names, "--port", "0"]
+        log = self.logs / f"server-{self.lives}.log"
+        command = [sys.executable, "-m", "leangen", "serve", *self.names, "--port", "0"]
         command += ["--max-batch", "4", "--context", "512", "--memory", "230MB", "--grace", "200"]
         command += ["--idle-release", "60", "--meter", f"file:{self.folder / 'meter.log'}"]
         command += ["--tag", "background_job_soak"]
@@ -213,23 +217,35 @@ class Soak:
         for model, (path, body) in PLAIN.items():
             end = time.monotonic() + STUCK_S
             while True:
-                with httpx.Client(base_url=self.address, trust_env=False, timeout=STUCK_S) as http:
-                    reply = http.post(path, json={"model": model} | body)
-                if reply.status_code == 200:
+                try:
+                    said = httpx.post(
+                        self.address + path,
+                        json={"model": model} | body,
+                        timeout=STUCK_S,
+                        trust_env=False,
+                    )
+                except httpx.TransportError as error:
+                    told, status = type(error).__name__, None
+                    if self.child is not None and self.child.poll() is not None:
+                        self.problem(f"the server died with {self.child.returncode}")
+                        self.start()
+                else:
+                    told, status = said.text, said.status_code
+                if status == 200:
                     break
                 if time.monotonic() > end:
-                    self.problem(f"{model} does not come back: {reply.text[:300]}")
+                    self.problem(f"{model} does not come back: {told[:300]}")
                     break
                 time.sleep(1)
 
-    def faults(self, names: list[str], terrain: Path) -> None:
+    def faults(self, terrain: Path) -> None:
         """All faults in turn, at their shares of the time; returns when the load is over."""
         away = terrain.with_name("away")
 
         def restart(how: signal.Signals) -> Callable[[], None]:
             def run() -> None:
                 self.end(how)
-                self.start(names)
+                self.start()
                 self.served_again()
 
             return run
@@ -367,7 +383,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=3600.0)
     parser.add_argument("--rate", type=float, default=1.5, help="requests a second")
+    parser.add_argument("--logs", type=Path, metavar="DIR", help="where the servers' logs stay")
     args = parser.parse_args()
+    if args.logs is not None:
+        args.logs.mkdir(parents=True, exist_ok=True)
     store = Store()
     with tempfile.TemporaryDirectory(prefix="leangen-soak-") as place:
         folder = Path(place)
@@ -380,18 +399,18 @@ def main() -> int:
             path = terrain if name == "terrain:int8" else store.resolve(name).path
             names.append(f"{name}={path}")
         os.environ["LEANGEN_HOME"] = str(home)
-        soak = Soak(folder, args.seconds, args.rate)
+        soak = Soak(folder, args.logs or folder, names, args.seconds, args.rate)
         threads = [threading.Thread(target=soak.meter)]
         threads[0].start()
         time.sleep(2)
-        soak.start(names)
+        soak.start()
         threads.append(threading.Thread(target=soak.watch))
         threads[-1].start()
         clients = [threading.Thread(target=soak.client, args=(n,)) for n in range(CLIENTS)]
         for thread in clients:
             thread.start()
         try:
-            soak.faults(names, terrain)
+            soak.faults(terrain)
             for thread in clients:
                 thread.join()
             joules = afterwards(soak)
@@ -402,7 +421,7 @@ def main() -> int:
                 soak.child.kill()
             for thread in threads:
                 thread.join()
-        for log in sorted(folder.glob("server-*.log")):
+        for log in sorted(soak.logs.glob("server-*.log")):
             text = log.read_text()
             if "Traceback" in text:
                 soak.problem(f"{log.name}: {text[text.index('Traceback') :][:2000]}")

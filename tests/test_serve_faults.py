@@ -20,7 +20,7 @@ from leangen import budget, clock
 from leangen.families.batch import Batch
 from leangen.ledger import Ledger
 from leangen.serve import access, connections, room
-from leangen.serve.worker import Limits
+from leangen.serve.worker import Limits, ModelWorker
 
 LONG = {"model": "tiny-text", "prompt": "hello", "max_tokens": 60, "ignore_eos": True, "seed": 1}
 
@@ -491,21 +491,28 @@ def test_a_lack_of_memory_is_told_and_does_not_last(text_model, monkeypatch, err
         assert server.account.billed_uj + server.account.unattributed_uj == server.account.total_uj
 
 
-def test_a_thread_that_cannot_be_started_is_told_and_does_not_last(text_model, monkeypatch):
-    start = threading.Thread.start
+def test_where_no_thread_can_be_started_text_goes_on(text_model, monkeypatch):
+    """When memory is short; the server has started its threads before."""
 
     def refused(thread):
-        if thread.name.startswith(("leangen-tiny", "asyncio")):
-            raise RuntimeError("can't start new thread")
-        start(thread)
+        raise RuntimeError("can't start new thread")
 
     with serving.serving([text_model]) as (address, _), client(address) as http:
         monkeypatch.setattr(threading.Thread, "start", refused)
-        for _ in range(2):
-            reply = http.post("/v1/completions", json=LONG)
-            assert reply.status_code == 503
-            assert reply.json()["error"]["code"] == "out_of_memory"
-        monkeypatch.setattr(threading.Thread, "start", start)
+        reply = http.post("/v1/completions", json=LONG | {"max_tokens": 2})
+        [receipt_id] = reply.json()["usage"]["energy"]["receipts"]
+        assert http.get(f"/v1/receipts/{receipt_id}").status_code == 200
+        monkeypatch.undo()
+
+
+def test_a_worker_outlives_what_it_does_not_expect(text_model, monkeypatch, capfd):
+    """Who waits is told, the log has the reason, and the next request is served."""
+    with serving.serving([text_model]) as (address, _), client(address) as http:
+        monkeypatch.setattr(ModelWorker, "_admit", lambda *_: [][1])
+        reply = http.post("/v1/completions", json=LONG)
+        assert (reply.status_code, reply.json()["error"]["code"]) == (500, "internal")
+        assert "IndexError" not in reply.text and "IndexError" in capfd.readouterr().err
+        monkeypatch.undo()
         assert http.post("/v1/completions", json=LONG | {"max_tokens": 2}).status_code == 200
 
 

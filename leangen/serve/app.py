@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import re
+import threading
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,8 @@ from leangen.serve.calls import Server
 from leangen.serve.problems import NotFoundError
 
 PAGE = Path(__file__).parent / "assets" / "page.html"
+HELPERS = 4
+"""Threads for what would hold up the event loop: coding pictures and sound, reading the ledger."""
 _RECEIPT_ID = re.compile(r"[0-9a-f]{32}")
 
 
@@ -29,6 +33,8 @@ def create(server: Server) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        server.models.start()
+        await _start_helpers()
         yield
         await asyncio.to_thread(server.models.stop, server.options.grace_s)
         await asyncio.to_thread(server.ledger.flush)
@@ -49,6 +55,13 @@ def create(server: Server) -> FastAPI:
     _operations(app, server)
     _name_models(app, list(server.models.by_name))
     return app
+
+
+async def _start_helpers() -> None:
+    """Start all threads that `asyncio.to_thread` may use, for `ModelWorker.start`'s reason."""
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(HELPERS))
+    together = threading.Barrier(HELPERS)
+    await asyncio.gather(*(asyncio.to_thread(together.wait) for _ in range(HELPERS)))
 
 
 def _name_models(app: FastAPI, names: list[str]) -> None:

@@ -117,6 +117,11 @@ class Models:
             for name, served in self.by_name.items()
         }
 
+    def start(self) -> None:
+        """Start all workers' threads; the models are loaded when they are asked for."""
+        for served in self.by_name.values():
+            served.worker.start()
+
     def stop(self, grace_s: float) -> None:
         """Stop all workers, side by side."""
         threads = [

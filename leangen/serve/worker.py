@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import traceback
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -118,20 +119,27 @@ class ModelWorker:
 
     def submit(self, job: Job) -> None:
         """Queue a job. Raises OverloadError, and StoppingError while the server shuts down."""
+        self.start()
         with self._wake:
             if self._stopping:
                 raise StoppingError("the server is shutting down: ask again in a moment")
             self._queue.put(job)
             self.last_used_ns = clock.monotonic_ns()
-            if self._thread is None:
-                thread = threading.Thread(target=self._run, name=f"leangen-{self.name}")
-                try:
-                    thread.start()
-                except RuntimeError:
-                    self._queue.clear()  # without a thread there was no other job
-                    raise
-                self._thread = thread
             self._wake.notify()
+
+    def start(self) -> None:
+        """Start the worker's thread if it has none.
+
+        The server does so at its own start: when memory is short, Python may wait for ever for a
+        thread that could not begin.
+        """
+        with self._wake:
+            if self._thread is None and not self._stopping:
+                thread = threading.Thread(
+                    target=self._run, name=f"leangen-{self.name}", daemon=True
+                )
+                thread.start()
+                self._thread = thread
 
     def cancel(self, job: Job) -> None:
         """Nobody waits for the job any more."""
@@ -167,33 +175,34 @@ class ModelWorker:
         account = self._account.worker()
         try:
             while not self._done():
-                while self._wait():
-                    self._turn(account)
-                self._unload()
-        except BaseException as error:  # nobody may wait for ever because of it
-            short = problems.out_of_memory(error)
-            self._unload()
-            with self._wake:
-                left = [*self._running, *self._queue.clear()]
-                self._thread = None
-            for running in self._running.values():
-                self._account.disown(self._account.close(running.tab))
-            self._running.clear()
-            for job in left:
-                job.tell(short or LeangenError("the model's worker stopped unexpectedly"))
-            if short is None:
-                raise
-            say(f"leangen: error: {self.name}: {short}")
+                try:
+                    while self._wait():
+                        self._turn(account)
+                    self._unload()
+                except Exception as error:  # nobody may wait for ever because of it
+                    self._give_up(error)
         finally:
             self._account.dismiss(account)
 
-    def _done(self) -> bool:
-        """Whether nothing is left to do; from then on the next job starts another thread."""
+    def _give_up(self, error: Exception) -> None:
+        """Tell every job that it failed, and begin anew."""
+        short = problems.out_of_memory(error)
+        if short is None:
+            traceback.print_exception(error)
+        say(f"leangen: error: {self.name}: {short or 'the worker stopped unexpectedly'}")
+        self._unload()
         with self._wake:
-            if len(self._queue):
-                return False
-            self._thread = None
-            return True
+            left = [*self._running, *self._queue.clear()]
+        for running in self._running.values():
+            self._account.disown(self._account.close(running.tab))
+        self._running.clear()
+        for job in left:
+            job.tell(short or LeangenError("the model's worker stopped unexpectedly"))
+
+    def _done(self) -> bool:
+        """Whether nothing will be left to do."""
+        with self._wake:
+            return self._stopping and not len(self._queue)
 
     def _wait(self) -> bool:
         """Return when there is something to do; False when the model is to be unloaded."""
@@ -208,13 +217,15 @@ class ModelWorker:
                     wakes_ns = self._queue.wakes_ns()
                     if self._running or (wakes_ns is not None and wakes_ns <= now_ns):
                         return True
-                    release_ns = idle_since_ns + int(self._limits.idle_release_s * 1e9)
-                    loaded = self._runner is not None
-                    if (loaded or wakes_ns is None) and (self._stopping or now_ns >= release_ns):
+                    until_ns = [] if wakes_ns is None else [wakes_ns]
+                    if self._runner is not None:
+                        until_ns.append(idle_since_ns + int(self._limits.idle_release_s * 1e9))
+                        if now_ns >= until_ns[-1]:
+                            return False
+                    if self._stopping and (wakes_ns is None or self._runner is not None):
                         return False
-                    until_ns = release_ns if wakes_ns is None else wakes_ns
-                    until_ns = min(until_ns, release_ns) if loaded else until_ns
-                    self._wake.wait(max(0.001, (until_ns - now_ns) / 1e9))
+                    wait_s = (min(until_ns) - now_ns) / 1e9 if until_ns else None
+                    self._wake.wait(None if wait_s is None else max(0.001, wait_s))
             for job in gone:
                 self._tell_why_ended(job)
             if gone and self._runner is None:
