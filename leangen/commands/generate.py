@@ -46,6 +46,7 @@ def run(args: argparse.Namespace) -> int:
         tag=args.tag,
         activations=args.activations,
         kernels=args.kernels,
+        device=args.device,
         kv=args.kv,
         meter=args.meter,
     )

@@ -48,6 +48,12 @@ def run_options(sub: argparse.ArgumentParser, *, as_json: bool = True) -> None:
         default="auto",
         help="ort: ONNX Runtime's own, for comparison; default: leangen's where they fit",
     )
+    sub.add_argument(
+        "--device",
+        default="cpu",
+        metavar="cpu|cuda[:N]|auto",
+        help="an NVIDIA card needs leangen[gpu]; auto takes one where all is there (default: cpu)",
+    )
     kv_option(sub)
 
 

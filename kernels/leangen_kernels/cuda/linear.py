@@ -361,7 +361,7 @@ def kernels() -> dict[str, Kernel]:
                 shape = {"T": tiles, "C": eights, "HALF": half, "WARPS": warps, "AHEAD": ahead}
                 name = f"linear_{kind}_{'a16' if half else 'a8'}_{tiles}x{eights}"
                 make = partial(_made, _linear, {**weight, **shape})
-                found[name] = Kernel(make, "i" * 15, 32 * warps, 3 if warps == 4 and ahead else 2)
+                found[name] = Kernel(make, "i" * 15, 32 * warps)
     return found
 
 
