@@ -6,6 +6,7 @@ the driver that notes what is launched: it must be what `launches` says.
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,30 +25,35 @@ FAR = 1 << 24
 RUN = """
 import json, sys
 import numpy as np, onnx, onnxruntime as ort
-from onnx import TensorProto, helper
+from onnx import helper
 
-given = json.load(sys.stdin)
-arrays = {name: np.zeros(shape, kind) for name, (kind, shape) in given["inputs"].items()}
-for name, values in given.get("values", {}).items():
-    arrays[name][...] = values
-info = helper.make_tensor_value_info
-kind = helper.np_dtype_to_tensor_dtype
-names = [name if name in arrays else "" for name in given["order"]]
-node = helper.make_node(given["op"], names, given["outputs"], domain="leangen",
-                        **given["attributes"])
-graph = helper.make_graph(
-    [node], "one", [info(name, kind(a.dtype), a.shape) for name, a in arrays.items()],
-    [onnx.ValueInfoProto(name=name) for name in given["outputs"]],
-)
-opsets = [helper.make_opsetid("", 21), helper.make_opsetid("leangen", 1)]
-proto = helper.make_model(graph, opset_imports=opsets, ir_version=10)
-options = ort.SessionOptions()
-options.log_severity_level = 4
-options.register_custom_ops_library(sys.argv[1])
-session = ort.InferenceSession(proto.SerializeToString(), options)
-for _ in range(2):
-    made = session.run(None, arrays)
-print(json.dumps([list(y.shape) for y in made]))
+def run(given):
+    arrays = {name: np.zeros(shape, kind) for name, (kind, shape) in given["inputs"].items()}
+    info, kind = helper.make_tensor_value_info, helper.np_dtype_to_tensor_dtype
+    names = [name if name in arrays else "" for name in given["order"]]
+    node = helper.make_node(
+        given["op"], names, given["outputs"], domain="leangen", **given["attributes"]
+    )
+    graph = helper.make_graph(
+        [node], "one", [info(name, kind(a.dtype), a.shape) for name, a in arrays.items()],
+        [onnx.ValueInfoProto(name=name) for name in given["outputs"]],
+    )
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("leangen", 1)]
+    proto = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.register_custom_ops_library(sys.argv[1])
+    session = ort.InferenceSession(proto.SerializeToString(), options)
+    for _ in range(2):
+        made = session.run(None, arrays)
+    return [list(y.shape) for y in made]
+
+for line in sys.stdin:
+    try:
+        told = {"shapes": run(json.loads(line))}
+    except Exception as error:
+        told = {"error": str(error)}
+    print(json.dumps(told), flush=True)
 """
 
 
@@ -86,21 +92,35 @@ def library(tmp_path_factory):
     return built
 
 
-def run(library, given, **settings):
-    """What the operator made and what was launched in the second of two runs."""
+@pytest.fixture(scope="module")
+def process(library):
+    """One that runs operators as they are asked for."""
+    with start(library) as started:
+        yield started
+        started.stdin.close()
+
+
+def start(library, **settings):
     folder = library.parent
-    log = folder / "log"
-    log.write_text("")
     environment = {
-        **os.environ, "LD_LIBRARY_PATH": str(folder), "FAKE_CUDA_LOG": str(log),
+        **os.environ, "LD_LIBRARY_PATH": str(folder), "FAKE_CUDA_LOG": str(folder / "log"),
         "FAKE_CUDA_NAMES": str(folder / "names"), **settings,
     }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-c", RUN, library], input=json.dumps(given), env=environment,
-        capture_output=True, text=True,
+    return subprocess.Popen(
+        [sys.executable, "-c", RUN, library], env=environment, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
     )  # fmt: skip
+
+
+def ask(process, library, given):
+    """What the operator made, and what was launched in the second of two runs."""
+    log = library.parent / "log"
+    log.write_text("")
+    process.stdin.write(json.dumps(given) + "\n")
+    process.stdin.flush()
+    told = json.loads(process.stdout.readline())
     lines = [line.split() for line in log.read_text().splitlines()]
-    return done, lines[len(lines) // 2 :]
+    return told, lines[len(lines) // 2 :]
 
 
 def shown(launch):
@@ -141,7 +161,9 @@ LINEAR = ("x", "weights", "gain", "bias", "residual", "shift", "table")
         ("nf4_wide", 16, 32, 2, ["table"], {"epsilon": 0.5}),
     ],
 )
-def test_a_linear_layer_launches_what_python_says(library, form, n, k, tokens, more, attributes):
+def test_a_linear_layer_launches_what_python_says(
+    process, library, form, n, k, tokens, more, attributes
+):
     held = layout.FORMS[form]
     outputs = n // 2 if attributes.get("gated") else n
     op = launches.Linear(
@@ -156,9 +178,8 @@ def test_a_linear_layer_launches_what_python_says(library, form, n, k, tokens, m
     inputs |= {name: ["float32", sizes[name]] for name in more}
     given = {"op": "CudaLinear", "inputs": inputs, "order": LINEAR, "outputs": ["y"],
              "attributes": {"n": n, "k": k, "form": form, **attributes}}  # fmt: skip
-    done, lines = run(library, given)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == [[1, tokens, outputs]]
+    told, lines = ask(process, library, given)
+    assert told == {"shapes": [[1, tokens, outputs]]}
     at = Addresses([*inputs, "y", "scratch"])
     wanted = op.launches(tokens, at, 132)
     assert [noted(line) for line in lines] == [shown(launch) for launch in wanted]
@@ -177,7 +198,7 @@ ATTENTION = ("qkv", "key", "value", "last", "cosines", "sines", "query_gain", "k
      ("int8", 128, 32, 8, 2, 5, ["query_gain", "key_gain"])],
 )  # fmt: skip
 def test_attention_launches_what_python_says(
-    library, cache, width, heads, kv_heads, batch, new, more
+    process, library, cache, width, heads, kv_heads, batch, new, more
 ):
     capacity, held = 512, layout.CACHES[cache]
     shape = [batch, kv_heads, capacity, held.columns(width)]
@@ -191,9 +212,8 @@ def test_attention_launches_what_python_says(
     attributes = {"heads": heads, "kv_heads": kv_heads, "window": 7, "cache": cache}
     given = {"op": "CudaAttention", "inputs": inputs, "order": ATTENTION,
              "outputs": ["y", "new_key", "new_value"], "attributes": attributes}  # fmt: skip
-    done, lines = run(library, given)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == [[batch, new, heads * width], shape, shape]
+    told, lines = ask(process, library, given)
+    assert told == {"shapes": [[batch, new, heads * width], shape, shape]}
     assert lines[:2] == [["copy"], ["copy"]]  # caches that are not bound to one place
     names = {"key": "keys", "value": "values"}
     at = Addresses([*(names.get(name, name) for name in inputs), "y", "scratch"])
@@ -224,12 +244,14 @@ GOOD = {
         ({"k": 20000}, {}, "expected k up to 16384"),
     ],
 )
-def test_what_cannot_run_is_said(library, changed, settings, says):
+def test_what_cannot_run_is_said(process, library, changed, settings, says):
     if settings.get("LD_LIBRARY_PATH") == "" and shutil.which("nvidia-smi"):
         pytest.skip("there is a driver")
     given = {**GOOD, "attributes": {**GOOD["attributes"], **changed}}
-    done, _ = run(library, given, **settings)
-    assert done.returncode == 1
-    import re
-
-    assert re.search(says, done.stderr), done.stderr
+    if settings:
+        with start(library, **settings) as other:
+            told, _ = ask(other, library, given)
+            other.stdin.close()
+    else:
+        told, _ = ask(process, library, given)
+    assert re.search(says, told["error"])

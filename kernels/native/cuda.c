@@ -342,9 +342,9 @@ static Status compute(void *self, void *context) {
 }
 
 /* The place of an attribute among words, 0 where it is absent; fails on another. */
-static Status word(const void *info, const char *name, const char *const *words, int *at) {
+static Status word(Options from, const char *name, const char *const *words, int *at) {
   char given[32];
-  attribute_string(info, name, given, sizeof given);
+  attribute_string(from, name, given, sizeof given);
   *at = 0;
   if (!*given) return NULL;
   for (; words[*at]; (*at)++)
@@ -352,24 +352,24 @@ static Status word(const void *info, const char *name, const char *const *words,
   return fail("%s '%s', expected one of %s, %s ...", name, given, words[0], words[1]);
 }
 
-static Status read_linear(const void *info, Op *op) {
+static Status read_linear(Options from, Op *op) {
   static const char *const forms[] = {"q4", "q4_wide", "q4_min", "q4_min_wide", "q8", "q8_wide",
                                       "nf4_wide", "fp4_wide", NULL};
   static const char *const kinds[] = {"int8", "fp32", NULL}, *const norms[] = {"rms", "layer", NULL};
   static const char *const curves[] = {"none", "gelu_tanh", "gelu", "relu", NULL};
   int form;
-  TRY(word(info, "form", forms, &form));
-  TRY(word(info, "activations", kinds, &op->half));
-  TRY(word(info, "norm", norms, &op->layer));
-  TRY(word(info, "activation", curves, &op->curve));
+  TRY(word(from, "form", forms, &form));
+  TRY(word(from, "activations", kinds, &op->half));
+  TRY(word(from, "norm", norms, &op->layer));
+  TRY(word(from, "activation", curves, &op->curve));
   int table = form >= 6, minimum = form == 2 || form == 3, bits = form == 4 || form == 5 ? 8 : 4;
   op->wide = table || form % 2;
   op->half = op->half || table;
   strcpy(op->kind, table ? "table" : forms[form]);
   if (!table && op->wide) op->kind[strlen(op->kind) - strlen("_wide")] = 0;
   op->unit_bytes = TILE * UNIT * bits / 8 + ((TILE * 4 * 2 * (1 + minimum)) << op->wide);
-  op->n = attribute_int(info, "n", 0), op->k = attribute_int(info, "k", 0);
-  op->gated = attribute_int(info, "gated", 0) != 0;
+  op->n = attribute_int(from, "n", 0), op->k = attribute_int(from, "k", 0);
+  op->gated = attribute_int(from, "gated", 0) != 0;
   op->outputs = op->gated ? op->n / 2 : op->n;
   if (op->n < 1 || op->k < 1 || op->k > MOST_COLUMNS || (op->gated && op->n % 32))
     return fail("CudaLinear: n %lld, k %lld: expected k up to %d, and n a multiple of 32 with a"
@@ -377,13 +377,13 @@ static Status read_linear(const void *info, Op *op) {
   return NULL;
 }
 
-static Status read_attention(const void *info, Op *op) {
+static Status read_attention(Options from, Op *op) {
   static const char *const caches[] = {"fp16", "int8", NULL};
-  TRY(word(info, "cache", caches, &op->scaled));
+  TRY(word(from, "cache", caches, &op->scaled));
   op->attention = 1;
-  op->heads = attribute_int(info, "heads", 0), op->kv_heads = attribute_int(info, "kv_heads", 0);
-  op->window = attribute_int(info, "window", 0);
-  op->scale = attribute_float(info, "scale", 0);
+  op->heads = attribute_int(from, "heads", 0), op->kv_heads = attribute_int(from, "kv_heads", 0);
+  op->window = attribute_int(from, "window", 0);
+  op->scale = attribute_float(from, "scale", 0);
   if (op->heads < 1 || op->kv_heads < 1 || op->heads % op->kv_heads)
     return fail("CudaAttention: heads %lld, kv_heads %lld, expected a multiple",
                 (long long)op->heads, (long long)op->kv_heads);
@@ -394,8 +394,9 @@ static Status create(const CustomOp *self, const void *api, const void *info, vo
   (void)api;
   Op *op = calloc(1, sizeof *op);
   if (!op) return fail("CUDA: out of memory");
-  op->epsilon = attribute_float(info, "epsilon", 1e-5f);
-  Status status = self == &cuda_linear_op ? read_linear(info, op) : read_attention(info, op);
+  Options from = {info, -1};
+  op->epsilon = attribute_float(from, "epsilon", 1e-5f);
+  Status status = self == &cuda_linear_op ? read_linear(from, op) : read_attention(from, op);
   if (status) return free(op), status;
   *kernel = op;
   return NULL;

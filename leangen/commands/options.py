@@ -48,13 +48,17 @@ def run_options(sub: argparse.ArgumentParser, *, as_json: bool = True) -> None:
         default="auto",
         help="ort: ONNX Runtime's own, for comparison; default: leangen's where they fit",
     )
+    kv_option(sub)
+
+
+def device_option(sub: argparse.ArgumentParser) -> None:
+    """`--device`."""
     sub.add_argument(
         "--device",
         default="cpu",
         metavar="cpu|cuda[:N]|auto",
         help="an NVIDIA card needs leangen[gpu]; auto takes one where all is there (default: cpu)",
     )
-    kv_option(sub)
 
 
 def kv_option(sub: argparse.ArgumentParser) -> None:

@@ -33,7 +33,7 @@ from leangen.lowering import cache
 if TYPE_CHECKING:
     from leangen.lowering.draft import Draft
 
-VERSION = 9
+VERSION = 10
 """To be raised when a rule or a packed layout changes, so that lowered models are made again."""
 
 RULES = {
@@ -150,20 +150,20 @@ def _lower_for_card(path: Path, folder: Path) -> Mapping[str, int]:
 def _save(graph: Draft, counts: Mapping[str, int], folder: Path) -> Mapping[str, int]:
     import onnx
 
-    from leangen.lowering import activations, caches
+    from leangen.lowering import activations, caches, chain
 
     replaced = {name: count for name, count in counts.items() if count}
     if replaced:
         graph.finish()
         graph.save(folder / MODEL)
-        for fp32 in (False, True):
-            model = onnx.load(folder / MODEL, load_external_data=False)
-            if fp32:
-                activations.use_fp32(model)
-                (folder / file_of(fp32, None)).write_bytes(model.SerializeToString())
-            for form in KV_FORMS if caches.fit(model) else ():
+        usual, exact = (onnx.load(folder / MODEL, load_external_data=False) for _ in range(2))
+        activations.use_fp32(exact)
+        for fp32, model in enumerate((usual, exact)):
+            for form in (None, *(KV_FORMS if caches.fit(model) else ())):
                 kept = onnx.ModelProto()
                 kept.CopyFrom(model)
-                caches.use(kept, form)
-                (folder / file_of(fp32, form)).write_bytes(kept.SerializeToString())
+                if form is not None:
+                    caches.use(kept, form)
+                chain.fuse(kept)
+                (folder / file_of(bool(fp32), form)).write_bytes(kept.SerializeToString())
     return replaced
