@@ -128,8 +128,7 @@ def _diffusion(session: Session) -> Ports:
 
 
 def _pixels(session: Session) -> Ports:
-    height, width = session.bundle.config["size"]
-    image = _image(session, (height, width, 3))
+    image = _image(session, tuple(session.bundle.config["size"]) + (None,))
     return Ports({"image": image}, {"image": image})
 
 
@@ -169,6 +168,7 @@ PORTS: Mapping[str, Callable[[Session], Ports]] = {
     "flow/speech": _speech,
     "flow/density": _density,
     "autoregressive/image": _pixels,
+    "autoregressive/rows": _pixels,
     "autoregressive/audio": _waveform,
     "diffusion": _diffusion,
     "oneshot": _oneshot,
