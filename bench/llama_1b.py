@@ -3,6 +3,7 @@
     python bench/llama_1b.py make DIR          a Llama of 1.24B random weights, fp16 safetensors
     python bench/llama_1b.py export DIR        to DIR/fp32
     python bench/llama_1b.py quantize DIR      to DIR/int4
+    python bench/llama_1b.py gptq DIR          the same by GPTQ at g128; goes on if killed
     python bench/llama_1b.py decode DIR int4   leangen
     python bench/llama_1b.py torch DIR bfloat16
 
@@ -49,6 +50,7 @@ CONFIG = {
 }
 PROMPT = 64
 NEW = 24
+CALIBRATION = (8, 256)
 
 
 def make(folder: Path) -> dict[str, Any]:
@@ -114,6 +116,22 @@ def to_int4(folder: Path) -> dict[str, Any]:
     return {"bytes": bundle.size_bytes}
 
 
+def gptq(folder: Path) -> dict[str, Any]:
+    """Quantize by GPTQ on `CALIBRATION` tokens; the layers that a killed run has done are kept."""
+    tokens = np.random.default_rng(2).integers(3, 128_000, CALIBRATION)
+    np.save(folder / "tokens.npy", tokens)
+    scheme = "int4-g128-gptq"
+    bundle = quantize(
+        open_bundle(folder / "fp32"),
+        scheme,
+        folder / scheme,
+        data=folder / "tokens.npy",
+        replace=True,
+        progress=lambda done, total, what: print(what, file=sys.stderr, flush=True),
+    )
+    return {"bytes": bundle.size_bytes}
+
+
 def decode(folder: Path, scheme: str) -> dict[str, Any]:
     """Median seconds of a decoded token; prompts of `PROMPT` tokens; joules as the receipt says."""
     engine = Engine(Session(open_bundle(folder / scheme)), baseline_s=0)
@@ -158,7 +176,7 @@ def torch_decode(folder: Path, dtype: str) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> int:
     """Run one part; print what it cost."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("part", choices=("make", "export", "quantize", "decode", "torch"))
+    parser.add_argument("part", choices=("make", "export", "quantize", "gptq", "decode", "torch"))
     parser.add_argument("folder", type=Path)
     parser.add_argument("form", nargs="?", default="int4", help="decode: scheme; torch: dtype")
     options = parser.parse_args(arguments)
@@ -166,6 +184,7 @@ def main(arguments: list[str] | None = None) -> int:
         "make": lambda: make(options.folder),
         "export": lambda: export(options.folder),
         "quantize": lambda: to_int4(options.folder),
+        "gptq": lambda: gptq(options.folder),
         "decode": lambda: decode(options.folder, options.form),
         "torch": lambda: torch_decode(options.folder, options.form),
     }

@@ -3,6 +3,7 @@
     $LEANGEN_HOME/
         models/NAME/SCHEME/     bundles, each with what leangen.lowering made of it
         lowered/                what it made of bundles elsewhere that are read-only
+        steps/, tune/           what `--steps auto` and `leangen tune` measured once
         sources/NAME/           what was downloaded; garbage as soon as the bundles are made
         locks/NAME.lock         who works on a model; empty, and never removed: on Unix that would
                                 let two processes hold the "same" lock
@@ -81,6 +82,12 @@ class Home:
             [*rows, row("lowered, of bundles elsewhere", elsewhere)] if elsewhere.is_dir() else rows
         )
 
+    def measured(self) -> list[dict[str, Any]]:
+        """A row for each folder of measurements, which can be made again."""
+        told = {"steps": "measured for --steps auto", "tune": "measured by leangen tune"}
+        found = {name: self.path / name for name in told}
+        return [row(told[name], path) for name, path in found.items() if path.is_dir()]
+
     def downloads(self, name: str) -> list[Path]:
         """All that lies in the model's sources."""
         folder = self.sources(name)
@@ -109,7 +116,7 @@ class Home:
         for bundle in rows:
             inside = (r["bytes"] for r in lowered if str(Path(r["path"]).parent) == bundle["path"])
             bundle["bytes"] -= sum(inside)
-        rows += lowered
+        rows += [*lowered, *self.measured()]
         rows += [
             row(f"{name} (source)", self.sources(name), name=name) for name in self.names("sources")
         ]

@@ -206,7 +206,7 @@ class Store:
         return self._home.usage()
 
     def collect_garbage(self, *, dry_run: bool = False) -> list[dict[str, Any]]:
-        """Remove downloads, lowered models and what killed processes left: what, bytes, path.
+        """Remove downloads and what can be made again, half or whole: what, bytes, path.
 
         What another process works on stays, and so does what leangen did not make.
         """
@@ -218,10 +218,10 @@ class Store:
                     rows += [row(f"{name} (source)", path, name=name) for path in paths]
                     if not dry_run:
                         home.delete(paths)
-        lowered = home.lowered()
+        again = [*home.lowered(), *home.measured()]
         if not dry_run:
-            home.delete([Path(entry["path"]) for entry in lowered])
-        return [*rows, *lowered]
+            home.delete([Path(entry["path"]) for entry in again])
+        return [*rows, *again]
 
     def _make(self, name: str, scheme: str, job: _Job) -> Bundle:
         """Export or quantize a bundle that is missing; the model's lock is held."""

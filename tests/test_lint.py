@@ -16,6 +16,7 @@ from onnxruntime.quantization import (
     CalibrationDataReader,
     QuantFormat,
     QuantType,
+    matmul_bnb4_quantizer,
     matmul_nbits_quantizer,
     quantize_dynamic,
     quantize_static,
@@ -61,7 +62,7 @@ def nbits(path, config=None, **options):
 
 
 def rtn(path, **options):
-    return nbits(path, bits=4, block_size=32, **{"is_symmetric": True, **options})
+    return nbits(path, **{"bits": 4, "block_size": 32, "is_symmetric": True, **options})
 
 
 def coarse(path):
@@ -74,6 +75,14 @@ def hqq(path):
     pytest.importorskip("torch", reason="ONNX Runtime's HQQ quantizer needs it")
     config = matmul_nbits_quantizer.HQQWeightOnlyQuantConfig(block_size=64, bits=4)
     return nbits(path, config)
+
+
+def bnb4(path):
+    """A linear layer as onnxruntime's quantizer of bitsandbytes' formats leaves it."""
+    quantizer = matmul_bnb4_quantizer.MatMulBnb4Quantizer(onnx.load(linear(path)), 1, 64)
+    quantizer.process()
+    onnx.save(quantizer.model.model, path)
+    return path
 
 
 class Pictures(CalibrationDataReader):
@@ -154,7 +163,12 @@ def half(path):
 # rule, how the file is made, how far the fix may move the output relative to its largest value
 EXACT = 2e-6
 CASES = {
-    "accuracy-level": (rtn, 0.03),
+    "accuracy-level, none": (rtn, 0.03),
+    "accuracy-level, fp32 at 4 bits": (lambda path: rtn(path, accuracy_level=1), 0.03),
+    "accuracy-level, bf16 at 4 bits": (lambda path: rtn(path, accuracy_level=3), 0.03),
+    "accuracy-level, none at 8 bits": (lambda path: nbits(path, bits=8, block_size=128), 0.03),
+    "accuracy-level, fp16 at 2 bits": (lambda path: rtn(path, bits=2, accuracy_level=2), 0.03),
+    "bnb4-on-cpu": (bnb4, None),
     "coarse-step": (coarse, None),
     "float-zero-points, HQQ": (hqq, EXACT),
     "float-zero-points, whole": (float_points, EXACT),
@@ -233,6 +247,26 @@ def test_the_cost_is_measured_on_the_pattern(tmp_path):
     found = {f.rule.name: f for f in lint.lint(static(tmp_path / "s.onnx"), "s", progress=QUIET)}
     assert found["s8s8-convolution"].cost.difference < 1e-4
     json.dumps([f.to_json() for f in found.values()], allow_nan=False)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("level", [0, 1, 2, 3])
+def test_every_level_but_the_fourth_costs(bits, level, tmp_path):
+    path = nbits(tmp_path / "m.onnx", bits=bits, block_size=32, accuracy_level=level)
+    found = {f.rule.name: f for f in lint.lint(path, "m", progress=QUIET)}
+    cost = found["accuracy-level"].cost
+    assert cost.before_s > 1.2 * cost.after_s and cost.difference < 0.03
+
+
+def test_fp32_activations_that_a_bundle_asks_for_are_left_alone(tmp_path):
+    from leangen.quantize import quantize
+
+    bundle = quantize(BUILDERS["language"](tmp_path / "t"), "int4-wo", tmp_path / "q")
+    assert lint.lint_bundle(bundle, timed=False, progress=QUIET) == []
+    with pytest.raises(BundleError, match="nothing that lint can fix"):
+        lint.fix_bundle(bundle, tmp_path / "o")
+    path = bundle.graph("model")
+    assert lint.lint(path, "m", timed=False, progress=QUIET), "of a file nothing is known"
 
 
 def test_exact_fixes_only_leave_the_level_alone(tmp_path):

@@ -230,6 +230,9 @@ def test_garbage_is_downloads_and_leftovers_and_nothing_else(store, home):
     bundle = store.resolve("plain:int8")
     (home / "models/plain/.int4.tmp-x1").mkdir()
     (home / "models/plain/.int4.tmp-x1/model.onnx").write_bytes(b"y" * 99)
+    for kind in ("steps", "tune"):
+        (home / kind).mkdir()
+        (home / kind / "curve.json").write_bytes(b"z" * 20)
     foreign = [home / "models/notes.txt", home / "sources/backup/file", home / "models/mine/x"]
     for path in foreign:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -238,8 +241,8 @@ def test_garbage_is_downloads_and_leftovers_and_nothing_else(store, home):
     planned = store.collect_garbage(dry_run=True)
     assert sum(row["bytes"] for row in store.usage()) == before
     done = store.collect_garbage()
-    assert done == planned and sum(row["bytes"] for row in done) == 99 + len(PAYLOAD) + 2
-    assert sum(row["bytes"] for row in store.usage()) == before - (99 + len(PAYLOAD) + 2)
+    assert done == planned and sum(row["bytes"] for row in done) == 99 + 40 + len(PAYLOAD) + 2
+    assert sum(row["bytes"] for row in store.usage()) == before - (99 + 40 + len(PAYLOAD) + 2)
     assert store.collect_garbage() == [] and not staging(home)
     assert all(path.exists() for path in foreign)
     assert open_bundle(bundle.path) == bundle

@@ -8,6 +8,7 @@ import onnxruntime as ort
 import pytest
 from onnx import helper, numpy_helper
 
+from leangen import plan
 from leangen.graph_edit import Graph, Range
 from leangen.sites import find_sites
 from leangen.treatments import STANDARD, Treatments, code_bits, read
@@ -106,6 +107,37 @@ def low_constants(tmp_path, weight):
     """The constants that hold the low-bit weight."""
     graph = onnx.load(tmp_path / "low.onnx").graph
     return [tensor for tensor in graph.initializer if tensor.name.startswith(f"{weight}/")]
+
+
+@pytest.mark.parametrize("treatment", ["w8a8", "w4", "w16"])
+@pytest.mark.parametrize(
+    "tensor", ["/c/x", "/c/w", "/c/b", "/c/w_scale", "/c/unrounded", "/c/x/u8"]
+)
+def test_a_tensor_may_be_called_as_a_stand_ins_would_be(tensor, treatment, tmp_path):
+    rng = np.random.default_rng(0)
+    nodes = [
+        helper.make_node("Conv", ["x", "weight", "bias"], [tensor], "/c", pads=[1] * 4),
+        helper.make_node("Conv", [tensor, "/d/w"], ["y"], "/d", pads=[1] * 4),
+    ]
+    shapes = {"weight": (16, 8, 3, 3), "bias": (16,), "/d/w": (8, 16, 3, 3)}
+    constants = [
+        numpy_helper.from_array(rng.standard_normal(shape, np.float32), name)
+        for name, shape in shapes.items()
+    ]
+    info = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        nodes, "two", [info("x", 1, [1, 8, 6, 6])], [info("y", 1, None)], constants
+    )
+    opsets = [helper.make_opsetid("", 21)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), tmp_path / "m.onnx")
+    x = rng.standard_normal((1, 8, 6, 6), np.float32)
+    exact, opened = run(tmp_path / "m.onnx", x), Graph(tmp_path / "m.onnx")
+    sites = find_sites(opened)
+    treatments = Treatments(opened, plan.spans(opened, sites, [{"x": x}]))
+    opened.replace({site.node.name: treatments.apply(site, treatment).nodes for site in sites})
+    opened.save(tmp_path / "low.onnx")
+    ours = run(tmp_path / "low.onnx", x)
+    assert np.linalg.norm(ours - exact) < 0.2 * np.linalg.norm(exact)
 
 
 def test_the_kinds_together_use_every_treatment(tmp_path):

@@ -92,6 +92,7 @@ def train(
     checkpoint: Path,
     every: int = 100,
     average: float = 0.999,
+    betas: tuple[float, float] = (0.9, 0.99),
 ) -> tuple[list[tuple[int, float]], dict[str, Tensor]]:
     """AdamW with a warm-up and then a constant rate; the loss curve and the averaged weights.
 
@@ -99,7 +100,7 @@ def train(
     rate is constant and the weights are averaged, so that a run of fewer steps is the beginning of
     a longer one. It may be interrupted: the next run goes on from the checkpoint.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.99))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=betas)
     ema, done, curve = Average(model, average), 0, []
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True, map_location=DEVICE)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from leangen.catalog import published, zoo
+from leangen.catalog import clothes, published, zoo
 from leangen.catalog.sources import Entry
 
-CATALOG: Mapping[str, Entry] = {entry.name: entry for entry in (*published.ENTRIES, *zoo.ENTRIES)}
+CATALOG: Mapping[str, Entry] = {
+    entry.name: entry for entry in (*published.ENTRIES, *zoo.ENTRIES, *clothes.ENTRIES)
+}
 """Models by name."""

@@ -54,10 +54,12 @@ def export(
     (`consistency` for a one-step model, else `euler`), `steps` (1 for `sample` predictions in
     sigma, else 20), `sigma_min` 0.002, `sigma_max` 80, `schedule` (linear betas 1e-4 to 0.02 over
     1000 timesteps) with `spacing` and `offset`, for `flow` predictions `scale` 1000 and `shift` 1,
-    and `guidance`. Of a generator: `latent` (`normal` or `uniform`), or `encoder` for one that
-    takes an `image`. Of both: `shape` for sizes that the file leaves open, `range` [low, high] of
-    the values, `render` (`relief` for heightmaps), `conditions` name -> {min, max, default,
-    unconditional}. Of rows of pixels: `height` (the width), `levels` 256, `range`, `conditions`.
+    `guidance`, `upscale` for one that enlarges an image (`families.latents`), and `latents` for one
+    whose samples another bundle decodes. Of a generator: `latent` (`normal` or `uniform`), or
+    `encoder` for one that takes an `image`. Of both: `shape` for sizes that the file leaves open,
+    `range` [low, high] of the values, `render` (`relief` for heightmaps), `conditions` name ->
+    {min, max, default, unconditional}. Of rows of pixels: `height` (the width), `levels` 256,
+    `range`, `conditions`.
     Raises SourceError for a file that is not ONNX or is cut off, UnsupportedError when its inputs
     are not understood or an option does not fit.
     """
@@ -196,6 +198,12 @@ def _diffusion_config(
                 "prediction epsilon says nothing of the sample at zero signal-to-noise ratio: "
                 "expected v or sample, or a schedule without zero_terminal_snr"
             )
+    used, more = {sample, level}, {}
+    if "upscale" in options:
+        more["upscale"] = options.pop("upscale")
+        used.add(more["upscale"]["input"])
+    if options.pop("latents", False):
+        more["latents"] = True
     return {
         "sample": {"input": sample, "output": output, "shape": shape},
         "noise_level": noise,
@@ -203,7 +211,8 @@ def _diffusion_config(
         "sampler": sampler,
         "steps": steps,
         "guidance": options.pop("guidance", None),
-        **_common(path, inputs, {sample, level}, options),
+        **more,
+        **_common(path, inputs, used, options),
     }
 
 

@@ -17,6 +17,7 @@ The bundle has the graph `model`, and in its config
     guidance_input            the input that takes the scale, of models distilled with guidance
     range        [low, high] of the values of a picture, or null
     render       `relief` for heightmaps, or null
+    latents      true where the samples are no pictures, but what another bundle decodes
 
 A UNet may have its outer part as the graph `shallow`, which takes the output `deep` of `model`.
 Text as a condition is `families.prompting`'s, latents and images as conditions `families.latents`'.
@@ -54,7 +55,7 @@ class Request:
     negative_prompt: str | None = None
     """What guidance leads away from; None is what the model was trained with."""
     count: int = 1
-    """Samples to draw, one after another."""
+    """Samples to draw, one after another; of several images to enlarge, as many as there are."""
     seed: int = 0
     """Same seed, same noise, in every scheme."""
     steps: int | None = None
@@ -72,7 +73,7 @@ class Request:
     """0 to 1: how far guidance gives back the contrast it has added."""
     image: Any = None
     """To start from: an array [h, w, c] of the model's values, or the path of a .npy or picture.
-    For a super-resolution model the small image."""
+    For a super-resolution model the small image, or an array [n, h, w, c] of several."""
     strength: float | None = None
     """How much of the way to noise the image goes, and how many of the steps back: 0 to 1."""
     mask: Any = None
@@ -106,13 +107,18 @@ class Request:
             "steps": self.steps,
             "sampler": self.sampler,
             "reuse": self.reuse,
-            "conditions": dict(self.conditions),
+            "conditions": imaging.described_conditions(self.conditions),
             "guidance": self.guidance,
             "guidance_rescale": self.guidance_rescale,
             "image": self.image is not None,
             "strength": self.strength,
             "mask": self.mask is not None,
         }
+
+
+def media(config: Mapping[str, Any]) -> Media:
+    """Pictures, or latents as rows."""
+    return "table" if config.get("latents") else MEDIA
 
 
 def prepare(session: Session) -> None:
@@ -136,16 +142,18 @@ def run(session: Session, request: Request) -> Generator[Step, None, Output]:
         yield Step(kind="encode", units=0)
     decodes = "decoder" in session.bundle.graphs
     drawn = []
-    for index in range(request.count):
-        states = _states(session, request, given, imaging.generator(request.seed, index))
+    for index, asked in enumerate(latents.each(config, request)):
+        states = _states(session, asked, given, imaging.generator(request.seed, index))
         for step in range(1, steps + 1):
             x = next(states)
             units = float(step == steps and not decodes)
-            picture = None if decodes else np.moveaxis(x[0], 0, -1)
+            picture = None if decodes or media(config) != MEDIA else np.moveaxis(x[0], 0, -1)
             yield Step(kind="denoise", units=units, picture=picture)
         drawn.append(latents.decoded(session, x))
         if decodes:
             yield Step(kind="decode", units=1)
+    if config.get("latents"):
+        return latents.rows(drawn)
     return Output(array=imaging.images(drawn), media=MEDIA, extra=imaging.rendering(config))
 
 
@@ -203,7 +211,7 @@ def settle(engine: step_choice.Draws, options: Mapping[str, Any]) -> Any:
     trials = [
         {
             name: value
-            for name in ("prompt", "image", "mask", "seed")
+            for name in ("prompt", "image", "mask", "seed", "conditions")
             if (value := getattr(trial(engine.session, seed), name)) is not None
         }
         for seed in step_choice.SEEDS
@@ -222,7 +230,8 @@ def trial(session: Session, seed: int) -> Request:
         mask = np.zeros(shape[1:], np.float32)
         mask[: shape[1] // 2] = 1
     prompt = _TRIAL_PROMPTS[seed % len(_TRIAL_PROMPTS)] if prompting.reads_text(config) else None
-    return Request(prompt=prompt, seed=seed, image=image, mask=mask)
+    conditions = imaging.directions(config, seed)
+    return Request(prompt=prompt, seed=seed, image=image, mask=mask, conditions=conditions)
 
 
 def calibration_requests(session: Session) -> list[Request]:

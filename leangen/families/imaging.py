@@ -15,6 +15,10 @@ Array = np.ndarray[Any, Any]
 
 CALIBRATION_SEED = 20_000
 """First seed of calibration; far from the seeds people type, so that figures are not flattered."""
+_FEW = 8
+"""Numbers that a message repeats."""
+_LENGTH_OFF = 0.05
+"""How far a vector's length may be off: low precision moves it a little."""
 
 
 def check_count(count: int, seed: int) -> None:
@@ -44,9 +48,10 @@ def condition_feeds(config: Mapping[str, Any], chosen: Mapping[str, Any]) -> dic
     """Feeds of the conditions, the model's defaults where none is chosen.
 
     `config["conditions"]` maps a name to `min`, `max`, `default`, `shape` and `dtype`, and perhaps
-    to the graph's `input` if that is called otherwise and to `names` of its values. A value is a
-    number, a name, or as many numbers as the input takes. Raises RequestError for a condition that
-    the model lacks and for a value out of its range.
+    to the graph's `input` if that is called otherwise, to `names` of its values, and to the
+    `length` of its vectors. A value is a number, a name, or as many numbers as the input takes, an
+    array too. Raises RequestError for a condition that the model lacks and for a value out of its
+    range.
     """
     known = config.get("conditions", {})
     for name in chosen:
@@ -62,7 +67,10 @@ def condition_feeds(config: Mapping[str, Any], chosen: Mapping[str, Any]) -> dic
 
 def fill(entry: Mapping[str, Any], value: Any) -> Array:
     """A condition's input with this value, or these values, for one sample."""
-    return np.broadcast_to(np.asarray(value, entry["dtype"]), entry["shape"]).copy()
+    values, shape = np.asarray(value, entry["dtype"]), entry["shape"]
+    if values.size == np.prod(shape):
+        values = values.reshape(shape)
+    return np.broadcast_to(values, shape).copy()
 
 
 def _condition(name: str, entry: Mapping[str, Any], value: Any) -> Any:
@@ -79,13 +87,22 @@ def _condition(name: str, entry: Mapping[str, Any], value: Any) -> Any:
                 f"{' or one of its names' if names else ''}{hint}"
             )
         return names[value]
+    if isinstance(value, np.ndarray):
+        value = value.ravel().tolist()
     several = isinstance(value, list | tuple)
-    if several and len(value) != int(np.prod(entry["shape"])):
-        raise RequestError(
-            f"condition {name} is {value!r}, expected a number or {int(np.prod(entry['shape']))}"
-        )
+    wanted = int(np.prod(entry["shape"]))
+    if several and len(value) != wanted:
+        given = repr(value) if len(value) <= _FEW else f"{len(value)} numbers"
+        raise RequestError(f"condition {name} is {given}, expected a number or {wanted}")
     for each in value if several else [value]:
         _check_number(name, entry, each)
+    if several and entry.get("length") is not None:
+        length = float(np.linalg.norm(value))
+        if abs(length / entry["length"] - 1) > _LENGTH_OFF:
+            raise RequestError(
+                f"condition {name} has length {length:.3g}, expected vectors of length "
+                f"{entry['length']:g}: divide it by its own"
+            )
     return value
 
 
@@ -102,11 +119,30 @@ def _check_number(name: str, entry: Mapping[str, Any], value: Any) -> None:
 
 
 def spread_conditions(config: Mapping[str, Any], share: float) -> dict[str, Any]:
-    """A value for each condition that has a range, at `share` of it: what calibration visits."""
+    """What calibration visits: for each condition that has a range a value at `share` of it."""
+    known = config.get("conditions", {})
     return {
         name: _between(entry, share)
-        for name, entry in config.get("conditions", {}).items()
+        for name, entry in known.items()
         if entry.get("min") is not None and entry.get("max") is not None
+    } | directions(config, round(100 * share))
+
+
+def directions(config: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """A random vector for each condition that takes one of a known length."""
+    found = {}
+    for name, entry in config.get("conditions", {}).items():
+        if entry.get("length") is not None:
+            drawn = np.random.default_rng(seed).standard_normal(int(np.prod(entry["shape"])))
+            found[name] = (drawn * entry["length"] / np.linalg.norm(drawn)).astype(np.float32)
+    return found
+
+
+def described_conditions(chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """Conditions for a receipt, as plain JSON types; of vectors only how many numbers they have."""
+    return {
+        name: f"{np.size(value)} numbers" if np.size(value) > _FEW else value
+        for name, value in chosen.items()
     }
 
 

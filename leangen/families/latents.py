@@ -12,15 +12,20 @@ graphs scale the latents themselves. An image is a condition of the denoiser whe
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from leangen.errors import RequestError
 from leangen.families import imaging
+from leangen.records import Output
 from leangen.samplers import schedules
 from leangen.session import Session
+
+if TYPE_CHECKING:
+    from leangen.families.diffusion import Request
 
 Array = np.ndarray[Any, Any]
 
@@ -28,6 +33,13 @@ Array = np.ndarray[Any, Any]
 def image_shape(config: Mapping[str, Any]) -> tuple[int, ...]:
     """[c, h, w] of a bundle's pictures."""
     return tuple(config.get("image_shape") or config["sample"]["shape"])
+
+
+def rows(samples: Sequence[Array]) -> Output:
+    """Latents [1, ...] as the rows of a table, which a decoder in another bundle takes."""
+    table = np.concatenate([sample.reshape(1, -1) for sample in samples])
+    columns = [f"z{place}" for place in range(table.shape[1])]
+    return Output(array=table, media="table", extra={"columns": columns})
 
 
 def decoded(session: Session, latent: Array) -> Array:
@@ -71,6 +83,21 @@ def inpainting_feeds(session: Session, image: Array, mask: Array) -> dict[str, A
     shape = session.bundle.config["sample"]["shape"]
     rest = encoded(session, image * (1 - covered))
     return {names["mask"]: shrunk(covered, shape), names["image"]: rest}
+
+
+def each(config: Mapping[str, Any], request: Request) -> Iterator[Request]:
+    """The request once for each sample; of several images to enlarge, each with its own."""
+    image = request.image
+    several = "upscale" in config and isinstance(image, np.ndarray) and image.ndim == 4
+    if not several or len(image) == 1:
+        yield from [request] * request.count
+        return
+    if request.count not in (1, len(image)):
+        raise RequestError(
+            f"count is {request.count}, but there are {len(image)} images to enlarge: leave it out"
+        )
+    for one in image:
+        yield replace(request, image=one, count=1)
 
 
 def upscaling_feeds(

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from leangen.errors import RequestError
-from leangen.families import imaging
+from leangen.families import imaging, latents
 from leangen.records import Media, Output, Step
 from leangen.session import Session
 
@@ -53,7 +53,7 @@ class Request:
     def describe(self) -> dict[str, Any]:
         """The options as plain JSON types."""
         given = {name: True for name in ("latent", "image") if getattr(self, name) is not None}
-        conditions = dict(self.conditions)
+        conditions = imaging.described_conditions(self.conditions)
         return {"count": self.count, "seed": self.seed, "conditions": conditions} | given
 
 
@@ -81,13 +81,8 @@ def run(session: Session, request: Request) -> Generator[Step, None, Output]:
         made += session.run("model", {feed: sample, **conditions}, [config["output"]])
         yield Step(kind="encode" if encoder else "decode", units=1)
     if encoder:
-        rows = np.concatenate([latent.reshape(1, -1) for latent in made])
-        return Output(array=rows, media="table", extra={"columns": _columns(rows)})
+        return latents.rows(made)
     return Output(array=imaging.images(made), media=MEDIA, extra=imaging.rendering(config))
-
-
-def _columns(rows: Array) -> list[str]:
-    return [f"z{i}" for i in range(rows.shape[1])]
 
 
 def _latents(config: Mapping[str, Any], request: Request) -> list[Array]:
@@ -119,9 +114,12 @@ def _given(latent: Any, shape: tuple[int, ...]) -> list[Array]:
         raise RequestError(f"cannot read latent {latent}: {error.strerror or error}") from error
     except (TypeError, ValueError) as error:
         raise RequestError(f"latent is no array of numbers ({error})") from None
-    if not values.size or values.size % np.prod(shape) or not np.isfinite(values).all():
+    one, flat = shape[1:], (int(np.prod(shape)),)
+    fits = values.shape in (one, flat) or values.shape[1:] in (one, flat)
+    if not values.size or not fits or not np.isfinite(values).all():
+        wanted = ", ".join(map(str, ("n", *one)))
         raise RequestError(
-            f"latent has shape {list(values.shape)}, expected finite numbers [n, {shape[1:]}]"
+            f"latent has shape {list(values.shape)}, expected finite numbers [{wanted}]"
         )
     return list(values.reshape(-1, *shape))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,14 +57,21 @@ class Finding:
         }
 
 
-def lint(path: Path, name: str, *, timed: bool = True, progress: Progress) -> list[Finding]:
+def lint(
+    path: Path,
+    name: str,
+    *,
+    timed: bool = True,
+    progress: Progress,
+    fp32: Collection[str] = (),
+) -> list[Finding]:
     """What the rules find in one ONNX file, called `name` in the findings.
 
-    A pattern of the same shapes is timed once. Raises BundleError for a file that is no ONNX graph
-    or whose weights are missing.
+    fp32: nodes that are meant to compute in it. A pattern of the same shapes is timed once. Raises
+    BundleError for a file that is no ONNX graph or whose weights are missing.
     """
     graph = _open(path)
-    hits = [(rule, hit) for rule in RULES for hit in rule.find(graph)]
+    hits = [(rule, hit) for rule in RULES for hit in _found(rule, graph, fp32)]
     known = cost.tensors(graph) if timed and hits else {}
     measured: dict[Any, Cost | None] = {}
     found = []
@@ -84,14 +91,32 @@ def lint_bundle(bundle: Bundle, *, timed: bool = True, progress: Progress) -> li
     return [
         finding
         for role in bundle.graphs
-        for finding in lint(bundle.graph(role), role, timed=timed, progress=progress)
+        for finding in lint(
+            bundle.graph(role), role, timed=timed, progress=progress, fp32=_exact(bundle, role)
+        )
     ]
 
 
-def mend(graph: Graph, *, exact: bool) -> Counter[str]:
+def _exact(bundle: Bundle, role: str) -> set[str]:
+    """Nodes whose activations stay fp32 because the bundle's manifest wants it."""
+    return {
+        name.removeprefix(f"{role}:")
+        for name, entry in bundle.quantization.get("nodes", {}).items()
+        if entry.get("activations") == "fp32" or entry.get("treatment", "").endswith("-wo")
+    }
+
+
+def _found(rule: Rule, graph: Graph, fp32: Collection[str]) -> Iterator[Hit]:
+    for hit in rule.find(graph):
+        if rule.name != matmul.LEVEL or _name(hit) not in fp32:
+            yield hit
+
+
+def mend(graph: Graph, *, exact: bool, fp32: Collection[str] = ()) -> Counter[str]:
     """Apply every fix to a graph in place: how often each rule's was, by its name.
 
-    `exact` leaves out what changes more than float rounding.
+    `exact` leaves out what changes more than float rounding. fp32: nodes that are meant to compute
+    in it.
     """
     fixed: Counter[str] = Counter()
     for rule in RULES:
@@ -99,7 +124,7 @@ def mend(graph: Graph, *, exact: bool) -> Counter[str]:
             continue
         tried: set[str] = set()
         while hit := next(
-            (h for h in rule.find(graph) if h.fixable and _name(h) not in tried), None
+            (h for h in _found(rule, graph, fp32) if h.fixable and _name(h) not in tried), None
         ):
             tried.add(_name(hit))
             rule.fix(graph, hit)
@@ -140,7 +165,7 @@ def fix_bundle(
             weights |= {
                 (Path(name).parent / location).as_posix() for location in graph.external_files()
             }
-            fixed += mend(graph, exact=exact)
+            fixed += mend(graph, exact=exact, fp32=_exact(bundle, role))
             target = draft.folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
             graph.save(target)

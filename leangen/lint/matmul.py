@@ -11,6 +11,9 @@ from leangen.graph_edit import Array, Graph
 from leangen.lint.rules import MICROSOFT, Hit, Rule, changed, constant, make, option, optional
 
 _ZERO_POINTS, _GROUPS = 3, 4
+_INT8 = 4
+"""The accuracy_level that computes with int8 activations; all others compute in fp32 on a CPU."""
+LEVEL = "accuracy-level"
 
 
 def _nbits(graph: Graph) -> Iterator[NodeProto]:
@@ -43,10 +46,12 @@ def pack(codes: Array, bits: int) -> Array:
     return np.asarray(np.bitwise_or.reduce(codes << shifts, axis=-1))
 
 
-def _missing_level(graph: Graph) -> Iterator[Hit]:
+def _other_level(graph: Graph) -> Iterator[Hit]:
     for node in _nbits(graph):
-        if option(node, "accuracy_level", 0) == 0 and option(node, "bits", 4) in (4, 8):
-            yield Hit((node,), f"{option(node, 'bits', 4)}-bit MatMulNBits without accuracy_level")
+        level, bits = option(node, "accuracy_level", 0), option(node, "bits", 4)
+        if level != _INT8:
+            told = f"with accuracy_level {level}" if level else "without accuracy_level"
+            yield Hit((node,), f"{bits}-bit MatMulNBits {told}")
 
 
 def _set_level(graph: Graph, hit: Hit) -> None:
@@ -54,8 +59,15 @@ def _set_level(graph: Graph, hit: Hit) -> None:
     copy = changed(node, {})
     kept = [a for a in copy.attribute if a.name != "accuracy_level"]
     del copy.attribute[:]
-    copy.attribute.extend([*kept, helper.make_attribute("accuracy_level", 4)])
+    copy.attribute.extend([*kept, helper.make_attribute("accuracy_level", _INT8)])
     graph.replace({node.name: [copy]})
+
+
+def _tables(graph: Graph) -> Iterator[Hit]:
+    for node in graph.nodes:
+        if node.op_type == "MatMulBnb4" and node.domain == MICROSOFT:
+            kind = ("fp4", "nf4")[option(node, "quant_type", 1)]
+            yield Hit((node,), f"MatMulBnb4 ({kind})", fixable=False)
 
 
 def _float_zero_points(graph: Graph) -> Iterator[Hit]:
@@ -180,12 +192,19 @@ RULES = (
         _sort_groups,
     ),
     Rule(
-        "accuracy-level",
-        "without accuracy_level 4 ONNX Runtime computes in fp32: 4 to 5 times slower at 4 bits, "
-        "about 100 times at 8",
+        LEVEL,
+        "with no accuracy_level, or another than 4, ONNX Runtime computes in fp32: 3 to 5 times "
+        "slower at 4 bits, 50 to 100 times at 2 and 8",
         "activations are rounded to int8 per block of weights",
-        _missing_level,
+        _other_level,
         _set_level,
+    ),
+    Rule(
+        "bnb4-on-cpu",
+        "MatMulBnb4 unpacks its weights to fp32 for every run: 15 to 20 times slower than int4",
+        None,
+        _tables,
+        remedy="int4 of the same size is as exact; in a bundle leangen's own kernels run it fast",
     ),
     Rule(
         "coarse-step",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from leangen.errors import RequestError
 from leangen.pipeline import ports, template
@@ -22,15 +23,24 @@ def check(spec: Spec, atoms: Mapping[str, Runner]) -> None:
                 f"{spec.name}: parts.{part.name}: {part.model} is the bundle {digest[:19]}..., "
                 f"the pipeline was written for {part.bundle[:19]}...: it was swapped or made anew"
             )
-        for field, value in part.request.items():
+        for field, value in _fields(part.request):
             where = f"{spec.name}: parts.{part.name}.{field}"
-            if field not in atom.fields:
+            if field.partition(".")[0] not in atom.fields:
                 raise RequestError(
                     f"{where}: {part.model} takes no such option: it takes {', '.join(atom.fields)}"
                 )
             for reference, inside in template.references(value):
                 if reference.part != INPUT:
                     _check(f"{where}: {reference}", reference, inside, field, atom, atoms)
+
+
+def _fields(request: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """A request's options, its conditions one by one: a part may give one of them."""
+    for field, value in request.items():
+        if field == "conditions" and isinstance(value, Mapping):
+            yield from ((f"conditions.{name}", inner) for name, inner in value.items())
+        else:
+            yield field, value
 
 
 def _check(

@@ -6,11 +6,10 @@ before anything runs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
-
-import numpy as np
 
 from leangen import families
 from leangen.families import latents
@@ -27,7 +26,8 @@ class Port:
     kind: Kind
     dtype: str | None = None
     shape: tuple[int | None, ...] | None = None
-    """An image's [height, width, channels], a mask's [height, width]; rows' [n, columns]."""
+    """An image's [height, width, channels], a mask's [height, width]; rows' [n, columns], or of
+    rows that are latents [n, channels, height, width]; vectors' [n, dimensions]."""
     range: tuple[float, float] | None = None
     """The values of black and white, of the loudest sound."""
     rate_hz: int | None = None
@@ -58,9 +58,17 @@ def misfit(given: Port, wanted: Port) -> str | None:
 
 def _same_shape(given: Port, wanted: Port) -> bool:
     a, b = given.shape or (), wanted.shape or ()
+    if given.kind == "rows" and 2 in (len(a), len(b)):
+        a, b = _flat(a), _flat(b)
     return len(a) == len(b) and all(
         None in (one, other) or one == other for one, other in zip(a, b, strict=True)
     )
+
+
+def _flat(shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
+    """The shape of rows, each in one piece."""
+    known = [size for size in shape[1:] if size is not None]
+    return (shape[0], math.prod(known) if len(known) == len(shape) - 1 else None)
 
 
 def _shape(port: Port) -> str:
@@ -119,12 +127,28 @@ def _diffusion(session: Session) -> Ports:
     config = session.bundle.config
     channels, height, width = latents.image_shape(config)
     image = _image(session, (height, width, channels))
+    gives: dict[str, Port] = {"image": image}
+    if config.get("latents"):
+        gives = {"latent": Port(kind="rows", shape=(None, channels, height, width))}
     taken = image
     if "upscale" in config:
         channels, height, width = config["upscale"]["shape"]
         taken = _image(session, (height, width, channels))
     mask = Port(kind="image", shape=(height, width), range=(0.0, 1.0))
-    return Ports({"image": image}, {"image": taken, "mask": mask, "prompt": TEXT})
+    takes = {"image": taken, "mask": mask, "prompt": TEXT}
+    return Ports(gives, takes | _conditions(config))
+
+
+def _conditions(config: Mapping[str, Any]) -> dict[str, Port]:
+    """Those that another part may say: vectors, and values that have names."""
+    found = {}
+    for name, entry in config.get("conditions", {}).items():
+        numbers = math.prod(entry["shape"])
+        if numbers > 1:
+            found[f"conditions.{name}"] = Port(kind="vectors", shape=(None, numbers))
+        elif entry.get("names"):
+            found[f"conditions.{name}"] = TEXT
+    return found
 
 
 def _pixels(session: Session) -> Ports:
@@ -143,11 +167,12 @@ def _oneshot(session: Session) -> Ports:
         channels, height, width = config["image"]["shape"]
         image = _image(session, (height, width, channels))
         return Ports({"latent": Port(kind="rows")}, {"image": image})
-    latent = Port(kind="rows", shape=(None, int(np.prod(config["latent"]["shape"]))))
+    latent = Port(kind="rows", shape=(None, *config["latent"]["shape"]))
     outputs = {value.name: value.shape for value in session.graph("model").get_outputs()}
     sizes = [size if isinstance(size, int) else None for size in outputs[config["output"]][1:]]
     channels, height, width = sizes if len(sizes) == 3 else (None, None, None)
-    return Ports({"image": _image(session, (height, width, channels))}, {"latent": latent})
+    image = _image(session, (height, width, channels))
+    return Ports({"image": image}, {"latent": latent} | _conditions(config))
 
 
 def _image(session: Session, shape: tuple[int | None, ...]) -> Port:

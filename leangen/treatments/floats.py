@@ -20,7 +20,7 @@ def unpacked(weights: Weights, site: Site, form: Form) -> tuple[list[NodeProto],
     """Codes and scales that standard operators turn into the weight; nodes, bits stored."""
     block = weights.block(site, form) or site.columns
     packed, stem = weights.pack(site, form, block_size=block)
-    label, shared, bits = site.node.name, weights.graph.add_shared, form.code_bits
+    label, shared, bits = weights.label(site), weights.graph.add_shared, form.code_bits
     shape = weights.graph.shape(site.weight)
     blocks = packed.q.reshape(site.rows, -1, block)
     centred, scaled = f"{label}/w_centred", f"{label}/w_scaled"
@@ -75,7 +75,7 @@ def unpacked(weights: Weights, site: Site, form: Form) -> tuple[list[NodeProto],
 
 def half(weights: Weights, site: Site, form: Form) -> tuple[list[NodeProto], int]:
     """A weight, or the rows of an embedding, in 16 bits and widened."""
-    label, name = site.node.name, f"{site.weight}/{form.scheme}"
+    label, name = weights.label(site), f"{site.weight}/{form.scheme}"
     scheme = schemes.get(form.scheme)
     dtype = helper.tensor_dtype_to_np_dtype(_TYPES[form.scheme])
 

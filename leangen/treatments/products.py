@@ -21,16 +21,16 @@ def nbits(weights: Weights, site: Site, form: Form) -> tuple[list[NodeProto], in
     """`MatMulNBits` with integer codes; nodes, bits stored."""
     block = weights.block(site, form)
     packed, stem = weights.pack(site, form, block_size=block)
-    node, bits = site.node, form.code_bits
+    node, bits, label = site.node, form.code_bits, weights.label(site)
     nodes: list[NodeProto] = []
     if bits == 3:
         planes = weights.planes(f"{stem}/pairs", lambda: packing.pair_planes(packed), 2)
         centred, bits = packed.zero_points is None, 4
         shared = weights.graph.add_shared
-        nodes, q = unpacking.nibbles(planes, f"{node.name}/w", centred, shared)
+        nodes, q = unpacking.nibbles(planes, f"{label}/w", centred, shared)
     else:
         q = weights.constant(f"{stem}/codes", lambda: packing.nbits_layout(packed))
-    widen, scale = weights.widened(f"{stem}/scale", packed.scales, f"{node.name}/w_scale")
+    widen, scale = weights.widened(f"{stem}/scale", packed.scales, f"{label}/w_scale")
     inputs = [node.input[0], q, scale]
     # Whole blocks are stored, and whole bytes of zero points.
     extra_bits = (packed.scales.size * packed.block_size - packed.q.size) * form.code_bits
@@ -52,14 +52,14 @@ def nbits(weights: Weights, site: Site, form: Form) -> tuple[list[NodeProto], in
     )
     nodes += [*widen, product]
     if form.rank:  # y = Q x + left (right x)
-        parts, wide, bits_beside = weights.beside(site, form, stem, node.name)
+        parts, wide, bits_beside = weights.beside(site, form, stem, label)
         turned = [f"{name}_turned" for name in wide]
         nodes += parts
         for name, other in zip(wide, turned, strict=True):
             nodes.append(make("Transpose", [name], other, perm=[1, 0]))
         left, right = turned
-        inner, beside = f"{node.name}/inner", f"{node.name}/beside"
-        product.output[0] = f"{node.name}/product"
+        inner, beside = f"{label}/inner", f"{label}/beside"
+        product.output[0] = f"{label}/product"
         nodes += [
             make("MatMul", [node.input[0], right], inner),
             make("MatMul", [inner, left], beside),
@@ -81,7 +81,7 @@ def bnb(weights: Weights, site: Site, form: Form) -> tuple[list[NodeProto], int]
     product = _product("MatMulBnb4", weights, site, inputs, block_size=block, quant_type=quant_type)
     nodes = [product]
     if len(node.input) > 2 and node.input[2]:
-        product.output[0] = f"{node.name}/product"
+        product.output[0] = f"{weights.label(site)}/product"
         nodes.append(make("Add", [product.output[0], node.input[2]], node.output[0]))
     return nodes, packed.stored_bits
 
@@ -93,7 +93,7 @@ def gather(weights: Weights, site: Site, form: Form) -> tuple[list[NodeProto], i
     # One place in memory and on disk with the codes of a tied head.
     q = weights.constant(f"{stem}/codes", lambda: packing.nbits_layout(packed))
     rows = weights.constant(f"{stem}/rows", lambda: graph.array(q).reshape(site.rows, -1))
-    label = f"{site.node.name}/w_scale"
+    label = f"{weights.label(site)}/w_scale"
     widen, scale = weights.widened(f"{stem}/scale", packed.scales, label)
     graph.require(MICROSOFT)
     lookup = helper.make_node(

@@ -19,7 +19,7 @@ def static_int8(
 ) -> tuple[list[NodeProto], int]:
     """Quantize and dequantize pairs around a convolution, which ORT fuses; nodes, bits stored."""
     packed, stem = weights.pack(site, form, q_max=63)
-    label, graph = site.node.name, weights.graph
+    label, graph = weights.label(site), weights.graph
     shared, shape = graph.add_shared, graph.shape(site.weight)
     codes = weights.constant(f"{stem}/signed", lambda: signed(packed.q).reshape(shape))
     scale = weights.constant(f"{stem}/scale", lambda: packed.scales[:, 0])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -49,6 +49,20 @@ class Weights:
         """Of weights that several nodes read: what no other will ask for is not held."""
         self._readers = Counter(name for node in graph.nodes for name in node.input)
         self._small: dict[str, bool] = {}
+        self._stems = {stem for name in self._tensors() for stem in _stems(name)}
+
+    def _tensors(self) -> Iterator[str]:
+        for made in self.graph.nodes:
+            yield from made.output
+        for given in (self.graph.model.graph.input, self.graph.model.graph.initializer):
+            yield from (entry.name for entry in given)
+
+    def label(self, site: Site) -> str:
+        """What the names of tensors in a site's stand-in begin with; no tensor's does yet."""
+        label: str = site.node.name
+        while label in self._stems:
+            label += "~"
+        return label
 
     def block(self, site: Site, form: Form) -> int | None:
         """Weights per scale; None where the form has no block that fits the site's rows."""
@@ -147,6 +161,12 @@ class Weights:
             for name, plane in zip(names, make(), strict=True):
                 self.graph.add(name, plane)
         return names
+
+
+def _stems(name: str) -> Iterator[str]:
+    """What comes before each `/` of a tensor's name, `/y` at its end apart: no stand-in has one."""
+    parts = name.removesuffix("/y").split("/")
+    return ("/".join(parts[:count]) for count in range(1, len(parts)))
 
 
 def masked(w: Array) -> bool:
