@@ -20,7 +20,7 @@ from shared import DEVICE, fashion, packed_size, parameters, train, write_card
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from leangen.catalog.zoo import CLOTHES
+from leangen.catalog.clothes import CLOTHES
 
 SIDE, LEVELS, BATCH, RATE = 14, 16, 32, 2e-3
 PIXELS = SIDE**2

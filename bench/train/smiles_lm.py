@@ -1,12 +1,13 @@
 """Train the catalog's smiles-lm: `python bench/train/smiles_lm.py -o DIR`
 
-A llama-shaped decoder on the 1.58M SMILES strings of MOSES (Polykovskiy et al. 2020), written as an
-fp16 GGUF that `leangen export` takes (the package has it as .xz), with its figures beside it as
-JSON. Matrices are trained with Muon (Jordan et al. 2024), the rest with AdamW; the rate falls in a
-line to zero over the last half.
+A llama-shaped decoder of 5.6M parameters on the 1.58M SMILES strings of MOSES (Polykovskiy et al.
+2020), written as an fp16 GGUF that `leangen export` takes (the package has it as .xz), with its
+figures beside it as JSON. Two stages: AdamW over windows of all molecules in one row, then Muon
+(Jordan et al. 2024) over whole molecules, each alone in its context as it is when one is drawn.
 
 Needs `pip install 'leangen[export]'`; fixed seeds, on a GPU when there is one. It may be
-interrupted: the next run goes on from the checkpoint in DIR.
+interrupted: the next run goes on from the checkpoint in DIR. `--begun FILE.gguf` leaves the first
+stage out and starts the second from a GGUF that this script wrote.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import json
 import lzma
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ import numpy as np
 import torch
 from llama import Llama, Shape
 from shared import DEVICE, parameters, write_card
-from tokenizers import Tokenizer, models, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -34,9 +35,10 @@ from leangen.console import progress_bar, say
 from leangen.store import Store
 
 END = "<|end|>"  # begins and ends every molecule
-SHAPE = Shape(vocab=1024)
-BATCH, POOL = 128, 16  # molecules of a step, and steps whose molecules are sorted by length
-WARMUP, MUON_RATE, ADAM_RATE = 50, 0.02, 3e-3
+SHAPE = Shape(vocab=512)
+WINDOW, WINDOWS = 96, 64  # tokens of a window, and windows of a step of the first stage
+BATCH, POOL = 96, 16  # molecules of a step, and steps whose molecules are sorted by length
+WINDOW_RATE, MUON_RATE, ADAM_RATE = 3e-3, 0.01, 1e-3
 NOTHING = -100  # where there is nothing to predict
 Tokens = np.ndarray[Any, np.dtype[np.int16]]
 
@@ -49,26 +51,17 @@ def molecules(part: str) -> list[str]:
 
 
 def train_tokenizer(texts: Sequence[str]) -> Tokenizer:
-    """BPE over the whole string: a GGUF's SentencePiece, which splits nothing beforehand.
-
-    Bracketed atoms, rings and branches then fall into pieces that are common in molecules: 12 of
-    them on average, of 36 characters.
-    """
+    """Byte-level BPE with GPT-2's splits, which is what a GGUF's pre-tokenizer `gpt-2` says."""
     tokenizer = Tokenizer(models.BPE())
-    trainer = trainers.BpeTrainer(vocab_size=SHAPE.vocab, special_tokens=[END], show_progress=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=SHAPE.vocab,
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
     tokenizer.train_from_iterator(texts, trainer)
-    content = json.loads(tokenizer.to_str())["model"]
-    vocab, scores = content["vocab"], scores_of(content)
-    cuts = [(piece, i) for piece in vocab if piece != END for i in range(1, len(piece))]
-    pairs = [(piece[:i], piece[i:]) for piece, i in cuts]
-    known = [pair for pair in pairs if pair[0] in vocab and pair[1] in vocab]
-    known.sort(key=lambda pair: (-scores["".join(pair)], vocab[pair[0]], vocab[pair[1]]))
-    return Tokenizer(models.BPE(vocab=vocab, merges=known))  # as SentencePiece merges: by score
-
-
-def scores_of(content: dict[str, Any]) -> dict[str, float]:
-    """A piece's score: minus the rank of the merge that makes it."""
-    return {"".join(merge): -float(i) for i, merge in enumerate(content["merges"], 1)}
+    return tokenizer
 
 
 def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Tokens]:
@@ -108,23 +101,45 @@ def batches(lengths: np.ndarray[Any, Any], first: int) -> Iterator[np.ndarray[An
             pool += 1
 
 
-def optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the layers, AdamW for embeddings and norms."""
+def window_loss(model: Llama, row: Tokens, step: int) -> Tensor:
+    """Nats a token of windows of the row of all molecules, each after END."""
+    starts = np.random.default_rng(step).integers(0, len(row) - WINDOW - 1, WINDOWS)
+    windows = np.stack([row[i : i + WINDOW + 1] for i in starts]).astype(np.int64)
+    tokens = torch.from_numpy(windows).to(DEVICE)
+    return loss_of(model, tokens[:, :-1], tokens[:, 1:])
+
+
+def loss_of(model: Llama, inputs: Tensor, targets: Tensor) -> Tensor:
+    """Mean nats a token."""
+    with torch.autocast(DEVICE, torch.bfloat16):
+        logits = model(inputs)
+    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=NOTHING)
+
+
+def muon_and_adam(model: nn.Module, share: float = 1.0) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the layers, AdamW for embeddings and norms; a share of the rates."""
     named = dict(model.named_parameters())
     matrices = {name: weight for name, weight in named.items() if weight.ndim == 2}
     matrices.pop("token_embd.weight")
     others = [weight for name, weight in named.items() if name not in matrices]
     return [
-        torch.optim.Muon(matrices.values(), lr=MUON_RATE, weight_decay=0.01),
-        torch.optim.AdamW(others, lr=ADAM_RATE, betas=(0.9, 0.95), weight_decay=0.0),
+        torch.optim.Muon(matrices.values(), lr=share * MUON_RATE, weight_decay=0.01),
+        torch.optim.AdamW(others, lr=share * ADAM_RATE, betas=(0.9, 0.95), weight_decay=0.0),
     ]
 
 
 def train(
-    model: Llama, rows: Sequence[Tokens], steps: int, checkpoint: Path
+    model: Llama,
+    optimizing: Sequence[torch.optim.Optimizer],
+    loss_at: Callable[[int], Tensor],
+    scale_at: Callable[[float], float],
+    steps: int,
+    checkpoint: Path,
 ) -> list[tuple[int, float]]:
-    """The loss curve: (step, mean nats a token over the 50 steps before)."""
-    optimizing = optimizers(model)
+    """The loss curve: (step, mean loss of the 50 steps before).
+
+    `loss_at` is called with each step in turn, `scale_at` with the share of them that is done.
+    """
     rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizing]
     done, curve = 0, []
     if checkpoint.exists():
@@ -135,18 +150,12 @@ def train(
         done, curve = state["step"], state["curve"]
         say(f"going on from step {done}")
     total = 0.0
-    drawn = batches(np.array([len(row) for row in rows]), done)
     with progress_bar() as progress:
         for step in range(done, steps):
-            scale = min(1.0, (step + 1) / WARMUP, 2 * (steps - step) / steps)
+            scale = min(1.0, (step + 1) / 100) * scale_at(step / steps)
             for optimizer, rate in zip(optimizing, rates, strict=True):
                 optimizer.param_groups[0]["lr"] = rate * scale
-            inputs, targets = padded([rows[i] for i in next(drawn)])
-            with torch.autocast(DEVICE, torch.bfloat16):
-                logits = model(inputs)
-            loss = F.cross_entropy(
-                logits.float().flatten(0, 1), targets.flatten(), ignore_index=NOTHING
-            )
+            loss = loss_at(step)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer in optimizing:
@@ -162,6 +171,65 @@ def train(
                 checkpoint.with_suffix(".new").replace(checkpoint)
             progress(step + 1, steps, f"loss {float(loss.detach()):.3f}")
     return curve
+
+
+def begin(
+    model: Llama, rows: Sequence[Tokens], steps: int, folder: Path
+) -> list[tuple[int, float]]:
+    """The first stage: AdamW and half a cosine."""
+    end = np.zeros(1, np.int16)
+    row = np.concatenate([part for molecule in rows for part in (end, molecule)])
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=WINDOW_RATE, betas=(0.9, 0.95), weight_decay=0.1
+    )
+    return train(
+        model,
+        [optimizer],
+        lambda step: window_loss(model, row, step),
+        lambda share: max(0.02, 0.5 + 0.5 * math.cos(math.pi * share)),
+        steps,
+        folder / "begun.pt",
+    )
+
+
+def finish(
+    model: Llama, rows: Sequence[Tokens], steps: int, folder: Path
+) -> list[tuple[int, float]]:
+    """The second stage: Muon, whose rate falls in a line to zero over the last two thirds."""
+    lengths = np.array([len(row) for row in rows])
+    drawn: list[Iterator[Any]] = []
+
+    def loss_at(step: int) -> Tensor:
+        if not drawn:  # from where a run goes on
+            drawn.append(batches(lengths, step))
+        return loss_of(model, *padded([rows[i] for i in next(drawn[0])]))
+
+    return train(
+        model,
+        muon_and_adam(model),
+        loss_at,
+        lambda share: min(1.0, 1.5 * (1 - share)),
+        steps,
+        folder / "checkpoint.pt",
+    )
+
+
+@torch.no_grad()
+def read_gguf(path: Path, model: Llama) -> None:
+    """Take the weights of a GGUF that `write_gguf` wrote; tokens that it lacks stay as they are."""
+    weights = {tensor.name: tensor.data for tensor in gguf.GGUFReader(path).tensors}
+    for name, target in model.state_dict().items():
+        values = np.array(weights[name], np.float32).reshape(-1, *target.shape[1:])
+        for part, count in heads_of(model.shape).items():
+            if f"{part}.weight" in name:
+                pairs = values.reshape(count, -1, 2, values.shape[1])
+                values = pairs.swapaxes(1, 2).reshape(values.shape)
+        target[: len(values)].copy_(torch.from_numpy(values))
+
+
+def heads_of(shape: Shape) -> dict[str, int]:
+    """The matrices whose rows a GGUF has in another order, and their heads."""
+    return {"attn_q": shape.heads, "attn_k": shape.kv_heads}
 
 
 @torch.no_grad()
@@ -208,8 +276,17 @@ def n_gram_nats(
     return np.array(found)
 
 
-def write_gguf(path: Path, model: Llama, tokenizer: Tokenizer) -> None:
-    """The model in fp16 (norms in fp32), rows of q and k in GGUF's order of rotary pairs."""
+def write_gguf(
+    path: Path,
+    model: Llama,
+    tokenizer: Tokenizer,
+    named: Sequence[str] = (),
+    extra: Mapping[str, str] | None = None,
+) -> None:
+    """The model in fp16 (norms in fp32), rows of q and k in GGUF's order of rotary pairs.
+
+    `named` are control tokens after those of the tokenizer, `extra` keys that it has beside.
+    """
     shape = model.shape
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name("SMILES LM")
@@ -224,11 +301,12 @@ def write_gguf(path: Path, model: Llama, tokenizer: Tokenizer) -> None:
     writer.add_rope_freq_base(shape.rope_base)
     writer.add_layer_norm_rms_eps(shape.norm_epsilon)
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
-    write_tokenizer(writer, tokenizer)
-    heads = {"attn_q": shape.heads, "attn_k": shape.kv_heads}
+    write_tokenizer(writer, tokenizer, named)
+    for key, value in (extra or {}).items():
+        writer.add_string(key, value)
     for name, tensor in model.state_dict().items():
         values = tensor.float().cpu().numpy()
-        for part, count in heads.items():
+        for part, count in heads_of(shape).items():
             if f"{part}.weight" in name:
                 halves = values.reshape(count, 2, -1, values.shape[1])
                 values = halves.swapaxes(1, 2).reshape(values.shape)
@@ -239,31 +317,27 @@ def write_gguf(path: Path, model: Llama, tokenizer: Tokenizer) -> None:
     writer.close()
 
 
-def write_tokenizer(writer: gguf.GGUFWriter, tokenizer: Tokenizer) -> None:
-    """BPE as SentencePiece: a piece's score is minus the rank of the merge that makes it."""
+def write_tokenizer(writer: gguf.GGUFWriter, tokenizer: Tokenizer, named: Sequence[str]) -> None:
+    """The tokens and merges."""
     content = json.loads(tokenizer.to_str())["model"]
-    ranks = {"".join(merge): -float(i) for i, merge in enumerate(content["merges"], 1)}
     tokens = sorted(content["vocab"], key=content["vocab"].get)
-    unused = [f"<unused{i}>" for i in range(SHAPE.vocab - len(tokens))]
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list([*tokens, *unused])
-    writer.add_token_scores([ranks.get(token, -1e6) for token in [*tokens, *unused]])
-    normal = [gguf.TokenType.NORMAL] * (len(tokens) - 1)
-    writer.add_token_types(
-        [gguf.TokenType.CONTROL, *normal, *[gguf.TokenType.UNUSED] * len(unused)]
-    )
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    control, normal = gguf.TokenType.CONTROL, [gguf.TokenType.NORMAL] * (len(tokens) - 1)
+    writer.add_token_list([*tokens, *named])
+    writer.add_token_types([control, *normal, *[control] * len(named)])
+    writer.add_token_merges([" ".join(merge) for merge in content["merges"]])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(0)
-    writer.add_unk_token_id(0)
     writer.add_add_bos_token(True)
-    writer.add_add_space_prefix(False)
 
 
 def main() -> None:
     """Train, evaluate, write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--steps", type=int, default=2600)
+    parser.add_argument("--steps", type=int, nargs=2, default=(1200, 1300), metavar="N")
+    parser.add_argument("--begun", type=Path, metavar="FILE.gguf")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     texts, test = molecules("train"), molecules("test")
@@ -272,10 +346,16 @@ def main() -> None:
     judged = [test[i] for i in rng.choice(len(test), 2000, replace=False)]
     tokenizer = train_tokenizer(texts[:200_000])
     rows = encode(tokenizer, texts)
-    say(f"{len(rows)} molecules; {args.steps * BATCH / len(rows):.2f} epochs")
     torch.manual_seed(0)
     model = Llama(SHAPE).to(DEVICE)
-    curve = train(model, rows, args.steps, args.output / "checkpoint.pt")
+    first, second = args.steps
+    curves = []
+    if args.begun is not None:
+        read_gguf(args.begun, model)
+        say(f"begins at {nats_per_molecule(model, encode(tokenizer, judged)).mean():.3f} nats")
+    else:
+        curves.append(begin(model, rows, first, args.output))
+    curves.append(finish(model, rows, second, args.output))
     model.eval().half().float()  # judged as it is stored
     path = args.output / "smiles-lm.gguf"
     write_gguf(path, model, tokenizer)
@@ -286,12 +366,13 @@ def main() -> None:
     card = {
         "parameters": parameters(model),
         "steps": args.steps,
-        "molecules_seen": args.steps * BATCH,
+        "tokens_of_the_first_stage": first * WINDOWS * WINDOW,
+        "molecules_of_the_second_stage": second * BATCH,
         "tokens_a_molecule": round(float(np.mean([len(row) + 1 for row in rows])), 2),
         "test_nats_per_molecule": round(float(own.mean()), 3),
         "test_nats_per_molecule_se": round(float(own.std() / math.sqrt(len(own))), 3),
         "ten_gram_nats_per_molecule": round(float(baseline.mean()), 3),
-        "loss_curve": curve,
+        "loss_curve": curves,
     }
     write_card(args.output / "card.json", card)
 

@@ -23,11 +23,15 @@ class Reply:
     text: str = ""
     choices: list[Choice] = field(default_factory=list)
     """The tokens with their log-probabilities, where those were asked for."""
+    properties: dict[str, float] = field(default_factory=dict)
+    """What the model's second head says of the whole text, where it has one."""
     stop_reason: str | None = None
     """`eos`, `stop` (a stop string) or `length`."""
 
     def to_json(self) -> dict[str, Any]:
-        """Text, tokens and stop reason; `logprobs`, a mapping per token, where asked for."""
+        """Text, tokens and stop reason; `logprobs`, a mapping per token, where asked for;
+        `properties` where the model says any.
+        """
         logprobs = [
             {
                 "token": choice.token,
@@ -37,6 +41,7 @@ class Reply:
             for choice in self.choices
         ]
         said = {"text": self.text, "tokens": self.tokens, "stop_reason": self.stop_reason}
+        said |= {"properties": self.properties} if self.properties else {}
         return said | ({"logprobs": logprobs} if logprobs else {})
 
     def push(self, choice: Choice) -> str:
