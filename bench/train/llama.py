@@ -61,7 +61,9 @@ class Layer(nn.Module):
             self.add_module(name, nn.Linear(inner, outer, bias=False))
         self.attn_norm, self.ffn_norm = Norm(shape), Norm(shape)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, past: list[Tensor] | None = None
+    ) -> Tensor:
         n, length, width = x.shape
         groups = self.shape.heads // self.shape.kv_heads
         y = self.attn_norm(x)
@@ -69,9 +71,14 @@ class Layer(nn.Module):
             project(y).view(n, length, -1, self.shape.head_width).transpose(1, 2)
             for project in (self.attn_q, self.attn_k, self.attn_v)
         )
-        q, k = turned(q, cos, sin), turned(k, cos, sin).repeat_interleave(groups, 1)
+        q, k = turned(q, cos, sin), turned(k, cos, sin)
+        if past is not None:
+            if past:
+                k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
+            past[:] = k, v
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
         scores = q @ k.transpose(-1, -2) * self.shape.head_width**-0.5 + mask
-        y = scores.softmax(-1).to(v.dtype) @ v.repeat_interleave(groups, 1)
+        y = scores.softmax(-1).to(v.dtype) @ v
         x = x + self.attn_output(y.transpose(1, 2).reshape(n, length, width))
         y = self.ffn_norm(x)
         return x + self.ffn_down(F.silu(self.ffn_gate(y)) * self.ffn_up(y))
@@ -111,6 +118,27 @@ class Llama(nn.Module):
         for layer in self.blk:
             x = layer(x, cos, sin, mask)
         return self.output_norm(x)
+
+    @torch.no_grad()
+    def draw(self, count: int, longest: int) -> list[list[int]]:
+        """Sequences between two tokens 0, at temperature 1; what has not ended by then is cut."""
+        token = torch.zeros(count, 1, dtype=torch.int64, device=self.cos.device)
+        pasts: list[list[Tensor]] = [[] for _ in self.blk]
+        drawn, mask = [], torch.zeros(1, 1, device=token.device)
+        for place in range(longest):
+            x = self.token_embd(token)
+            if torch.is_autocast_enabled(x.device.type):
+                x = x.bfloat16()
+            cos, sin = (table[place : place + 1].to(x.dtype) for table in (self.cos, self.sin))
+            for layer, past in zip(self.blk, pasts, strict=True):
+                x = layer(x, cos, sin, mask.to(x.dtype), past)
+            logits = F.linear(self.output_norm(x), self.token_embd.weight)[:, 0].float()
+            token = torch.multinomial(logits.softmax(-1), 1)
+            drawn.append(token)
+            if bool((torch.cat(drawn, 1) == 0).any(1).all()):
+                break
+        rows = torch.cat(drawn, 1).tolist()
+        return [row[: row.index(0)] if 0 in row else row for row in rows]
 
     def forward(self, tokens: Tensor) -> Tensor:
         return F.linear(self.hidden(tokens), self.token_embd.weight)

@@ -3,9 +3,10 @@
 A llama-shaped decoder of 5.6M parameters on the 1.58M SMILES strings of MOSES (Polykovskiy et al.
 2020), written as an fp16 GGUF that `leangen export` takes (the package has it as .xz), with its
 figures beside it as JSON. Two stages: AdamW over windows of all molecules in one row, then Muon
-(Jordan et al. 2024) over whole molecules, each alone in its context as it is when one is drawn.
+(Jordan et al. 2024) over whole molecules, each alone in its context as it is when one is drawn, and
+over molecules of the model's own, with a reward where rdkit can read them.
 
-Needs `pip install 'leangen[export]'`; fixed seeds, on a GPU when there is one. It may be
+Needs `pip install 'leangen[export]' rdkit`; fixed seeds, on a GPU when there is one. It may be
 interrupted: the next run goes on from the checkpoint in DIR. `--begun FILE.gguf` leaves the first
 stage out and starts the second from a GGUF that this script wrote.
 """
@@ -26,6 +27,7 @@ import gguf
 import numpy as np
 import torch
 from llama import Llama, Shape
+from rdkit import Chem, RDLogger
 from shared import DEVICE, parameters, write_card
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
@@ -37,7 +39,8 @@ from leangen.store import Store
 END = "<|end|>"  # begins and ends every molecule
 SHAPE = Shape(vocab=512)
 WINDOW, WINDOWS = 96, 64  # tokens of a window, and windows of a step of the first stage
-BATCH, POOL = 96, 16  # molecules of a step, and steps whose molecules are sorted by length
+BATCH, POOL = 64, 16  # molecules of a step, and steps whose molecules are sorted by length
+OWN, DRAWN, REWARD = 32, 256, 1.0  # the model's own in a step, drawn at once, and their weight
 WINDOW_RATE, MUON_RATE, ADAM_RATE = 3e-3, 0.01, 1e-3
 NOTHING = -100  # where there is nothing to predict
 Tokens = np.ndarray[Any, np.dtype[np.int16]]
@@ -192,23 +195,55 @@ def begin(
     )
 
 
+class Judged:
+    """Molecules of the model's own, of which some are none: rdkit cannot read them.
+
+    Beside the likelihood of real molecules, that of its own is raised where they are valid and
+    lowered where not (REINFORCE, Williams 1992): by how far they are from the share that is valid.
+    """
+
+    def __init__(self, model: Llama, tokenizer: Tokenizer) -> None:
+        self._model, self._tokenizer = model, tokenizer
+        self._drawn: list[list[int]] = []
+        self._valid: list[float] = []
+
+    def take(self, count: int, seed: int) -> tuple[list[list[int]], Tensor]:
+        """So many of them, and the weight of each one's negative log-likelihood."""
+        if len(self._drawn) < count:
+            torch.manual_seed(seed)
+            with torch.autocast(DEVICE, torch.bfloat16):
+                drawn = self._model.draw(DRAWN, longest=60)
+            self._drawn = [row for row in drawn if row]
+            texts = ["".join(map(self._tokenizer.id_to_token, row)) for row in self._drawn]
+            self._valid = [float(Chem.MolFromSmiles(text) is not None) for text in texts]
+            self._share = sum(self._valid) / len(self._valid)
+            say(f"step {seed}: {self._share:.1%} of {len(self._valid)} valid")
+        rows, valid = self._drawn[:count], torch.tensor(self._valid[:count])
+        del self._drawn[:count], self._valid[:count]
+        return rows, valid - self._share
+
+
 def finish(
-    model: Llama, rows: Sequence[Tokens], steps: int, folder: Path
+    model: Llama, tokenizer: Tokenizer, rows: Sequence[Tokens], steps: int, folder: Path
 ) -> list[tuple[int, float]]:
-    """The second stage: Muon, whose rate falls in a line to zero over the last two thirds."""
+    """The second stage: Muon, whose rate falls in a line to zero; real molecules and its own."""
     lengths = np.array([len(row) for row in rows])
     drawn: list[Iterator[Any]] = []
+    judged = Judged(model, tokenizer)
 
     def loss_at(step: int) -> Tensor:
         if not drawn:  # from where a run goes on
             drawn.append(batches(lengths, step))
-        return loss_of(model, *padded([rows[i] for i in next(drawn[0])]))
+        own, weights = judged.take(OWN, step)
+        real = [rows[i] for i in next(drawn[0])]
+        reward = (weights * nats_of(model, own)).sum()
+        return (nats_of(model, real).sum() + REWARD * reward) / sum(len(row) + 1 for row in real)
 
     return train(
         model,
         muon_and_adam(model),
         loss_at,
-        lambda share: min(1.0, 1.5 * (1 - share)),
+        lambda share: 1 - share,
         steps,
         folder / "checkpoint.pt",
     )
@@ -230,6 +265,14 @@ def read_gguf(path: Path, model: Llama) -> None:
 def heads_of(shape: Shape) -> dict[str, int]:
     """The matrices whose rows a GGUF has in another order, and their heads."""
     return {"attn_q": shape.heads, "attn_k": shape.kv_heads}
+
+
+def nats_of(model: Llama, rows: Sequence[Sequence[int] | Tokens]) -> Tensor:
+    """Negative log-likelihood of each molecule with its END."""
+    inputs, targets = padded(rows)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        logits = model(inputs).float().transpose(1, 2)
+    return F.cross_entropy(logits, targets, ignore_index=NOTHING, reduction="none").sum(1)
 
 
 @torch.no_grad()
@@ -336,10 +379,11 @@ def main() -> None:
     """Train, evaluate, write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--steps", type=int, nargs=2, default=(1200, 1300), metavar="N")
+    parser.add_argument("--steps", type=int, nargs=2, default=(1200, 160), metavar="N")
     parser.add_argument("--begun", type=Path, metavar="FILE.gguf")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
+    RDLogger.DisableLog("rdApp.*")
     texts, test = molecules("train"), molecules("test")
     rng = np.random.default_rng(0)
     texts = [texts[i] for i in rng.permutation(len(texts))]
@@ -355,7 +399,7 @@ def main() -> None:
         say(f"begins at {nats_per_molecule(model, encode(tokenizer, judged)).mean():.3f} nats")
     else:
         curves.append(begin(model, rows, first, args.output))
-    curves.append(finish(model, rows, second, args.output))
+    curves.append(finish(model, tokenizer, rows, second, args.output))
     model.eval().half().float()  # judged as it is stored
     path = args.output / "smiles-lm.gguf"
     write_gguf(path, model, tokenizer)
