@@ -40,7 +40,7 @@ END = "<|end|>"  # begins and ends every molecule
 SHAPE = Shape(vocab=512)
 WINDOW, WINDOWS = 96, 64  # tokens of a window, and windows of a step of the first stage
 BATCH, POOL = 64, 16  # molecules of a step, and steps whose molecules are sorted by length
-OWN, DRAWN, REWARD = 32, 256, 1.0  # the model's own in a step, drawn at once, and their weight
+OWN, DRAWN, REWARD = 32, 256, 3.0  # the model's own in a step, drawn at once, and their weight
 WINDOW_RATE, MUON_RATE, ADAM_RATE = 3e-3, 0.01, 1e-3
 NOTHING = -100  # where there is nothing to predict
 Tokens = np.ndarray[Any, np.dtype[np.int16]]
@@ -379,7 +379,7 @@ def main() -> None:
     """Train, evaluate, write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--steps", type=int, nargs=2, default=(1200, 160), metavar="N")
+    parser.add_argument("--steps", type=int, nargs=2, default=(1200, 300), metavar="N")
     parser.add_argument("--begun", type=Path, metavar="FILE.gguf")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)

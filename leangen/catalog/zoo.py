@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from leangen.catalog.clothes import LABEL, PIXELS
 from leangen.catalog.sources import Entry, Packaged, gguf_forms
 
 ENTRIES = (
@@ -17,5 +18,49 @@ ENTRIES = (
         ),
         exporter="gguf",
         **gguf_forms("F16"),
+    ),
+    Entry(
+        name="smiles-joint",
+        family="language",
+        summary="smiles-lm that also says a molecule's logP and QED; bench/train/smiles_joint.py",
+        source=Packaged(
+            filename="smiles-joint.gguf.xz",
+            sha256="JOINT_SHA",
+            size_bytes=0,
+            licence="MIT (weights; data MOSES, MIT)",
+            distribution="leangen-zoo",
+        ),
+        exporter="gguf",
+        **gguf_forms("F16"),
+    ),
+    Entry(
+        name="fashion-gpt",
+        family="autoregressive",
+        summary="ImageGPT of 0.8M parameters, 14 x 14 clothes by label; bench/train/fashion_gpt.py",
+        source=Packaged(
+            filename="fashion-gpt.tar.xz",
+            sha256="GPT_SHA",
+            size_bytes=0,
+            licence="MIT (weights; data Fashion-MNIST, MIT)",
+            distribution="leangen-zoo",
+        ),
+        exporter="imagegpt",
+        forms={"fp32": {}},
+    ),
+    Entry(
+        name="fashion-pixelcnn",
+        family="autoregressive",
+        summary="gated PixelCNN, 28 x 28 clothes in 256 greys; bench/train/fashion_pixelcnn.py",
+        source=Packaged(
+            filename="fashion-pixelcnn.onnx.xz",
+            sha256="CNN_SHA",
+            size_bytes=0,
+            licence="MIT (weights; data Fashion-MNIST, MIT)",
+            distribution="leangen-zoo",
+        ),
+        exporter="onnx",
+        forms={
+            "fp32": {"family": "autoregressive", "conditions": {"label": LABEL}, "range": PIXELS}
+        },
     ),
 )
