@@ -45,8 +45,8 @@ class Result:
         return self.output.tokens
 
     @property
-    def properties(self) -> Mapping[str, float] | None:
-        """What a model with a second head says of the text it made (language)."""
+    def properties(self) -> Mapping[str, Any] | None:
+        """What a model with a second head says of its text: `value` and `error` by name."""
         samples = self.output.extra.get("samples")
         return samples[0].properties or None if samples else None
 

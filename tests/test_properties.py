@@ -29,10 +29,12 @@ def test_a_second_head_is_read_once_the_text_has_ended(tmp_path):
     for reply in result.output.extra["samples"]:
         assert reply.stop_reason == "eos"
         again = properties.of_tokens(session, [*start, *reply.tokens])
-        assert reply.to_json()["properties"] == pytest.approx(again, abs=1e-5)
+        for name, said in reply.to_json()["properties"].items():
+            assert said == {"value": pytest.approx(again[name].value, abs=1e-5), "error": 0.125}
     assert result.properties == result.output.extra["samples"][0].properties
     assert "properties" in [step.kind for step in result.receipt.energy.steps]
-    assert properties.told(bundle.config, {"x": 1.5}).startswith("x 1.50 ± 0.12 (mean absolute")
+    said = {"x": properties.Property(1.5, 0.125)}
+    assert properties.told(said) == "x 1.50 ± 0.12 (mean absolute error on held-out texts)"
     cut = engine.generate(tokens=start, max_new_tokens=1, logit_bias={end: -1e6})
     assert cut.properties is None and "properties" not in cut.output.extra["samples"][0].to_json()
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-JUDGED = 1000  # of the test set, the first so many
+JUDGED = 500  # of the test set, the first so many
 Array = np.ndarray[Any, Any]
 
 

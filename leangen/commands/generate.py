@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
         print()
     for reply in result.output.extra.get("samples", ()):
         if reply.properties:
-            print(properties.told(engine.bundle.config, reply.properties))
+            print(properties.told(reply.properties))
     if saved is not None:
         print(saved)
     say(report.summary(result.receipt))

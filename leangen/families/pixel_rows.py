@@ -115,23 +115,25 @@ def logits(
     config = session.bundle.config
     rows = np.asarray(tokens, np.int64).reshape(1, *config["size"])
     found = _Rows(session, request or judged(config, seed), 1).logits(rows)
-    return found.reshape(-1, config["levels"])
+    scored: Array = found.reshape(-1, config["levels"])
+    return scored
 
 
 def nearest(config: Mapping[str, Any], image: Any) -> Array:
     """The levels [h, w] nearest to an image's; RequestError for another size."""
     low, high = config["range"]
     pixels = imaging.picture(image, (1, *config["size"]), config["range"])[0, 0]
-    levels = np.rint((pixels - low) / (high - low) * (config["levels"] - 1))
-    return np.clip(levels, 0, config["levels"] - 1).astype(np.int64)
+    places = np.rint((pixels - low) / (high - low) * (config["levels"] - 1))
+    found: Array = np.clip(places, 0, config["levels"] - 1).astype(np.int64)
+    return found
 
 
 def values(config: Mapping[str, Any], levels: Array) -> Array:
     """The values of levels, float32."""
     low, high = config["range"]
-    return np.float32(low) + levels.astype(np.float32) * np.float32(
-        (high - low) / (config["levels"] - 1)
-    )
+    table = np.linspace(low, high, config["levels"], dtype=np.float32)
+    found: Array = table[levels]
+    return found
 
 
 def calibration_requests(session: Session) -> list[Request]:

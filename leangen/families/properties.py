@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -44,22 +45,32 @@ def from_metadata(metadata: Mapping[str, Any], vocab: int) -> dict[str, Any]:
     return {"properties": found}
 
 
-def values(config: Mapping[str, Any], logits: Floats) -> dict[str, float]:
-    """The values by name, from the logits [vocab] after the end token."""
+@dataclass(frozen=True, slots=True)
+class Property:
+    """What is said of one text."""
+
+    value: float
+    error: float
+    """The mean absolute error on held-out texts."""
+
+
+def values(config: Mapping[str, Any], logits: Floats) -> dict[str, Property]:
+    """The properties by name, from the logits [vocab] after the end token."""
     return {
-        name: float(entry["mean"] + entry["scale"] * logits[entry["token"]])
+        name: Property(
+            float(entry["mean"] + entry["scale"] * logits[entry["token"]]), entry["error"]
+        )
         for name, entry in config["properties"].items()
     }
 
 
-def of_tokens(session: Session, tokens: Sequence[int]) -> dict[str, float]:
-    """The values of a whole text: its start token, itself, its end token."""
+def of_tokens(session: Session, tokens: Sequence[int]) -> dict[str, Property]:
+    """The properties of a whole text: its start token, itself, its end token."""
     with Decoder(session, len(tokens)) as decoder:
         return values(session.bundle.config, decoder.feed(tokens))
 
 
-def told(config: Mapping[str, Any], found: Mapping[str, float]) -> str:
-    """The values as one line, each with the error it had on held-out texts."""
-    errors = {name: entry["error"] for name, entry in config["properties"].items()}
-    each = ", ".join(f"{name} {value:.2f} ± {errors[name]:.2f}" for name, value in found.items())
+def told(found: Mapping[str, Property]) -> str:
+    """The properties as one line, each with its error."""
+    each = ", ".join(f"{name} {said.value:.2f} ± {said.error:.2f}" for name, said in found.items())
     return f"{each} (mean absolute error on held-out texts)"
