@@ -12,7 +12,7 @@ from leangen.budget import Budget, Guard
 from leangen.console import Progress, say
 from leangen.engine import BASELINE_S, Engine
 from leangen.ledger import Ledger
-from leangen.session import Activations, Kernels, Session
+from leangen.session import Activations, Kernels, KeysValues, Session
 from leangen.store import Store
 
 P = ParamSpec("P")
@@ -39,6 +39,7 @@ def load_model(
     threads: int | None = None,
     activations: Activations = "int8",
     kernels: Kernels = "auto",
+    kv: KeysValues | None = None,
     home: Path | None = None,
     ledger: bool = True,
     region: str | None = None,
@@ -55,6 +56,8 @@ def load_model(
     threads: intra-op threads; None chooses by affinity, cgroup and SMT, and says why.
     activations: "fp32" computes low-bit layers without rounding activations (slower).
     kernels: "ort" keeps to ONNX Runtime's own, for comparison; else leangen's run where they fit.
+    kv: how a language model's keys and values are kept, fp32, fp16 or int8; None is as its scheme
+        says, else fp16, where leangen's kernels run it (ONNX Runtime's keep fp32).
     home: the store; None is `$LEANGEN_HOME` or the platform's cache folder.
     ledger: keep the receipt of every generation in the store's ledger.
     region: whose grid the carbon figure assumes; None is `$LEANGEN_REGION` or the world's mean.
@@ -79,7 +82,7 @@ def load_model(
     footprint = carbon.footprint(region, intensity=intensity, embodied=embodied)
     store = Store(home)
     bundle = store.resolve(str(ref), notify=say, progress=progress)
-    session = Session(bundle, threads=threads, activations=activations, kernels=kernels)
+    session = Session(bundle, threads=threads, activations=activations, kernels=kernels, kv=kv)
     book = Ledger(store.ledger_path)
     budgets = (budget,) if isinstance(budget, Budget) else tuple(budget)
     return Engine(

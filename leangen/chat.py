@@ -21,6 +21,7 @@ def run(args: argparse.Namespace) -> int:
         embodied=args.embodied,
         activations=args.activations,
         kernels=args.kernels,
+        kv=args.kv,
         tag="chat",
     )
     if engine.bundle.family != "language":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,7 @@ class Graph:
         self._stored = {tensor.name: tensor for tensor in self.model.graph.initializer}
         self._added: dict[str, Array] = {}
         self._shared: dict[bytes, str] = {}
-        self._factors: dict[str, list[Array]] = {}
+        self._changes: dict[str, list[Callable[[Array], Array]]] = {}
 
     @property
     def opset(self) -> int:
@@ -113,17 +113,22 @@ class Graph:
         return kind
 
     def array(self, name: str) -> Array:
-        """A constant's values; memory-mapped when they are external data and not rescaled."""
+        """A constant's values; memory-mapped when they are external data and not changed."""
         array = self._read(name)
-        for factors in self._factors.get(name, ()):
-            array = (array * factors).astype(array.dtype)
+        for change in self._changes.get(name, ()):
+            array = change(array).astype(array.dtype, copy=False)
         return array
+
+    def change(self, name: str, change: Callable[[Array], Array]) -> None:
+        """Let a constant be what `change` makes of it, whenever it is read from now on."""
+        self._changes.setdefault(name, []).append(change)
 
     def rescale(self, name: str, axis: int, factors: Array) -> None:
         """Multiply a float constant by factors along an axis, whenever it is read from now on."""
         shape = [1] * len(self.shape(name))
         shape[axis] = len(factors)
-        self._factors.setdefault(name, []).append(np.asarray(factors, np.float32).reshape(shape))
+        by = np.asarray(factors, np.float32).reshape(shape)
+        self.change(name, lambda array: array * by)
 
     def _read(self, name: str) -> Array:
         if name in self._added:
@@ -228,7 +233,7 @@ class Graph:
         if (
             stored is not None
             and stored.data_location != TensorProto.EXTERNAL
-            and name not in self._factors
+            and name not in self._changes
         ):
             inline = stored.ByteSize() < _INLINE_BYTES
             if inline or stored.data_type not in _DTYPES.values():

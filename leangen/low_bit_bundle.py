@@ -96,7 +96,7 @@ def write(
             results[role] = _write(planned[role], target, note)
             if family_recipes.of(bundle).measured:
                 results[role].relative_rmse = _rmse(bundle, role, target, feeds[role])
-        _copy_assets(bundle, draft.folder)
+        copy_assets(bundle, draft.folder)
         draft.name, draft.family, draft.scheme = bundle.name, bundle.family, scheme
         draft.graphs, draft.config = dict(bundle.graphs), {**bundle.config, **(config or {})}
         draft.source = dict(bundle.source)
@@ -200,7 +200,7 @@ def _describe(
     }
 
 
-def _copy_assets(bundle: Bundle, folder: Path) -> None:
+def copy_assets(bundle: Bundle, folder: Path) -> None:
     """Every file but the graphs, their weights and the probe: tokenizer, phoneme map ..."""
     left = {probe.FILE, *bundle.graphs.values()} | {
         str((Path(name).parent / location).as_posix())

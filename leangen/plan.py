@@ -13,6 +13,9 @@ from leangen.precision import HALVES, Precision
 from leangen.sites import Site
 from leangen.treatments import Rounding, Treatments
 
+HEAD = "/lm_head"
+"""What an exporter calls a language model's output head, and what it puts before it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Choice:
@@ -37,7 +40,11 @@ def uniform(
     low, eight = f"matmul{precision.code}{only}", f"matmul8{only}"
     choices = {}
     for site in sites:
-        head = site.weight in shared or bool(outputs & set(site.node.output))
+        head = (
+            site.weight in shared
+            or bool(outputs & set(site.node.output))
+            or site.node.name.startswith(HEAD)
+        )
         if precision.scheme in HALVES:
             wanted = [f"gather{precision.code}", f"w{precision.code}"]
             reason = f"{site.kind} layer of an {precision.scheme} bundle, computed as fp32"

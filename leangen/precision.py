@@ -1,11 +1,13 @@
 """How a low precision is written: the scheme, then what differs from its defaults.
 
-    SCHEME[-asym][-gN][-rN][-wo][-e4][-METHOD]     int8   int4-g128   int4-asym-g64-gptq   nf4
+    SCHEME[-asym][-gN][-rN][-wo][-e4][-kvN][-rot][-METHOD]   int8   int4-g128-rot-gptq   int4-kv8
 
 `-asym` gives integer codes a zero point per block, `-gN` sets how many weights share a scale,
 `-rN` keeps a part of rank N of each weight in half precision, so that codes hold but the rest,
 `-wo` quantizes weights only (activations stay fp32), `-e4` takes embedding and output head to 4
-bits as well (they keep 8 otherwise), METHOD says how weights are rounded (by the scheme's own
+bits as well (they keep 8 otherwise), `-kvN` keeps keys and values in N bits (8, 16 or 32) where
+leangen's kernels run, `-rot` rotates a language model's weights first (`leangen.rotation`), METHOD
+says how weights are rounded (by the scheme's own
 search, `rtn`, unless the model's family has a usual method).
 """
 
@@ -21,9 +23,11 @@ from leangen.schemes import SCHEMES
 LARGEST_RANK = 256
 GROUPS = (16, 32, 64, 128, 256)
 HALVES = ("fp16", "bf16")
+FORM = "SCHEME[-asym][-gN][-rN][-wo][-e4][-kvN][-rot][-METHOD]"
+_KV = {"8": "int8", "16": "fp16", "32": "fp32"}
 _TEXT = re.compile(
     r"(?P<scheme>[a-z]+\d+)(?P<asym>-asym)?(?:-g(?P<group>\d+))?(?:-r(?P<rank>\d+))?"
-    r"(?P<wo>-wo)?(?P<e4>-e4)?"
+    r"(?P<wo>-wo)?(?P<e4>-e4)?(?:-kv(?P<kv>8|16|32))?(?P<rot>-rot)?"
     r"(?:-(?P<method>[a-z]+))?"
 )
 
@@ -40,6 +44,10 @@ class Precision:
     weights_only: bool = False
     small_tables: bool = False
     """Embedding and output head at 4 bits, not 8."""
+    kv: str | None = None
+    """How keys and values are kept: `int8`, `fp16`, `fp32`; None: as whoever runs it says."""
+    rotated: bool = False
+    """Whether the weights of a language model are rotated before they are rounded."""
     method: str | None = None
     """How weights are rounded; None: as the model's family does it, the scheme's own as a rule."""
 
@@ -57,6 +65,8 @@ class Precision:
             f"-r{self.rank}" if self.rank else "",
             "-wo" * self.weights_only,
             "-e4" * self.small_tables,
+            f"-kv{self.kv.lstrip('fpint')}" if self.kv else "",
+            "-rot" * self.rotated,
             f"-{self.method}" if self.method else "",
         )
         return self.scheme + "".join(options)
@@ -78,8 +88,7 @@ def parse(text: str, *, method: str | None = None) -> Precision:
         )
     if found is None:
         raise UnknownSchemeError(
-            f"{text!r} is not a precision: expected SCHEME[-asym][-gN][-rN][-wo][-e4][-METHOD], "
-            "such as int4-asym-g128-gptq"
+            f"{text!r} is not a precision: expected {FORM}, such as int4-asym-g128-gptq"
         )
     if method is not None and found["method"] not in (None, method):
         raise UnknownSchemeError(f"{text!r} names its method already: leave out --method {method}")
@@ -90,6 +99,8 @@ def parse(text: str, *, method: str | None = None) -> Precision:
         rank=int(found["rank"] or 0),
         weights_only=bool(found["wo"]),
         small_tables=bool(found["e4"]),
+        kv=_KV.get(found["kv"]),
+        rotated=bool(found["rot"]),
         method=found["method"] or method,
     )
     _check(precision)
@@ -119,9 +130,13 @@ def _check(precision: Precision) -> None:
         without = "-wo: its activations are fp32 already"
     elif precision.small_tables and scheme in (*HALVES, "int8"):
         without = "-e4: that goes with schemes of 4 bits or fewer"
+    elif precision.kv and scheme in HALVES:
+        without = "-kvN: its attention runs on ONNX Runtime's kernels, which keep fp32"
+    elif precision.rotated and scheme in HALVES:
+        without = "-rot: halves lose too little to rounding"
     elif precision.method not in (None, "rtn") and scheme not in methods.SCHEMES:
         without = f"-{precision.method}: methods are for int4, int3 and int2"
     if without is not None:
         plain = replace(precision, asymmetric=False, group=None, rank=0, weights_only=False)
-        plain = replace(plain, small_tables=False, method=None)
+        plain = replace(plain, small_tables=False, kv=None, rotated=False, method=None)
         raise UnknownSchemeError(f"{scheme} has no {without}; use {plain} as it is")

@@ -21,11 +21,12 @@ from leangen import (
     plan,
     plan_measured,
     recorded,
+    rotation,
 )
 from leangen.bundle import Bundle, sha256_file
 from leangen.calibrate import Feeds
 from leangen.console import Progress
-from leangen.errors import LeangenError, RequestError
+from leangen.errors import LeangenError, RequestError, UnknownSchemeError
 from leangen.graph_edit import Graph, Range
 from leangen.low_bit_bundle import Inputs, Note, Planned
 from leangen.moments import Moments
@@ -59,9 +60,31 @@ def quantize(
     `out` exists (unless `replace`) or the disk is full.
     """
     precision = parse(scheme)
+    if precision.kv and ("kv_heads" not in bundle.config or "io" in bundle.config):
+        raise UnknownSchemeError(
+            f"{bundle.name} ({bundle.family}) keeps no keys and values in leangen's own form: "
+            "leave out -kvN"
+        )
     known = recorded.plan(bundle, precision) if data is None else None
     method = method_of(precision, family_recipes.of(bundle).method)
     kept = Folder.beside(out, f"{bundle.digest} {precision} {_identity(data)}")
+    if precision.rotated and bundle.scheme == "fp32":
+        with rotation.rotated(bundle, out) as turned:
+            return _write(turned, precision, method, data, known, kept, out, replace, progress)
+    return _write(bundle, precision, method, data, known, kept, out, replace, progress)
+
+
+def _write(
+    bundle: Bundle,
+    precision: Precision,
+    method: ModuleType,
+    data: Path | None,
+    known: Mapping[str, str] | None,
+    kept: Folder,
+    out: Path,
+    replace: bool,
+    progress: Progress | None,
+) -> Bundle:
 
     def planned(role: str, feeds: Sequence[Feeds], note: Note) -> Planned:
         return _plan(bundle, role, precision, method, feeds, known, kept, note)
@@ -74,6 +97,7 @@ def quantize(
             planned,
             out,
             method=methods.name(method) if precision.scheme in methods.SCHEMES else None,
+            config={"kv": precision.kv} if precision.kv else None,
             replace=replace,
             progress=progress,
         )

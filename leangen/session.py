@@ -16,6 +16,7 @@ from leangen.errors import BundleError, RequestError
 
 Activations = Literal["int8", "fp32"]
 Kernels = Literal["auto", "ort"]
+KeysValues = Literal["fp32", "fp16", "int8"]
 T = TypeVar("T")
 
 # ORT's default lets idle threads spin for about a millisecond after every node; between requests
@@ -28,8 +29,9 @@ class Session:
     """The open graphs of one bundle, and what a family keeps beside them.
 
     `activations="fp32"` computes low-bit linear layers with fp32 activations: slower, for checks
-    that must not see activation rounding. `kernels="ort"` keeps to ONNX Runtime's own. Graphs open
-    on first use; `kernels` and its reason then say what runs them.
+    that must not see activation rounding. `kernels="ort"` keeps to ONNX Runtime's own. `kv` is how
+    a language model's keys and values are kept: as the bundle says, else in fp16, where leangen's
+    kernels run it. Graphs open on first use; `kernels`, `kv` and their reasons then say what runs.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class Session:
         threads: int | None = None,
         activations: Activations = "int8",
         kernels: Kernels = "auto",
+        kv: KeysValues | None = None,
     ) -> None:
         if threads is not None and threads < 1:
             raise RequestError(f"threads is {threads}, expected 1 or more")
@@ -46,7 +49,14 @@ class Session:
             raise RequestError(f"activations is {activations!r}, expected 'int8' or 'fp32'")
         if kernels not in ("auto", "ort"):
             raise RequestError(f"kernels is {kernels!r}, expected 'auto' or 'ort'")
+        if kv not in (None, *lowering.KV_FORMS):
+            raise RequestError(f"kv is {kv!r}, expected {', '.join(lowering.KV_FORMS)}")
+        if kv is not None and "kv_heads" not in bundle.config:
+            raise RequestError(
+                f"{bundle.name} ({bundle.family}) keeps no keys and values: leave out --kv"
+            )
         self.bundle = bundle
+        self._kv, self._kv_reason = _keys_values(bundle, kv, activations)
         tuned = bundle.config.get("run", {})
         self.threads, why = thread_choice.choose(threads)
         if threads is None and "threads" in tuned:
@@ -75,13 +85,15 @@ class Session:
         """
         if role not in self._graphs:
             self._graphs[role] = self._open_lowered(role) or self._open_own(role)
+            self._tell_kv(self._graphs[role])
         return self._graphs[role]
 
     def _open_lowered(self, role: str) -> ort.InferenceSession | None:
         """The graph on leangen's kernels; None where ORT is to run it, and the reason says why."""
         if not self._lower:
             return None
-        lowered, why = lowering.find(self.bundle, role, fp32_activations=self.activations == "fp32")
+        fp32 = self.activations == "fp32"
+        lowered, why = lowering.find(self.bundle, role, fp32_activations=fp32, kv=self._kv)
         graph = None
         if lowered is not None:
             options = self._options()
@@ -97,6 +109,20 @@ class Session:
         by_role = [f"{role}: {reason}" for role, reason in self._kernel_reasons.items()]
         self.reasons["kernels"] = "; ".join(by_role if len(told) > 1 else told)
         return graph
+
+    def _tell_kv(self, graph: ort.InferenceSession) -> None:
+        """Say how an open graph keeps keys and values, if it does."""
+        kinds = (entry.type for entry in graph.get_inputs() if entry.name.startswith("past_key"))
+        kind = next(kinds, None)
+        if kind is None:
+            return
+        kept = {"tensor(float16)": "fp16", "tensor(int8)": "int8"}.get(kind, "fp32")
+        self.reasons["kv"] = f"{kept}: {self._kv_reason}"
+        if kept != self._kv:
+            self.reasons["kv"] = (
+                f"{kept}: ONNX Runtime's attention runs, which keeps no {self._kv} "
+                f"({self._kv_reason})"
+            )
 
     def _open_own(self, role: str) -> ort.InferenceSession:
         path, options = self.bundle.graph(role), self._options()
@@ -133,6 +159,20 @@ class Session:
         if key not in self._kept:
             self._kept[key] = build()
         return cast(T, self._kept[key])
+
+
+def _keys_values(
+    bundle: Bundle, asked: KeysValues | None, activations: Activations
+) -> tuple[str, str]:
+    """How keys and values are to be kept, and why."""
+    if asked is not None:
+        return asked, "asked for"
+    stated = bundle.config.get("kv")
+    if stated in lowering.KV_FORMS:
+        return str(stated), f"the bundle's scheme, {bundle.scheme}"
+    if activations == "fp32":
+        return "fp32", "as activations are"
+    return "fp16", "rounding to 11 bits does not show beside that of activations to 8"
 
 
 def _with_fp32_activations(path: Path, options: ort.SessionOptions) -> bytes:

@@ -7,7 +7,7 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from leangen.lowering import FP32_MODEL, RULES, _lower
+from leangen.lowering import RULES, _lower, file_of
 
 pytestmark = pytest.mark.skipif(
     leangen_kernels.library() is None, reason="no kernels: " + leangen_kernels.status()[1]
@@ -77,7 +77,7 @@ class Graph:
         (folder / "l").mkdir()
         if not _lower(path, folder / "l"):
             return [node.op_type for node in self.nodes]
-        lowered = folder / "l" / FP32_MODEL
+        lowered = folder / "l" / file_of(True, None)
         options = ort.SessionOptions()
         options.log_severity_level = 3
         options.register_custom_ops_library(str(leangen_kernels.library()))

@@ -18,6 +18,7 @@ from leangen.serve.jobs import FairQueue, Job
 from leangen.serve.options import Options
 from leangen.serve.power import PowerCap, cleanest_delay_s
 from leangen.serve.problems import OverloadError
+from leangen.serve.room import TURN_S, Room
 
 
 def job(client="a", priority=0, **more):
@@ -80,6 +81,37 @@ def test_a_full_queue_and_what_waits_for_its_hour():
     [gone] = queue.drop(100)
     assert gone.deadline_ns == 90
     assert queue.take(500) is later
+
+
+class Guest:
+    """A model with work to do, of 100 bytes."""
+
+    memory_bytes, idle, last_used_ns = 100, False, 0
+
+    def __init__(self):
+        self.told = []
+
+    def release(self):
+        self.told.append("release")
+
+    def nudge(self):
+        self.told.append("nudge")
+
+
+def test_a_model_whose_loading_outlasts_a_turn_has_its_turn_nevertheless(monkeypatch):
+    now_ns = [0]
+    monkeypatch.setattr(clock, "monotonic_ns", lambda: now_ns[0])
+    first, second = Guest(), Guest()
+    room = Room(150)
+    assert room.enter(first)
+    now_ns[0] += 60 * 10**9  # it is still being loaded
+    assert not room.enter(second) and first.told == []
+    room.loaded(first)
+    assert not room.enter(second) and first.told == []
+    now_ns[0] += int(TURN_S * 1e9)
+    assert not room.enter(second) and first.told == ["release"]
+    room.leave(first)
+    assert second.told == ["nudge"] and room.enter(second)
 
 
 def test_a_power_cap_holds_the_mean(monkeypatch):

@@ -45,6 +45,7 @@ def run(args: argparse.Namespace) -> int:
         threads=args.threads,
         activations=args.activations,
         kernels=args.kernels,
+        kv=args.kv,
         region=args.region,
         meter=args.meter,
         intensity=args.intensity,

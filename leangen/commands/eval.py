@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-from leangen.commands.options import json_and_threads
+from leangen.commands.options import json_and_threads, kv_option
 from leangen.commands.task import reference_of, task_of, task_options
 from leangen.console import print_json, progress_bar, say, table, with_u
 
@@ -28,6 +28,7 @@ def declare(add: Callable[..., argparse.ArgumentParser]) -> None:
     group.add_argument("--limit", type=int, metavar="N", help="questions of each task")
     group.add_argument("--few-shot", type=int, metavar="N", help="worked examples before each")
     group.add_argument("--chat", action="store_true", help="ask through the chat template")
+    kv_option(sub)
     json_and_threads(sub)
 
 
@@ -44,7 +45,10 @@ def run(args: argparse.Namespace) -> int:
         reference = store.resolve(
             reference_of(candidate, args.reference), notify=say, progress=progress
         )
-        sessions = [Session(bundle, threads=args.threads) for bundle in (candidate, reference)]
+        sessions = [
+            Session(candidate, threads=args.threads, kv=args.kv),
+            Session(reference, threads=args.threads),
+        ]
         if args.tasks is None:
             task = task_of(args, store, candidate, progress)
             (found,) = quality.evaluate(sessions[:1], sessions[1], task, progress)

@@ -47,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
         tag=args.tag,
         activations=args.activations,
         kernels=args.kernels,
+        kv=args.kv,
         meter=args.meter,
     )
     if args.output is not None:

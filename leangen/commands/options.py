@@ -48,6 +48,17 @@ def run_options(sub: argparse.ArgumentParser, *, as_json: bool = True) -> None:
         default="auto",
         help="ort: ONNX Runtime's own, for comparison; default: leangen's where they fit",
     )
+    kv_option(sub)
+
+
+def kv_option(sub: argparse.ArgumentParser) -> None:
+    """`--kv`."""
+    sub.add_argument(
+        "--kv",
+        choices=("fp32", "fp16", "int8"),
+        help="language: how keys and values are kept on leangen's kernels; default: as the scheme "
+        "says, else fp16",
+    )
 
 
 def on_every_machine(sub: argparse.ArgumentParser) -> None:

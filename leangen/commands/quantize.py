@@ -23,10 +23,11 @@ def declare(add: Callable[..., argparse.ArgumentParser]) -> None:
     how.add_argument("--recipe", type=Path, metavar="FILE", help="replay what `leangen tune` found")
     how.add_argument(
         "--scheme",
-        metavar="SCHEME[-asym][-gN][-rN][-wo][-e4]",
+        metavar="SCHEME[-asym][-gN][-rN][-wo][-e4][-kvN][-rot]",
         help="fp16, bf16, int8, int4, int3, int2, nf4 or fp4; -asym: zero points, -gN: weights to "
         "a scale, -rN: a part of rank N in half precision, -wo: weights only, -e4: embedding and "
-        "head at 4 bits too",
+        "head at 4 bits too, -kvN: keys and values in 8, 16 or 32 bits, -rot: rotated weights "
+        "(language)",
     )
     sub.add_argument(
         "--method",

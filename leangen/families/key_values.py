@@ -13,14 +13,18 @@ from leangen.session import Session
 
 Array = np.ndarray[Any, Any]
 
-_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+_TYPES = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(int8)": np.int8,
+}
 
 
 def allocate(session: Session, rows: int, capacity: int, role: str = "model") -> Array:
     """Room for `rows` sequences of `capacity` tokens, in the numbers that the graph keeps.
 
-    [layers, 2, rows, kv_heads, capacity, head_dim]. A tail or a row that is not used takes no
-    memory.
+    [layers, 2, rows, kv_heads, capacity, columns]; int8 has four more columns than head_dim, for
+    scales. A tail or a row that is not used takes no memory.
     """
     config = session.bundle.config
     if "io" in config:
@@ -29,9 +33,10 @@ def allocate(session: Session, rows: int, capacity: int, role: str = "model") ->
             "sequence and no calibration data: export the model from its own weights instead"
         )
     inputs = session.graph(role).get_inputs()
-    kept = next(_TYPES[given.type] for given in inputs if given.name.startswith("past_key_"))
-    shape = (config["layers"], 2, rows, config["kv_heads"], capacity, config["head_dim"])
-    return pages.zeros(shape, kept)
+    kept = next(given for given in inputs if given.name.startswith("past_key_"))
+    columns = kept.shape[-1] if isinstance(kept.shape[-1], int) else config["head_dim"]
+    shape = (config["layers"], 2, rows, config["kv_heads"], capacity, columns)
+    return pages.zeros(shape, _TYPES[kept.type])
 
 
 def bind(binding: ort.IOBinding, caches: Array) -> None:

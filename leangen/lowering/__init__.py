@@ -28,7 +28,7 @@ from leangen.bundle import Bundle
 from leangen.errors import StorageError
 from leangen.lowering import cache
 
-VERSION = 8
+VERSION = 9
 """To be raised when a rule or a packed layout changes, so that lowered models are made again."""
 
 RULES = {
@@ -40,8 +40,10 @@ RULES = {
 """Rules in the order in which they are applied."""
 
 
-MODEL, FP32_MODEL = "model.onnx", "model.fp32.onnx"
-"""The lowered graph, and the form that rounds no activations, keys or values."""
+MODEL = "model.onnx"
+"""The lowered graph; see `file_of` for its other forms."""
+KV_FORMS = ("fp32", "fp16", "int8")
+"""How a language model's keys and values can be kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +61,19 @@ class Lowered:
         cache.discard(self.path.parent)
 
 
+def file_of(fp32_activations: bool, kv: str | None) -> str:
+    """The file of a form of the lowered graph; `kv` is None for a graph that keeps none."""
+    activations = ".fp32" * fp32_activations
+    return f"model{activations}{'' if kv is None else f'.kv-{kv}'}.onnx"
+
+
 def find(
-    bundle: Bundle, role: str, *, fp32_activations: bool = False
+    bundle: Bundle, role: str, *, fp32_activations: bool = False, kv: str = "fp16"
 ) -> tuple[Lowered | None, str]:
-    """The lowered graph of a role, made at the first call, or None; and the reason for either."""
+    """The lowered graph of a role, made at the first call, or None; and the reason for either.
+
+    kv: how keys and values are to be kept, of a graph that has any.
+    """
     variant, why = leangen_kernels.status()
     library = leangen_kernels.library()
     if variant is None or library is None:
@@ -78,7 +89,9 @@ def find(
             return None, f"ONNX Runtime's own: {error}"
     if not entry.nodes:
         return None, "ONNX Runtime's own: leangen's kernels fit no node of it"
-    path = entry.path / (FP32_MODEL if fp32_activations else MODEL)
+    path = entry.path / file_of(fp32_activations, kv)
+    if not path.is_file():
+        path = entry.path / file_of(fp32_activations, None)
     counts = ", ".join(f"{count} by {rule}" for rule, count in entry.nodes.items())
     return Lowered(path, variant, library), f"{why}; nodes replaced: {counts}"
 
@@ -89,7 +102,7 @@ def _hash(library: Path) -> str:
 
 
 def _lower(path: Path, folder: Path) -> Mapping[str, int]:
-    """Write the lowered graph in both forms, over the same weights; nothing if no rule matches."""
+    """Write the lowered graph in its forms, over the same weights; nothing if no rule matches."""
     import onnx
 
     from leangen.lowering import activations, caches
@@ -101,9 +114,14 @@ def _lower(path: Path, folder: Path) -> Mapping[str, int]:
     if replaced:
         graph.finish()
         graph.save(folder / MODEL)
-        usual, exact = (onnx.load(folder / MODEL, load_external_data=False) for _ in range(2))
-        caches.use_fp16(usual)
-        activations.use_fp32(exact)
-        for model, name in ((usual, MODEL), (exact, FP32_MODEL)):
-            (folder / name).write_bytes(model.SerializeToString())
+        for fp32 in (False, True):
+            model = onnx.load(folder / MODEL, load_external_data=False)
+            if fp32:
+                activations.use_fp32(model)
+                (folder / file_of(fp32, None)).write_bytes(model.SerializeToString())
+            for form in KV_FORMS if caches.fit(model) else ():
+                kept = onnx.ModelProto()
+                kept.CopyFrom(model)
+                caches.use(kept, form)
+                (folder / file_of(fp32, form)).write_bytes(kept.SerializeToString())
     return replaced

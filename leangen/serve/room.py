@@ -8,7 +8,7 @@ from typing import Protocol
 from leangen import clock
 
 TURN_S = 2.0
-"""A model that has work may stay so long before it must make room for another that has."""
+"""A model that has work may stay so long, once loaded, before it must make room for another."""
 
 
 class Tenant(Protocol):
@@ -48,8 +48,8 @@ class Room:
     def __init__(self, limit_bytes: int | None) -> None:
         self._limit_bytes = limit_bytes
         self._lock = threading.Lock()
-        self._inside: dict[Tenant, int] = {}
-        """With the time of entry."""
+        self._inside: dict[Tenant, int | None] = {}
+        """With the time when its turn began; None while it is being loaded."""
         self._leaving: set[Tenant] = set()
         self._waiting: dict[Tenant, None] = {}
 
@@ -65,7 +65,7 @@ class Room:
             missing -= self._limit_bytes
             if missing <= 0:
                 del self._waiting[tenant]
-                self._inside[tenant] = clock.monotonic_ns()
+                self._inside[tenant] = None
                 return True
             missing -= sum(other.memory_bytes for other in self._leaving)
             for other in self._dispensable():
@@ -75,6 +75,12 @@ class Room:
                 self._leaving.add(other)
                 other.release()
             return False
+
+    def loaded(self, tenant: Tenant) -> None:
+        """The model's turn begins now: on a busy machine loading alone may take longer than one."""
+        with self._lock:
+            if tenant in self._inside:
+                self._inside[tenant] = clock.monotonic_ns()
 
     def leave(self, tenant: Tenant) -> None:
         """The model holds nothing any more, and does not wait either."""
@@ -91,7 +97,6 @@ class Room:
         staying = [tenant for tenant in self._inside if tenant not in self._leaving]
         idle = [tenant for tenant in staying if tenant.idle]
         over_ns = clock.monotonic_ns() - int(TURN_S * 1e9)
-        busy = [t for t in staying if t not in idle and self._inside[t] <= over_ns]
-        return sorted(idle, key=lambda t: t.last_used_ns) + sorted(
-            busy, key=self._inside.__getitem__
-        )
+        began = {t: ns for t, ns in self._inside.items() if ns is not None and t in staying}
+        busy = [t for t, ns in began.items() if t not in idle and ns <= over_ns]
+        return sorted(idle, key=lambda t: t.last_used_ns) + sorted(busy, key=began.__getitem__)

@@ -247,6 +247,7 @@ class ModelWorker:
                 self._runner = runners.runner(
                     self._engine, rows=self._limits.max_batch, capacity=self._limits.context
                 )
+                self._room.loaded(self)
             except LeangenError as error:
                 say(f"leangen: error: {self.name}: {error}")
                 self._unload()
