@@ -46,7 +46,7 @@ from torch.nn import functional as F
 from leangen.catalog import CATALOG, Packaged
 from leangen.console import say
 
-JUDGED = 1000
+JUDGED = 500
 PROPERTIES = {"logP": Crippen.MolLogP, "QED": QED.qed}
 PLACES = [SHAPE.vocab + i for i in range(len(PROPERTIES))]
 WEIGHT = 0.2
@@ -122,8 +122,8 @@ def main() -> None:
     """Train, judge, write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--steps", type=int, default=250)
-    parser.add_argument("--count", type=int, default=24_000, help="molecules to learn from")
+    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--count", type=int, default=8_000, help="molecules to learn from")
     parser.add_argument("--begun", type=Path, metavar="FILE.gguf", help="another smiles-lm")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)

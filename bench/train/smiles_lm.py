@@ -406,7 +406,7 @@ def main() -> None:
     packed = lzma.compress(path.read_bytes(), preset=9 | lzma.PRESET_EXTREME)
     path.with_name(path.name + ".xz").write_bytes(packed)
     own = nats_per_molecule(model, encode(tokenizer, judged))
-    baseline = n_gram_nats(texts[:200_000], judged)
+    baseline = n_gram_nats(texts[:30_000], judged)
     card = {
         "parameters": parameters(model),
         "steps": args.steps,
