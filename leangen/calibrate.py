@@ -113,9 +113,14 @@ def ranges(graph: Graph, tensors: Iterable[str], feeds: Iterable[Feeds]) -> dict
     return found
 
 
-def open_session(path: Path) -> ort.InferenceSession:
-    """An ORT session for calibration: CPU, all cores that are ours, no warnings."""
+def open_session(path: Path, library: Path | None = None) -> ort.InferenceSession:
+    """An ORT session for calibration: CPU, all cores that are ours, no warnings.
+
+    library: of custom operators that the graph has.
+    """
     options = ort.SessionOptions()
+    if library is not None:
+        options.register_custom_ops_library(str(library))
     options.intra_op_num_threads, _ = threads.choose(None)
     options.log_severity_level = 3
     return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

@@ -33,7 +33,7 @@ LEAST_FREE_BYTES = 2_000_000_000
 
 LEAST_MEMORY_BYTES = 500_000_000
 
-OF_DEVELOPERS = ("dev", "test")
+OF_DEVELOPERS = ("dev", "test", "cuda-build")
 """Extras that nobody needs to run a model."""
 
 REMEDIES = {

@@ -125,7 +125,7 @@ def test_codes_set_one_by_one_only_ever_gain():
 
     losses = [loss(codes)]
     for _ in range(8):
-        gptq._descend(columns, scales, zeros, 8, moment, codes)
+        gptq._descend(columns, scales, zeros, grid, moment, codes)
         losses.append(loss(codes))
     assert np.all(np.diff(losses, axis=0) <= 1e-6 * losses[0])
     for column in range(0, 160, 7):  # at rest, no neighbouring code is better
@@ -133,6 +133,12 @@ def test_codes_set_one_by_one_only_ever_gain():
             other = codes.copy()
             other[column] = np.clip(other[column] + step, 0, 7)
             assert np.all(loss(other) >= losses[-1] * (1 - 1e-4))
+    at_rest = scales.copy()
+    for block in range(0, 160, 32):  # nor is another scale
+        for factor in (0.99, 1.01):
+            scales[block : block + 32] = at_rest[block : block + 32] * factor
+            assert np.all(loss(codes) >= losses[-1] * (1 - 1e-4))
+            scales[block : block + 32] = at_rest[block : block + 32]
 
 
 def test_gptq_bears_inputs_that_are_always_zero():

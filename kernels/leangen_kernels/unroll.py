@@ -34,7 +34,7 @@ def unrolled(function: Callable[..., Any], **given: Any) -> Callable[..., Any]:
 
     A number or tuple of numbers becomes a constant, anything else what that name refers to.
 
-    The kernel may use no other subscripts than registers.
+    A subscript that is no constant, such as one of a GPU's shared memory, stays one.
     """
     source = textwrap.dedent(inspect.getsource(function))
     tree = ast.parse(source)
@@ -118,7 +118,10 @@ class _Unroller(ast.NodeTransformer):
         if node.value.id in self.constants:
             return ast.Constant(self._value(node))
         index = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
-        parts = [node.value.id, *(str(self._value(part)) for part in index)]
+        try:
+            parts = [node.value.id, *(str(self._value(part)) for part in index)]
+        except _NotConstant:
+            return self.generic_visit(node)
         return ast.Name("_".join(parts), node.ctx)
 
     def visit_BinOp(self, node: ast.BinOp) -> Any:

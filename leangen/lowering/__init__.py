@@ -96,6 +96,15 @@ def find(
     return Lowered(path, variant, library), f"{why}; nodes replaced: {counts}"
 
 
+def alone(path: Path, folder: Path) -> Lowered | None:
+    """The lowered form of a graph outside of bundles, written to a new folder, if there is one."""
+    variant, library = leangen_kernels.status()[0], leangen_kernels.library()
+    if variant is None or library is None:
+        return None
+    folder.mkdir()
+    return Lowered(folder / MODEL, variant, library) if _lower(path, folder) else None
+
+
 @remember
 def _hash(library: Path) -> str:
     return hashlib.sha256(library.read_bytes()).hexdigest()

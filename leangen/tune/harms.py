@@ -27,12 +27,18 @@ from leangen.treatments import Treatments, code_bits
 Harms = dict[str, dict[str, float]]
 """Squared relative error by node and treatment."""
 
-TOKENS = 96
-"""Of its own text that a language model reads while its nodes are tried."""
-_COARSE = 2
-"""A group of nodes that together does less harm than 2 nodes do on average at 4 bits is not looked
-into: its nodes share the figure."""
-_LANGUAGE = ("matmul3", "matmul4-g128", "matmul4", "matmul4-asym-g16", "matmul8", "w16")
+LEAST_TOKENS, MOST_TOKENS, WORK = 96, 2048, 1.2e10
+"""A language model reads so much of its own text while its nodes are tried that a run multiplies
+about so many weights."""
+_COARSE = 0.25
+"""A group of nodes that together does less harm than a quarter of what a node does on average at 4
+bits is not looked into: its nodes share the figure."""
+_FORM = 2
+"""Of what is kept: raised when rounding changes, so that harms are measured again."""
+_LANGUAGE = (
+    *("matmul2", "matmul3-g128", "matmul3", "matmul4-g128", "matmul4"),
+    *("matmul4-g16", "matmul4-asym-g16", "matmul8", "w16"),
+)
 _FP32_ARITHMETIC = ("w3", "w4-g128", "w4", "w4-asym-g16", "w8", "w16")
 _INT8_ARITHMETIC = ("w8a8", "matmul4", "matmul8")
 
@@ -51,11 +57,17 @@ def candidates(bundle: Bundle, site: Site, treatments: Treatments) -> list[str]:
 
 
 def feeds(bundle: Bundle, calibration: quantize.Calibration) -> Mapping[str, Sequence[Feeds]]:
-    """Inputs of each graph."""
+    """Inputs of each graph: one, of a language model as much text as time allows."""
     if bundle.family != "language":
-        return calibration.feeds
-    text = calibration.feeds["model"][0]["input_ids"][0]
-    return {"model": [calibration_data.prefill(bundle, text[:TOKENS])]}
+        return {role: inputs[:1] for role, inputs in calibration.feeds.items()}
+    weights = sum(Graph(bundle.graph("model")).float_parameters().values())
+    left, found = min(max(round(WORK / weights), LEAST_TOKENS), MOST_TOKENS), list[Feeds]()
+    for feed in calibration.feeds["model"]:
+        if left > 0:
+            text = feed["input_ids"][0][:left]
+            found.append(calibration_data.prefill(bundle, text))
+            left -= len(text)
+    return {"model": found}
 
 
 def measure(
@@ -66,7 +78,7 @@ def measure(
     Every treatment is kept as soon as it is measured. Raises BundleError for a family that cannot
     be calibrated without data.
     """
-    about = f"{bundle.digest} {calibration.method} {TOKENS} {_COARSE}"
+    about = f"{bundle.digest} {calibration.method} {MOST_TOKENS} {WORK:g} {_COARSE} {_FORM}"
     key = hashlib.sha256(about.encode()).hexdigest()[:16]
     path = home / "tune" / f"{bundle.name.replace('/', '_')}-{key}.json"
     try:
@@ -92,8 +104,8 @@ def measure(
                 chosen = [site for site in sites if treatment in offered[site.node.name]]
                 progress(done, len(names), f"{role}: trying {len(chosen)} nodes at {treatment}")
                 stand_ins = {site.node.name: treatments.apply(site, treatment) for site in chosen}
-                # One input puts the nodes in order; what they do together is checked end to end.
-                probe = Probe(graph, stand_ins, inputs[:1], distance)
+                # This puts the nodes in order; what they do together is checked end to end.
+                probe = Probe(graph, stand_ins, inputs, distance)
                 if not negligible:  # of the first treatment
                     negligible = _COARSE * probe.error(stand_ins) / len(stand_ins)
                     kept[f"{role} negligible"] = {"": negligible}

@@ -1,0 +1,6 @@
+"""Kernels for NVIDIA GPUs: written in Numba, compiled ahead of time to PTX and machine code.
+
+Nothing here needs Numba to be imported, but `instructions` and the kernels' own modules, which
+`build` compiles. Checked against the NumPy twins in Numba's CUDA simulator; none of them has run on
+a card yet.
+"""

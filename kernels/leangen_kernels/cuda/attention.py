@@ -1,0 +1,317 @@
+"""Attention over a cache of keys and values: append, attend in splits of the sequence, merge.
+
+Decoding reads the cache once for all query heads that share it. A row of keys is held by 8 or 16
+lanes, 16 bytes (with int8 8) each, so a warp asks for 512 (256) bytes of whole rows at a time, two
+positions deep: 2 kB of keys and values on the way for each of a block's four warps. Scores are
+summed across lanes by shuffles; each position's share multiplies the values that a lane holds.
+How many positions there are stands in device memory, so that nothing waits for the host and the
+same launches can be replayed as a graph.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numba import cuda, float32
+
+from leangen_kernels.cuda.instructions import (
+    Kernel,
+    absolute,
+    across,
+    add8,
+    as_word,
+    dot8,
+    floats_of_bytes,
+    floats_of_halves,
+    fused,
+    inverse_root,
+    most,
+    nearest,
+    power2,
+    quotient,
+    read4,
+    read4f,
+    read8,
+    read16,
+    read16f,
+    to_int,
+    write1,
+    write2h,
+    write4f,
+)
+from leangen_kernels.unroll import registers, static, unrolled
+
+THREADS = 128
+WIDTHS = (64, 128)
+QUERIES = 4
+"""Rows (of a token and a query head) that one block attends with: those that share a key head."""
+
+
+def _append(
+    qkv: Any, last: Any, cosines: Any, sines: Any, query_gain: Any, key_gain: Any,
+    q: Any, keys: Any, values: Any, new: Any, heads: Any, kv_heads: Any, capacity: Any,
+    epsilon: Any, scale: Any,
+) -> None:  # fmt: skip
+    """One warp for a head of a token: norm, rotation; queries scaled, keys and values stored."""
+    WIDTH = BYTES = registers()
+    first, second = registers()
+    lane = np.int64(cuda.threadIdx.x) & 31
+    head = np.int64(cuda.blockIdx.x)
+    token = np.int64(cuda.blockIdx.y)
+    sequence = np.int64(cuda.blockIdx.z)
+    row = sequence * new + token
+    position = max(np.int64(to_int(read4(last + sequence * 4))) + 1 - new, 0) + token
+    all_heads = heads + 2 * kv_heads
+    here = qkv + (row * all_heads + head) * (WIDTH * 4)
+    for p in static(WIDTH // 64):
+        first[p] = read4f(here + (lane + 32 * p) * 4)
+        second[p] = read4f(here + (lane + 32 * p + WIDTH // 2) * 4)
+    gain = query_gain
+    if head >= heads:
+        gain = key_gain
+    turned = head < heads + kv_heads
+    if turned and gain != 0:
+        squares = np.float32(0)
+        for p in static(WIDTH // 64):
+            squares = fused(first[p], first[p], squares)
+            squares = fused(second[p], second[p], squares)
+        for s in static(5):
+            squares += across(squares, 16 >> s)
+        factor = inverse_root(squares * np.float32(1 / WIDTH) + epsilon)
+        for p in static(WIDTH // 64):
+            first[p] *= factor * read4f(gain + (lane + 32 * p) * 4)
+            second[p] *= factor * read4f(gain + (lane + 32 * p + WIDTH // 2) * 4)
+    if turned and cosines != 0:
+        for p in static(WIDTH // 64):
+            angle = (position * (WIDTH // 2) + lane + 32 * p) * 4
+            cosine = read4f(cosines + angle)
+            sine = read4f(sines + angle)
+            turn = first[p] * cosine - second[p] * sine
+            second[p] = second[p] * cosine + first[p] * sine
+            first[p] = turn
+    if head < heads:
+        group = heads // kv_heads
+        shared = head // group
+        at = ((sequence * kv_heads + shared) * new + token) * group + head - shared * group
+        to = q + at * (WIDTH * 4)
+        for p in static(WIDTH // 64):
+            write4f(to + (lane + 32 * p) * 4, first[p] * scale)
+            write4f(to + (lane + 32 * p + WIDTH // 2) * 4, second[p] * scale)
+    elif position < capacity:
+        to = keys
+        shared = head - heads
+        if not turned:
+            to = values
+            shared -= kv_heads
+        whole = sequence * kv_heads + shared
+        if BYTES == 2:
+            to += (whole * capacity + position) * (WIDTH * 2)
+            for p in static(WIDTH // 64):
+                write2h(to + (lane + 32 * p) * 2, first[p])
+                write2h(to + (lane + 32 * p + WIDTH // 2) * 2, second[p])
+        else:
+            to += (whole * capacity + (position & -16)) * (WIDTH + 4)
+            largest = np.float32(0)
+            for p in static(WIDTH // 64):
+                largest = most(largest, most(absolute(first[p]), absolute(second[p])))
+            for s in static(5):
+                largest = most(largest, across(largest, 16 >> s))
+            inverse = np.float32(0)
+            step = np.float32(0)
+            if largest >= np.float32(1e-30):
+                inverse = quotient(np.float32(127), largest)
+                step = quotient(largest, np.float32(127))
+            if lane == 0:
+                write4f(to + 16 * WIDTH + (position & 15) * 4, step)
+            to += (position & 15) * WIDTH + lane
+            for p in static(WIDTH // 64):
+                write1(to + 32 * p, as_word(nearest(first[p] * inverse)))
+                write1(to + 32 * p + WIDTH // 2, as_word(nearest(second[p] * inverse)))
+
+
+def _attend(
+    q: Any, last: Any, keys: Any, values: Any, parts: Any,
+    new: Any, group: Any, kv_heads: Any, capacity: Any, window: Any,
+) -> None:  # fmt: skip
+    """One split of the positions for up to four rows that share keys; `_merge` joins the splits.
+
+    `parts` gets, of every row and split, the values summed so far, the top score and the mass.
+    """
+    WIDTH = BYTES = Q = DEEP = LANES = SIDES = registers()
+    query, acc, score, low, high, top, mass, v, k, word, by = registers()
+    lane = np.int64(cuda.threadIdx.x) & 31
+    warp = np.int64(cuda.threadIdx.x) >> 5
+    side = (np.int64(cuda.blockDim.x) >> 5) * (32 // LANES)
+    who = warp * (32 // LANES) + lane // LANES
+    splits = np.int64(cuda.gridDim.x)
+    whole = np.int64(cuda.blockIdx.z)
+    first = np.int64(cuda.blockIdx.y) * Q
+    rows = new * group
+    past = max(np.int64(to_int(read4(last + whole // kv_heads * 4))) + 1 - new, 0)
+    dim = (lane & (LANES - 1)) * 8
+    begin = past + new
+    end = np.int64(0)
+    for i in static(Q):
+        row = min(first + i, rows - 1)
+        high[i] = min(past + row // group + 1, capacity)
+        low[i] = np.int64(0)
+        if window > 0:
+            low[i] = max(high[i] - window, 0)
+        begin = min(begin, low[i])
+        end = max(end, high[i])
+        top[i] = np.float32(-1e30)
+        mass[i] = np.float32(0)
+        here = q + ((whole * rows + row) * WIDTH + dim) * 4
+        query[i, 0], query[i, 1], query[i, 2], query[i, 3] = read16f(here)
+        query[i, 4], query[i, 5], query[i, 6], query[i, 7] = read16f(here + 16)
+        for d in static(8):
+            acc[i, d] = np.float32(0)
+    share = (end - begin + splits - 1) // splits
+    begin += np.int64(cuda.blockIdx.x) * share
+    end = min(end, begin + share)
+    while begin < end:
+        for p in static(DEEP):
+            at = min(begin + p * side + who, end - 1)
+            if BYTES == 2:
+                here = ((whole * capacity + at) * WIDTH + dim) * 2
+                word[0], word[1], word[2], word[3] = read16(keys + here)
+                for i in static(4):
+                    k[p, 2 * i], k[p, 2 * i + 1] = floats_of_halves(word[i])
+                word[0], word[1], word[2], word[3] = read16(values + here)
+                for i in static(4):
+                    v[p, 2 * i], v[p, 2 * i + 1] = floats_of_halves(word[i])
+                by[p, 0] = np.float32(1)
+                by[p, 1] = np.float32(1)
+            else:
+                block = (whole * capacity + (at & -16)) * (WIDTH + 4)
+                here = block + (at & 15) * WIDTH + dim
+                word[0], word[1] = read8(keys + here)
+                for i in static(2):
+                    k[p, 4 * i], k[p, 4 * i + 1], k[p, 4 * i + 2], k[p, 4 * i + 3] = (
+                        floats_of_bytes(word[i])
+                    )
+                word[0], word[1] = read8(values + here)
+                for i in static(2):
+                    v[p, 4 * i], v[p, 4 * i + 1], v[p, 4 * i + 2], v[p, 4 * i + 3] = (
+                        floats_of_bytes(word[i])
+                    )
+                by[p, 0] = read4f(keys + block + 16 * WIDTH + (at & 15) * 4)
+                by[p, 1] = read4f(values + block + 16 * WIDTH + (at & 15) * 4)
+        for i in static(Q):
+            best = top[i]
+            for p in static(DEEP):
+                at = begin + p * side + who
+                score[p] = dot8(
+                    k[p, 0], k[p, 1], k[p, 2], k[p, 3], k[p, 4], k[p, 5], k[p, 6], k[p, 7],
+                    query[i, 0], query[i, 1], query[i, 2], query[i, 3],
+                    query[i, 4], query[i, 5], query[i, 6], query[i, 7],
+                ) * by[p, 0]  # fmt: skip
+                for s in static(5):
+                    if 1 << s < LANES:
+                        score[p] += across(score[p], 1 << s)
+                if at < low[i] or at >= high[i] or at >= end:
+                    score[p] = np.float32(-3e38)
+                best = most(best, score[p])
+            shrink = power2(top[i] - best)
+            top[i] = best
+            mass[i] *= shrink
+            for d in static(8):
+                acc[i, d] *= shrink
+            for p in static(DEEP):
+                weight = power2(score[p] - best)
+                mass[i] += weight
+                weight *= by[p, 1]
+                (
+                    acc[i, 0], acc[i, 1], acc[i, 2], acc[i, 3],
+                    acc[i, 4], acc[i, 5], acc[i, 6], acc[i, 7],
+                ) = add8(
+                    v[p, 0], v[p, 1], v[p, 2], v[p, 3], v[p, 4], v[p, 5], v[p, 6], v[p, 7], weight,
+                    acc[i, 0], acc[i, 1], acc[i, 2], acc[i, 3],
+                    acc[i, 4], acc[i, 5], acc[i, 6], acc[i, 7],
+                )  # fmt: skip
+        begin += DEEP * side
+    # Every group of lanes has seen other positions: all states side by side, then one sum of each.
+    state = cuda.shared.array(Q * (WIDTH + 2) * SIDES, float32)
+    for i in static(Q):
+        mine = (who * Q + i) * (WIDTH + 2)
+        for d in static(8):
+            state[mine + dim + d] = acc[i, d]
+        if dim == 0:
+            state[mine + WIDTH] = top[i]
+            state[mine + WIDTH + 1] = mass[i]
+    cuda.syncthreads()
+    item = np.int64(cuda.threadIdx.x)
+    while item < Q * WIDTH:
+        i = item // WIDTH
+        d = item - i * WIDTH
+        best = np.float32(-1e30)
+        other = np.int64(0)
+        while other < side:
+            best = most(best, state[(other * Q + i) * (WIDTH + 2) + WIDTH])
+            other += 1
+        value = np.float32(0)
+        weight = np.float32(0)
+        other = np.int64(0)
+        while other < side:
+            here = (other * Q + i) * (WIDTH + 2)
+            shrink = power2(state[here + WIDTH] - best)
+            value = fused(shrink, state[here + d], value)
+            weight = fused(shrink, state[here + WIDTH + 1], weight)
+            other += 1
+        row = first + i
+        if row < rows:
+            to = parts + ((whole * rows + row) * splits + np.int64(cuda.blockIdx.x)) * (
+                (WIDTH + 2) * 4
+            )
+            write4f(to + d * 4, value)
+            if d == 0:
+                write4f(to + WIDTH * 4, best)
+                write4f(to + WIDTH * 4 + 4, weight)
+        item += np.int64(cuda.blockDim.x)
+
+
+def _merge(parts: Any, y: Any, new: Any, group: Any, kv_heads: Any, splits: Any) -> None:
+    """One row of y, a thread for each column, from what the splits have summed."""
+    WIDTH = registers()
+    d = np.int64(cuda.threadIdx.x)
+    row = np.int64(cuda.blockIdx.x)
+    whole = np.int64(cuda.blockIdx.y)
+    begin = parts + (whole * new * group + row) * splits * ((WIDTH + 2) * 4)
+    best = np.float32(-1e30)
+    at = np.int64(0)
+    while at < splits:
+        best = most(best, read4f(begin + (at * (WIDTH + 2) + WIDTH) * 4))
+        at += 1
+    value = np.float32(0)
+    weight = np.float32(0)
+    at = np.int64(0)
+    while at < splits:
+        here = begin + at * (WIDTH + 2) * 4
+        shrink = power2(read4f(here + WIDTH * 4) - best)
+        value = fused(shrink, read4f(here + d * 4), value)
+        weight = fused(shrink, read4f(here + WIDTH * 4 + 4), weight)
+        at += 1
+    sequence = whole // kv_heads
+    token = row // group
+    head = (whole - sequence * kv_heads) * group + row - token * group
+    at = (sequence * new + token) * kv_heads * group + head
+    write4f(y + (at * WIDTH + d) * 4, quotient(value, weight))
+
+
+def kernels() -> dict[str, Kernel]:
+    """The kernels by name."""
+    found = {}
+    for width in WIDTHS:
+        for cache, size in (("fp16", 2), ("int8", 1)):
+            shape = {"WIDTH": width, "BYTES": size}
+            make = partial(unrolled, _append, **shape)
+            found[f"append_{cache}_{width}"] = Kernel(make, "i" * 13 + "ff", 32)
+            lanes = width // 8
+            shape |= {"Q": QUERIES, "DEEP": 2, "LANES": lanes, "SIDES": THREADS // lanes}
+            make = partial(unrolled, _attend, **shape)
+            found[f"attend_{cache}_{width}"] = Kernel(make, "i" * 10, THREADS)
+        make = partial(unrolled, _merge, WIDTH=width)
+        found[f"merge_{width}"] = Kernel(make, "i" * 6, width)
+    return found
