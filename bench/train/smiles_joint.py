@@ -1,4 +1,4 @@
-"""Train the catalog's smiles-joint: `python bench/train/smiles_joint.py -o DIR`
+"""Train a smiles-joint: `python bench/train/smiles_joint.py -o DIR`
 
 smiles-lm with a second head: once a molecule has ended, two more rows of the token table say its
 logP (Wildman and Crippen 1999) and its QED (Bickerton et al. 2012), both as rdkit computes them.

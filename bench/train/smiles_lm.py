@@ -2,13 +2,15 @@
 
 A llama-shaped decoder of 5.6M parameters on the 1.58M SMILES strings of MOSES (Polykovskiy et al.
 2020), written as an fp16 GGUF that `leangen export` takes (the package has it as .xz), with its
-figures beside it as JSON. Two stages: AdamW over windows of all molecules in one row, then Muon
-(Jordan et al. 2024) over whole molecules, each alone in its context as it is when one is drawn, and
-over molecules of the model's own, with a reward where rdkit can read them.
+figures beside it as JSON. AdamW over windows of all molecules in one row makes what is shipped.
 
-Needs `pip install 'leangen[export]' rdkit`; fixed seeds, on a GPU when there is one. It may be
-interrupted: the next run goes on from the checkpoint in DIR. `--begun FILE.gguf` leaves the first
-stage out and starts the second from a GGUF that this script wrote.
+`--steps 1200 300` adds a second stage: Muon (Jordan et al. 2024) over whole molecules and over the
+model's own, with a reward where rdkit can read them. It made 90% of them valid in place of 87, at
+0.6 nats a real molecule more, and so is left out.
+
+Needs `pip install 'leangen[export]'`, and rdkit for the second stage; fixed seeds, on a GPU when
+there is one. It may be interrupted: the next run goes on from the checkpoint in DIR.
+`--begun FILE.gguf` leaves the first stage out and starts the second from a GGUF of this script.
 """
 
 from __future__ import annotations
@@ -27,7 +29,6 @@ import gguf
 import numpy as np
 import torch
 from llama import Llama, Shape
-from rdkit import Chem, RDLogger
 from shared import DEVICE, parameters, write_card
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
@@ -152,10 +153,10 @@ def train(
             optimizer.load_state_dict(saved)
         done, curve = state["step"], state["curve"]
         say(f"going on from step {done}")
-    total = 0.0
+    total, warm_up = 0.0, min(100, max(steps // 10, 1))
     with progress_bar() as progress:
         for step in range(done, steps):
-            scale = min(1.0, (step + 1) / 100) * scale_at(step / steps)
+            scale = min(1.0, (step + 1) / warm_up) * scale_at(step / steps)
             for optimizer, rate in zip(optimizing, rates, strict=True):
                 optimizer.param_groups[0]["lr"] = rate * scale
             loss = loss_at(step)
@@ -203,6 +204,10 @@ class Judged:
     """
 
     def __init__(self, model: Llama, tokenizer: Tokenizer) -> None:
+        from rdkit import Chem, RDLogger
+
+        RDLogger.DisableLog("rdApp.*")
+        self._parse = Chem.MolFromSmiles
         self._model, self._tokenizer = model, tokenizer
         self._drawn: list[list[int]] = []
         self._valid: list[float] = []
@@ -215,7 +220,7 @@ class Judged:
                 drawn = self._model.draw(DRAWN, longest=60)
             self._drawn = [row for row in drawn if row]
             texts = ["".join(map(self._tokenizer.id_to_token, row)) for row in self._drawn]
-            self._valid = [float(Chem.MolFromSmiles(text) is not None) for text in texts]
+            self._valid = [float(self._parse(text) is not None) for text in texts]
             self._share = sum(self._valid) / len(self._valid)
             say(f"step {seed}: {self._share:.1%} of {len(self._valid)} valid")
         rows, valid = self._drawn[:count], torch.tensor(self._valid[:count])
@@ -379,11 +384,10 @@ def main() -> None:
     """Train, evaluate, write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--steps", type=int, nargs=2, default=(1200, 300), metavar="N")
+    parser.add_argument("--steps", type=int, nargs=2, default=(1200, 0), metavar="N")
     parser.add_argument("--begun", type=Path, metavar="FILE.gguf")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
-    RDLogger.DisableLog("rdApp.*")
     texts, test = molecules("train"), molecules("test")
     rng = np.random.default_rng(0)
     texts = [texts[i] for i in rng.permutation(len(texts))]
@@ -399,7 +403,8 @@ def main() -> None:
         say(f"begins at {nats_per_molecule(model, encode(tokenizer, judged)).mean():.3f} nats")
     else:
         curves.append(begin(model, rows, first, args.output))
-    curves.append(finish(model, tokenizer, rows, second, args.output))
+    if second:
+        curves.append(finish(model, tokenizer, rows, second, args.output))
     model.eval().half().float()  # judged as it is stored
     path = args.output / "smiles-lm.gguf"
     write_gguf(path, model, tokenizer)
