@@ -67,6 +67,7 @@ ZOO = Show(
             name: (name, {"count": 4, "seed": 1, "conditions": {"label": label}})
             for name, label in (("fashion-fm", 1), ("fashion-dit", 7), ("fashion-gan", 2))
         },
+        "fashion-glow": ("fashion-glow", {"count": 4, "seed": 1}),
         **{
             name: (name, {"count": 2, "seed": 1, "conditions": {"label": label}})
             for name, label in (("fashion-gpt", 8), ("fashion-pixelcnn", 7))
