@@ -4,7 +4,11 @@ smiles-lm with a second head: once a molecule has ended, two more rows of the to
 logP (Wildman and Crippen 1999) and its QED (Bickerton et al. 2012), both as rdkit computes them.
 All weights go on from smiles-lm's, on the language model's loss and the squared error together.
 A GGUF: the rows are control tokens whose logits are read, never drawn; their scale stands in the
-key `leangen.properties`. Needs `pip install 'leangen[export]' rdkit`.
+key `leangen.properties`.
+
+It is not in the catalog: 30 steps on 6,000 molecules reached R2 0.41 of logP and 0.19 of QED, less
+than a regression on letter counts (0.75, 0.23), and cost a nat a molecule.
+Needs `pip install 'leangen[export]' rdkit`.
 """
 
 from __future__ import annotations
@@ -135,8 +139,8 @@ def main() -> None:
     """Train, judge, write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--count", type=int, default=6_000, help="molecules to learn from")
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--count", type=int, default=100_000, help="molecules to learn from")
     parser.add_argument("--begun", type=Path, metavar="FILE.gguf", help="another smiles-lm")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
