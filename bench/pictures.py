@@ -3,15 +3,19 @@
 Draws `--count` pictures of each of Fashion-MNIST's ten labels, same seeds for every model, and has
 a classifier (`bench/train/fashion_judge.py`) judge them: the share that gets its own label, with a
 95% interval (Wilson 1927), and the Fréchet distance of its features to the test set's (Heusel et
-al. 2017), beside that of as many real pictures. Small sets overstate the distance: compare those of
-one size. `--grid FILE.png` writes a row of pictures for each label.
+al. 2017) with two standard errors by resampling, beside that of as many real pictures. Small sets
+overstate the distance: compare those of one size. MODEL may be a pipeline that takes a label or a
+text, `draw:int4` is one with all its parts at int4; `--held-out` asks with captions that no model
+was trained on. `--grid FILE.png` writes a row of pictures for each label.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +25,17 @@ from PIL import Image
 from shares import interval, percent
 
 import leangen as lg
-from leangen import media
+from leangen import media, pipeline
+from leangen.catalog.clothes import CLOTHES
 from leangen.console import progress_bar, table
-from leangen.quality.features import frechet
+from leangen.quality.features import RESAMPLES, frechet
 
 sys.path.insert(0, str(Path(__file__).parent / "train"))
+import fashion_captions
 from shared import fashion
 
-LABELS = 10
+LABELS = len(CLOTHES)
+CAPTION = "a picture of a {}"
 
 
 class Judge:
@@ -44,19 +51,49 @@ class Judge:
         return logits.argmax(axis=1), features.astype(np.float64)
 
 
-def draw(name: str, count: int, options: dict[str, Any]) -> np.ndarray:
+def load(name: str) -> Any:
+    """A model or a pipeline, ready to generate."""
+    stem, _, scheme = name.partition(":")
+    file = pipeline.shipped().get(stem)
+    if file is None or not scheme:
+        return lg.load(name, ledger=False, baseline_s=0)
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / file.name
+        written = re.sub(
+            r'^(model = "[^":]+)[^"]*"', rf'\1:{scheme}"', file.read_text(), flags=re.M
+        )
+        copy.write_text(written)
+        return lg.load(copy, ledger=False, baseline_s=0)
+
+
+def asks(engine: Any, *, held_out: bool) -> list[dict[str, Any]]:
+    """What each label is asked for with."""
+    if not isinstance(engine, pipeline.Pipeline):
+        return [{"conditions": {"label": label}} for label in range(LABELS)]
+    if "label" in engine.spec.inputs:
+        return [{"label": name} for name in CLOTHES]
+    known = [CAPTION.format(nouns[0]) for nouns in fashion_captions.NOUNS]
+    return [{"text": text} for text in (fashion_captions.held_out() if held_out else known)]
+
+
+def draw(name: str, count: int, options: dict[str, Any], *, held_out: bool = False) -> np.ndarray:
     """Pictures [10 * count, 28, 28, 1] of one model, label by label."""
-    engine = lg.load(name, ledger=False, baseline_s=0)
+    engine = load(name)
     drawn = []
     with progress_bar() as progress:
-        for label in range(LABELS):
-            drawn.append(
-                engine.generate(
-                    count=count, seed=label, conditions={"label": label}, **options
-                ).array
-            )
+        for label, ask in enumerate(asks(engine, held_out=held_out)):
+            drawn.append(engine.generate(count=count, seed=label, **ask, **options).array)
             progress(label + 1, LABELS, name)
     return np.concatenate(drawn)
+
+
+def distance(real: np.ndarray, drawn: np.ndarray) -> list[float]:
+    """The Fréchet distance of features, and two standard errors by resampling what was drawn."""
+    rng = np.random.default_rng(0)
+    again = [
+        frechet(real, drawn[rng.integers(0, len(drawn), len(drawn))]) for _ in range(RESAMPLES)
+    ]
+    return [frechet(real, drawn), 2 * float(np.std(again, ddof=1))]
 
 
 def main() -> None:
@@ -67,6 +104,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=30, help="pictures of each label")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--guidance", type=float)
+    parser.add_argument("--held-out", action="store_true", help="captions no model has read")
     parser.add_argument("--data", type=Path, metavar="DIR", help="Fashion-MNIST's four files")
     parser.add_argument("--grid", type=Path, metavar="FILE.png", help="of the first model")
     parser.add_argument("--json", action="store_true")
@@ -83,18 +121,18 @@ def main() -> None:
         {
             "model": "real pictures",
             "right": interval(int((labels[chosen] == truth[chosen]).sum()), len(chosen)),
-            "frechet": frechet(others, features[chosen]),
+            "frechet": distance(others, features[chosen]),
         }
     ]
     asked = np.repeat(np.arange(LABELS), args.count)
     for name in args.models:
-        pictures = draw(name, args.count, options)
+        pictures = draw(name, args.count, options, held_out=args.held_out)
         labels, features = judge(pictures)
         rows.append(
             {
                 "model": name,
                 "right": interval(int((labels == asked).sum()), len(asked)),
-                "frechet": frechet(others, features),
+                "frechet": distance(others, features),
                 "right_by_label": [
                     float((labels[asked == label] == label).mean()) for label in range(LABELS)
                 ],
@@ -109,7 +147,10 @@ def main() -> None:
         return
     table(
         ["model", "own label", "Fréchet distance"],
-        [[row["model"], percent(row["right"]), f"{row['frechet']:.2f}"] for row in rows],
+        [
+            [row["model"], percent(row["right"]), "{:.1f} ± {:.1f}".format(*row["frechet"])]
+            for row in rows
+        ],
     )
 
 

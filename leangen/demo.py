@@ -1,7 +1,7 @@
 """`leangen demo`: published models, or those of leangen's own zoo, at three precisions.
 
 Each generation goes through the same engine as `leangen generate`; the page and the table show
-what came out, what it cost, and how far it is from fp32.
+what came out, what it cost, and how far it is from fp32. A pipeline is shown as it is written.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from leangen import api, benchmark, charts, environment, page, quality, report
+from leangen import api, benchmark, charts, environment, page, pipeline, quality, report
 from leangen.catalog import CATALOG
 from leangen.console import print_json, progress_bar, say, table, with_u
 from leangen.engine import Engine, Result
+from leangen.errors import DependencyError
 from leangen.files import write_atomic
 
 SCHEMES = ("fp32", "int8", "int4")
@@ -30,7 +31,7 @@ class Show:
     title: str
     lead: str
     runs: Mapping[str, tuple[str, Mapping[str, Any]]]
-    """By heading: a model and options; none are the family's own example."""
+    """By heading: a model or a pipeline, and options; none are the family's own example."""
 
 
 PUBLISHED = Show(
@@ -62,6 +63,12 @@ ZOO = Show(
             )
             for label, what in ((9, "ankle boots"), (8, "bags"), (3, "dresses"))
         },
+        **{
+            name: (name, {"count": 4, "seed": 1, "conditions": {"label": label}})
+            for name, label in (("fashion-fm", 1), ("fashion-dit", 7), ("fashion-gan", 2))
+        },
+        "cascade": ("cascade", {"label": "sandal", "count": 4, "seed": 1}),
+        "draw": ("draw", {"text": "a pair of trousers", "count": 4, "seed": 1}),
         "smiles-lm": (
             "smiles-lm",
             {"tokens": [0], "max_new_tokens": 60, "temperature": 1.0, "seed": 3},
@@ -80,15 +87,24 @@ COLUMNS = (
 def run(out: Path, show: Show = PUBLISHED, *, threads: int | None, as_json: bool) -> int:
     """Generate everything into folder `out` and print one table; 0 when all was done."""
     out.mkdir(parents=True, exist_ok=True)
-    rows = []
+    rows: list[dict[str, Any]] = []
+    absent = []
     for heading, (name, options) in show.runs.items():
-        reference: Any = None
-        for scheme in SCHEMES:
-            row, observation = _one(heading, name, scheme, options, threads, reference, out)
-            reference = observation if reference is None else reference
-            rows.append(row)
+        try:
+            path = pipeline.find(name)
+            if path is not None:
+                rows.append(_composed(heading, path, options, threads, out))
+                continue
+            reference: Any = None
+            for scheme in SCHEMES:
+                row, observation = _one(heading, name, scheme, options, threads, reference, out)
+                reference = observation if reference is None else reference
+                rows.append(row)
+        except DependencyError as error:
+            absent.append(f"not shown: {error}")
+            say(absent[-1])
     state = environment.conditions()
-    notes = environment.warnings(state)
+    notes = [*environment.warnings(state), *absent]
     document = {"rows": rows, "environment": state, "notes": notes}
     write_atomic(out / "demo.json", json.dumps(document, indent=1).encode())
     _write_page(out, show, rows, notes)
@@ -115,30 +131,63 @@ def _one(
     say(f"\n{heading}:{scheme}" if heading == name else f"\n{heading}, {scheme}")
     with progress_bar() as progress:
         engine = api.load_model(f"{name}:{scheme}", threads=threads, tag="demo", progress=progress)
-    options = engine.or_example(None, options)
-    result = _show(engine, options)
-    repeats = [engine.generate(**options).receipt for _ in range(REPEATS)]
-    stem = "-".join([*heading.replace(":", "").split(), scheme])
-    saved = out / f"{stem}{SUFFIXES[result.output.media]}"
-    result.save(saved)
+    row = _generated(engine, heading, scheme, engine.or_example(None, options), out)
     observation = quality.observe(engine.session, reference)
     measures = [] if reference is None else quality.measure(engine.bundle, reference, observation)
     bundle = engine.bundle
-    row = benchmark.summarise(repeats) | {
-        "heading": heading,
-        "asked_scheme": scheme,
+    row |= {
         "size_bytes": bundle.size_bytes,
         "bits_per_weight": bundle.quantization.get("bits_per_weight", 32.0),
-        "file": saved.name,
-        "text": result.text,
-        "receipt": result.receipt.to_json(),
-        "cost": report.summary(result.receipt).splitlines()[0],
         "quality": [measure.to_json() for measure in measures],
     }
     return row, observation
 
 
-def _show(engine: Engine, options: dict[str, Any]) -> Result:
+def _composed(
+    heading: str, path: Path, options: Mapping[str, Any], threads: int | None, out: Path
+) -> dict[str, Any]:
+    """Run a pipeline: the row of the table."""
+    say(f"\n{heading}")
+    with progress_bar() as progress:
+        made = pipeline.load(
+            path,
+            lambda ref: api.load_model(ref, threads=threads, tag="demo", progress=progress),
+        )
+    row = _generated(made, heading, "", options, out)
+    bundles = {atom.engine.bundle.path: atom.engine.bundle for atom in made.atoms.values()}
+    row |= {
+        "size_bytes": sum(bundle.size_bytes for bundle in bundles.values()),
+        "bits_per_weight": None,
+        "quality": [],
+    }
+    return row
+
+
+def _generated(
+    engine: Engine | pipeline.Pipeline,
+    heading: str,
+    scheme: str,
+    options: Mapping[str, Any],
+    out: Path,
+) -> dict[str, Any]:
+    """Generate once to show, and again to measure: what a row says of both."""
+    result = _show(engine, options)
+    repeats = [engine.generate(**options).receipt for _ in range(REPEATS)]
+    stem = "-".join([*heading.replace(":", "").split(), *filter(None, [scheme])])
+    saved = out / f"{stem}{SUFFIXES[result.output.media]}"
+    result.save(saved)
+    summary = benchmark.summarise(repeats)
+    return summary | {
+        "heading": heading,
+        "asked_scheme": scheme or summary["scheme"],
+        "file": saved.name,
+        "text": result.text,
+        "receipt": result.receipt.to_json(),
+        "cost": report.summary(result.receipt).splitlines()[0],
+    }
+
+
+def _show(engine: Engine | pipeline.Pipeline, options: Mapping[str, Any]) -> Result:
     """Generate once, streaming the text as it comes, and say what it cost."""
     stream = engine.stream(**options)
     wrote = False
@@ -157,7 +206,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
     return [
         f"{row['heading']}{':' if row['heading'] == row['model'] else ', '}{row['scheme']}{asked}",
         f"{row['size_bytes'] / 1e6:.1f} MB",
-        f"{row['bits_per_weight']:.2f}",
+        "" if row["bits_per_weight"] is None else f"{row['bits_per_weight']:.2f}",
         f"{rate:.4g} {row['unit']}s/s",
         f"{first['median'] * 1000:.0f} ms" if first else "",
         f"{with_u(row['j_per_unit'], row['j_per_unit_u'], 'J')} ({row['energy_source']})",
@@ -165,7 +214,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
             f"{m['name']} {with_u(m['value'], m['u'], m['unit']).strip()}"
             for m in row["quality"][:SHOWN]
         )
-        or "reference",
+        or ("" if row["bits_per_weight"] is None else "reference"),
     ]
 
 
@@ -175,12 +224,14 @@ def _write_page(
     models, plotted = [], set[str]()
     for heading, (name, _) in show.runs.items():
         group = [row for row in rows if row["heading"] == heading]
-        entry = CATALOG[name]
+        if not group:
+            continue
         models.append(
             {
                 "name": heading,
-                "about": f"{entry.summary} ({entry.source.title}, {entry.source.licence})",
-                "plots": [] if name in plotted else _plots(group),  # of a model, once
+                "about": _about(name),
+                # of a model, once; of a pipeline there is nothing to compare
+                "plots": [] if name in plotted or len(group) == 1 else _plots(group),
                 "outputs": [_output(out, row) for row in group],
             }
         )
@@ -194,6 +245,15 @@ def _write_page(
         table=[_cells(row) for row in rows],
         models=models,
     )
+
+
+def _about(name: str) -> str:
+    path = pipeline.find(name)
+    if path is not None:
+        spec = pipeline.read(path)
+        return f"{spec.summary} ({', '.join(part.model for part in spec.parts)})"
+    entry = CATALOG[name]
+    return f"{entry.summary} ({entry.source.title}, {entry.source.licence})"
 
 
 def _plots(group: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -48,5 +48,5 @@ def test_a_question_is_answered_from_documents(home, tmp_path):
 
 
 def test_every_ready_made_one_is_tried_here_or_beside():
-    """`repaint` is in tests/test_zoo.py: its model comes with leangen."""
-    assert set(pipeline.shipped()) == {"talk", "ask", "repaint"}
+    """`repaint` and `cascade` are in test_zoo.py, `draw` of tiny parts in test_text_to_image.py."""
+    assert set(pipeline.shipped()) == {"talk", "ask", "repaint", "cascade", "draw"}

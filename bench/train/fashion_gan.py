@@ -78,7 +78,7 @@ class Discriminator(nn.Module):
 
 def main() -> None:
     """Train, export the generator."""
-    args = arguments(__doc__, steps=4000)
+    args = arguments(__doc__, steps=1500)
     pictures = Pictures(args.data)
     players = nn.ModuleDict({"generator": Generator(), "discriminator": Discriminator()}).to(DEVICE)
     generator, discriminator = players["generator"], players["discriminator"]

@@ -53,6 +53,8 @@ BY_TEXT: Mapping[str, Any] = {
         "text": {"min": None, "max": None, "default": 0, "unconditional": 0, "length": 1.0}
     },
 }
+DECODER: Mapping[str, Any] = {"family": "oneshot", "range": PIXELS}
+GENERATOR: Mapping[str, Any] = {**DECODER, "conditions": {"label": LABEL}}
 
 
 def _entry(
@@ -90,5 +92,45 @@ ENTRIES = (
         sha256="213b429b7d9babaea0ccbe9524087535f2eb5adb94d2c19cffbd0db332f4ab02",
         size_bytes=915_336,
         distribution="leangen",
+    ),
+    _entry(
+        "fashion-fm",
+        "UNet of 0.5M parameters, flow matching, clothes by label",
+        "fashion_flow_matching",
+        BY_FLOW,
+        sha256="4dfa8a8837956240f261fc8b0256d232d94918f45d6e779d12b0528597acf7c7",
+        size_bytes=911_984,
+    ),
+    _entry(
+        "fashion-14",
+        "UNet of 0.4M parameters, clothes at 14 x 14 by label",
+        "fashion_cascade",
+        BY_LABEL,
+        sha256="668f37b49c432af8f7f8b54db5d78339cbef7b1dd03f029f2f77738fb35a6da7",
+        size_bytes=706_008,
+    ),
+    _entry(
+        "fashion-upscaler",
+        "UNet of 0.5M parameters, enlarges those to 28 x 28",
+        "fashion_cascade",
+        UPSCALER,
+        sha256="d158cfb58f3d4f3dd6928d97a421b41debff4a7d8aefd815d76fa63064f9c283",
+        size_bytes=946_136,
+    ),
+    _entry(
+        "fashion-latent",
+        "denoiser of 0.6M parameters, latents of clothes by minilm-l6's vectors",
+        "fashion_latent",
+        BY_TEXT,
+        sha256="9efd048f5b0767382427ca78d750a295585d7326a1d415a7b22bea81bc0996ce",
+        size_bytes=1_203_004,
+    ),
+    _entry(
+        "fashion-vae",
+        "decoder of those latents, 0.2M parameters",
+        "fashion_latent",
+        DECODER,
+        sha256="367416c83920c76947e4a972798b2c2b46cf04ec6b5b0f5b1d6d8b7162c1d2c3",
+        size_bytes=361_408,
     ),
 )
