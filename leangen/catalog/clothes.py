@@ -133,4 +133,12 @@ ENTRIES = (
         sha256="367416c83920c76947e4a972798b2c2b46cf04ec6b5b0f5b1d6d8b7162c1d2c3",
         size_bytes=361_408,
     ),
+    _entry(
+        "fashion-gan",
+        "generator of 0.8M parameters, clothes by label in one step",
+        "fashion_gan",
+        GENERATOR,
+        sha256="e822c8daaca427c1db080541c511940fca184d787699c2fd7e3e7f7f14f19cce",
+        size_bytes=1_501_732,
+    ),
 )
