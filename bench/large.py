@@ -24,6 +24,8 @@ import onnxruntime as ort
 from leangen_kernels import layout
 from onnx import TensorProto, helper, numpy_helper
 
+from leangen.lowering import chain
+
 LAYERS, WIDTH, MLP, HEADS, KV_HEADS, HEAD, VOCAB = 16, 2048, 8192, 32, 8, 64, 128256
 QKV = (HEADS + 2 * KV_HEADS) * HEAD
 FORM = layout.FORMS["q4"]
@@ -79,6 +81,7 @@ def write(path: Path, capacity: int) -> int:
     graph = helper.make_graph(nodes, "decoder", inputs, outputs, constants)
     opsets = [helper.make_opsetid(*domain) for domain in (("", 21), ("leangen", 1))]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    chain.fuse(model)
     onnx.save(model, path, save_as_external_data=True, location=f"{path.name}.data")
     return sum(sizes)
 

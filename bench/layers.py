@@ -23,6 +23,8 @@ import onnxruntime as ort
 from leangen_kernels import layout
 from onnx import TensorProto, helper, numpy_helper
 
+from leangen.lowering import chain
+
 LAYERS, WIDTH, MLP, HEADS, KV_HEADS, HEAD, VOCAB = 30, 576, 1536, 9, 3, 64, 49152
 QKV = (HEADS + 2 * KV_HEADS) * HEAD
 Q4, Q8 = layout.FORMS["q4_min"], layout.FORMS["q8"]
@@ -132,7 +134,9 @@ class Graph:
         graph = helper.make_graph(self.nodes, "decoder", inputs, outputs, self.constants)
         domains = [("", 21), ("com.microsoft", 1), ("leangen", 1)]
         opsets = [helper.make_opsetid(*domain) for domain in domains]
-        return helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+        chain.fuse(model)
+        return model.SerializeToString()
 
     def own_layers(self) -> str:
         h = "x"

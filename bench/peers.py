@@ -1,12 +1,17 @@
-"""leangen, with and without its kernels, against llama.cpp (llama-cpp-python) on one GGUF file.
+"""leangen, with and without its kernels, against other engines on one GGUF file.
 
-All engines get the same file, threads and prompt tokens, each in a process of its own, and take
-turns, so that a busy minute hits all. A round is a prefill of the whole prompt and then greedy
-decoding; the first round warms up and is dropped. Medians over the rounds are compared.
+llama.cpp (llama-cpp-python) and OpenVINO GenAI read the file, onnxruntime-genai the graph that
+leangen exports of it. All get the same threads and prompt tokens, each in a process of its own, and
+take turns, so that a busy minute hits all. A round is a prefill of the whole prompt and then greedy
+decoding; the first round warms up and is dropped. Medians over the rounds are compared. An engine
+that is not installed or does not take the file is left out, and why is told.
 
     python bench/peers.py model.gguf --threads 2 --json
     python bench/peers.py model.gguf --llama-python ~/llama/bin/python
     python bench/peers.py model.gguf --form Q4_K_M       (the file requantized by llama.cpp first)
+    python bench/peers.py model.gguf --engines leangen llama.cpp
+
+Joules are those of the whole package during an engine's rounds, where a counter can be read.
 """
 
 from __future__ import annotations
@@ -20,105 +25,22 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-ENGINES = ("leangen", "leangen on ORT", "llama.cpp", "llama.cpp flash")
+from peer_engines import ENGINES, READS_GGUF, LeftOut, import_llama
+
 FORMS = ("Q4_0", "Q4_1", "Q4_K_M", "Q8_0")
 SEED = 0
-
-Round = Callable[[list[int], int], tuple[float, float]]
-"""(prompt, new tokens) -> seconds of the prefill with the first token, seconds of the rest."""
-
-
-def leangen_engine(
-    model: str, threads: int, context: int, kernels: str = "auto"
-) -> tuple[Round, str]:
-    """A round in leangen; `model` is a bundle's folder."""
-    import onnxruntime
-
-    from leangen.bundle import open_bundle
-    from leangen.families.decoder import Decoder
-    from leangen.session import Session
-
-    session = Session(open_bundle(Path(model)), threads=threads, kernels=kernels)
-    session.graph("model")
-
-    def run(prompt: list[int], new_tokens: int) -> tuple[float, float]:
-        with Decoder(session, context) as decoder:
-            start = time.perf_counter()
-            token = int(decoder.feed(prompt).argmax())
-            first = time.perf_counter()
-            for _ in range(new_tokens - 1):
-                token = int(decoder.feed([token]).argmax())
-            return first - start, time.perf_counter() - first
-
-    return run, f"onnxruntime {onnxruntime.__version__}, kernels {session.kernels}"
-
-
-def import_llama() -> Any:
-    """The module llama_cpp; says what to do where there is none."""
-    try:
-        import llama_cpp
-    except ModuleNotFoundError as error:
-        if error.name != "llama_cpp":
-            raise
-        sys.exit(
-            f"{sys.executable} has no llama-cpp-python: `pip install llama-cpp-python` into it, "
-            "or name an interpreter that has it with --llama-python"
-        )
-    return llama_cpp
-
-
-def llama_engine(
-    model: str, threads: int, context: int, *, flash: bool = False
-) -> tuple[Round, str]:
-    """A round in llama.cpp, by its C interface: no Python between its tokens but the argmax."""
-    import numpy as np
-
-    llama_cpp = import_llama()
-    llama = llama_cpp.Llama(
-        model,
-        n_ctx=context,
-        n_batch=512,
-        n_threads=threads,
-        n_threads_batch=threads,
-        flash_attn=flash,
-        verbose=False,
-    )
-    vocab = llama.n_vocab()
-
-    def feed(tokens: list[int]) -> int:
-        array = (llama_cpp.llama_token * len(tokens))(*tokens)
-        if llama_cpp.llama_decode(llama.ctx, llama_cpp.llama_batch_get_one(array, len(tokens))):
-            sys.exit("llama_decode failed")
-        logits = llama_cpp.llama_get_logits_ith(llama.ctx, -1)
-        return int(np.ctypeslib.as_array(logits, (vocab,)).argmax())
-
-    def run(prompt: list[int], new_tokens: int) -> tuple[float, float]:
-        llama._ctx.kv_cache_clear()
-        start = time.perf_counter()
-        token = feed(prompt)
-        first = time.perf_counter()
-        for _ in range(new_tokens - 1):
-            token = feed([token])
-        return first - start, time.perf_counter() - first
-
-    return run, f"llama-cpp-python {llama_cpp.__version__}"
 
 
 def serve(engine: str, model: str, threads: int, context: int) -> None:
     """The child process: one JSON line in (prompt, new tokens), one out (seconds, memory)."""
-    make = {
-        "leangen": leangen_engine,
-        "leangen on ORT": partial(leangen_engine, kernels="ort"),
-        "llama.cpp": llama_engine,
-        "llama.cpp flash": partial(llama_engine, flash=True),
-    }[engine]
-    run, version = make(model, threads, context)
+    try:
+        run, version = ENGINES[engine](model, threads, context)
+    except LeftOut as reason:
+        print(json.dumps({"left_out": str(reason)}), flush=True)
+        return
     print(json.dumps({"version": version}), flush=True)
     for line in sys.stdin:
         task = json.loads(line)
@@ -133,7 +55,10 @@ def serve(engine: str, model: str, threads: int, context: int) -> None:
 
 def requantize(model: str, form: str, out: str) -> None:
     """The child process that writes a GGUF file with other blocks, of the weights in `model`."""
-    llama_cpp = import_llama()
+    try:
+        llama_cpp = import_llama()
+    except LeftOut as reason:
+        sys.exit(f"{sys.executable}: {reason}")
     options = llama_cpp.llama_model_quantize_default_params()
     options.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{form}")
     options.allow_requantize = True
@@ -163,7 +88,10 @@ class Engine:
             text=True,
             env=None if name.startswith("llama.cpp") else {**os.environ, "PYTHONPATH": path},
         )
-        self.version = self._answer()["version"]
+        answer = self._answer()
+        self.left_out: str | None = answer.get("left_out")
+        """Why it takes no part, or None."""
+        self.version: str | None = answer.get("version")
 
     def round(self, prompt: list[int], new_tokens: int) -> dict[str, Any]:
         """Run one round; its seconds and the process's peak memory so far."""
@@ -189,6 +117,7 @@ class Engine:
 
 def compare(args: argparse.Namespace) -> dict[str, Any]:
     """Run the rounds; medians, ranges and memory for each engine."""
+    from leangen import meters
     from leangen.exporters import gguf
     from leangen.session import Session
 
@@ -204,18 +133,29 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         vocab = bundle.config["vocab_size"]
         prompt = random.Random(SEED).choices(range(vocab // 2), k=args.prompt_tokens)
         context = args.prompt_tokens + args.new_tokens
-        engines = [
-            Engine(name, args.llama_python, str(model), args.threads, context)
-            if name.startswith("llama.cpp")
-            else Engine(name, sys.executable, str(bundle.path), args.threads, context)
-            for name in ENGINES
+        started = [
+            Engine(
+                name,
+                args.llama_python if name.startswith("llama.cpp") else sys.executable,
+                str(model if name in READS_GGUF else bundle.path),
+                args.threads,
+                context,
+            )
+            for name in args.engines
         ]
+        engines = [engine for engine in started if engine.left_out is None]
         load_before = os.getloadavg()[0]
-        rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in ENGINES}
+        counters = meters.select()
+        rounds: dict[str, list[dict[str, Any]]] = {engine.name: [] for engine in engines}
         for number in range(args.rounds + 1):
             for engine in engines if number % 2 else engines[::-1]:
-                rounds[engine.name].append(engine.round(prompt, args.new_tokens))
-        for engine in engines:
+                window = meters.begin(counters, aligned=True)
+                answer = engine.round(prompt, args.new_tokens)
+                read = [each.energy_uj for each in meters.end(window)]
+                measured = counters.source == "measured" and None not in read
+                answer["joules"] = sum(filter(None, read)) / 1e6 if measured else None
+                rounds[engine.name].append(answer)
+        for engine in started:
             engine.close()
     results = {
         engine.name: {"version": engine.version, **summary(rounds[engine.name][1:], args)}
@@ -226,7 +166,8 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
             key: results["leangen"][key]["median"] / results[name][key]["median"]
             for key in ("decode_tokens_per_s", "prefill_tokens_per_s")
         }
-        for name in ENGINES[1:]
+        for name in results
+        if name != "leangen" and "leangen" in results
     }
     return {
         "model": args.model.name,
@@ -236,6 +177,8 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         "new_tokens": args.new_tokens,
         "rounds": args.rounds,
         "load_average_before": load_before,
+        "left_out": {e.name: e.left_out for e in started if e.left_out is not None},
+        "joules": counters.reason or counters.source,
         "engines": results,
         "leangen_over": ratios,
     }
@@ -252,21 +195,28 @@ def summary(rounds: list[dict[str, Any]], args: argparse.Namespace) -> dict[str,
             key: {"median": statistics.median(each), "min": min(each), "max": max(each)}
             for key, each in speeds.items()
         },
+        "joules": None
+        if rounds[0]["joules"] is None
+        else statistics.median(each["joules"] for each in rounds),
         "peak_rss_bytes": rounds[-1]["peak_rss_bytes"],  # a high-water mark: the last is highest
     }
 
 
 def table(result: dict[str, Any]) -> str:
     """The comparison for a reader."""
-    lines = [f"{'':15} {'decode tok/s':>24} {'prefill tok/s':>24} {'peak RSS MB':>12}"]
+    lines = [
+        f"{'':15} {'decode tok/s':>24} {'prefill tok/s':>24} {'joules':>8} {'peak RSS MB':>12}"
+    ]
     for name, engine in result["engines"].items():
         cells = [
             "{median:.1f} ({min:.1f}-{max:.1f})".format(**engine[key])
             for key in ("decode_tokens_per_s", "prefill_tokens_per_s")
         ]
-        peak = engine["peak_rss_bytes"]
+        peak, joules = engine["peak_rss_bytes"], engine["joules"]
         memory = "unknown" if peak is None else f"{peak / 1e6:.0f}"
-        lines.append(f"{name:15} {cells[0]:>24} {cells[1]:>24} {memory:>12}")
+        energy = "unknown" if joules is None else f"{joules:.1f}"
+        lines.append(f"{name:15} {cells[0]:>24} {cells[1]:>24} {energy:>8} {memory:>12}")
+    lines += [f"left out: {name}: {reason}" for name, reason in result["left_out"].items()]
     return "\n".join(lines)
 
 
@@ -280,6 +230,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--llama-python", default=sys.executable, metavar="PYTHON")
     parser.add_argument("--form", choices=FORMS, help="requantize the file to this form first")
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
     parser.add_argument("--json", action="store_true", help="print JSON only")
     parser.add_argument("--serve", choices=ENGINES, help=argparse.SUPPRESS)
     parser.add_argument("--requantize", choices=FORMS, help=argparse.SUPPRESS)

@@ -73,9 +73,10 @@ def attach(bundle: Bundle, base: Bundle | None = None) -> Bundle:
     """The bundle with a probe in it; as it was where this machine cannot run it.
 
     The reference is that of `base`, the fp32 bundle that this one was quantized from (without a
-    probe there is none here); else the bundle itself, with fp32 activations.
+    probe there is none here); else the bundle itself, with fp32 activations. A bundle that came
+    with a probe keeps it.
     """
-    if bundle.size_bytes > MEMORY_SHARE * _memory_bytes():
+    if FILE in bundle.files or bundle.size_bytes > MEMORY_SHARE * _memory_bytes():
         return bundle
     if base is not None and FILE not in base.files:
         return bundle
@@ -87,6 +88,23 @@ def attach(bundle: Bundle, base: Bundle | None = None) -> Bundle:
         return bundle
     if not runs:
         return bundle
+    return add_file(bundle, FILE, content(runs, errors))
+
+
+def inputs(bundle: Bundle, rows: int) -> dict[str, dict[str, Array]]:
+    """By graph, `rows` rows of what the family's first requests for calibration feed it."""
+    return {
+        role: {name: array[:rows] for name, array in named.items()}
+        for role, named in _feeds(bundle).items()
+    }
+
+
+def content(runs: Runs, errors: Mapping[str, float]) -> bytes:
+    """The file that holds runs and how far off the bundle was, by graph; outputs are thinned."""
+    runs = {
+        role: (feeds, {name: _thinned(value) for name, value in outputs.items()})
+        for role, (feeds, outputs) in runs.items()
+    }
     arrays = {
         f"{role}/{side}/{name}": array
         for role, sides in runs.items()
@@ -96,7 +114,7 @@ def attach(bundle: Bundle, base: Bundle | None = None) -> Bundle:
     arrays |= {f"{role}/error": np.array(error) for role, error in errors.items()}
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **cast(dict[str, Any], arrays))
-    return add_file(bundle, FILE, buffer.getvalue())
+    return buffer.getvalue()
 
 
 def check(session: Session) -> list[Deviation]:
@@ -142,15 +160,21 @@ def _record(bundle: Bundle) -> Runs:
 
 
 def _feeds(bundle: Bundle) -> dict[str, Mapping[str, Array]]:
-    """What the graphs are fed by the family's first request for calibration, or its example."""
+    """What the graphs are fed by the family's first requests for calibration, or its example.
+
+    The first one that feeds all is the last: most families need one, a density flow two.
+    """
     family = families.of(bundle)
     recorder = Recorder(bundle)
     requests = getattr(family, "calibration_requests", None)
-    request = family.Request(**family.EXAMPLE) if requests is None else requests(recorder)[0]
-    steps = family.run(recorder, request)
-    for step in steps:
-        if families.key(bundle) in DECODERS and step.units == 0:
-            steps.close()  # an encoder has run; what follows is computed from its outputs
+    asked = [family.Request(**family.EXAMPLE)] if requests is None else requests(recorder)
+    for request in asked:
+        steps = family.run(recorder, request)
+        for step in steps:
+            if families.key(bundle) in DECODERS and step.units == 0:
+                steps.close()  # an encoder has run; what follows is computed from its outputs
+        if families.key(bundle) in DECODERS or all(recorder.feeds(1).values()):
+            break
     return {role: feeds[-1] for role, feeds in recorder.feeds(1).items() if feeds}
 
 

@@ -52,7 +52,7 @@ class Here:
 
 
 class Emulated:
-    """The kernels of one aarch64 variant under qemu."""
+    """The kernels of one aarch64 variant under qemu; a context manager, which ends it."""
 
     def __init__(self, variant, folder):
         compiler, emulator = "aarch64-linux-gnu-gcc", "qemu-aarch64"
@@ -60,16 +60,28 @@ class Emulated:
             if shutil.which(tool) is None:
                 pytest.skip(f"{tool} is not installed")
         pytest.importorskip("numba")
-        self.variant, self.emulator, self.runner = variant, emulator, folder / "runner"
-        if not self.runner.exists():
+        self.variant, runner = variant, folder / "runner"
+        if not runner.exists():
             _run(
                 sys.executable, "-m", "leangen_kernels.build", folder, "--machine", "aarch64",
                 "--cc", compiler, "--cache", ROOT / "build" / "kernels", cwd=ROOT / "kernels",
             )  # fmt: skip
             _run(
                 compiler, "-O1", ROOT / "tests" / "kernels_runner.c",
-                folder / "libleangen_kernels.so", f"-Wl,-rpath,{folder}", "-o", self.runner,
+                folder / "libleangen_kernels.so", f"-Wl,-rpath,{folder}", "-o", runner,
             )  # fmt: skip
+        prefix = ["-L", "/usr/aarch64-linux-gnu", "-cpu", "max"]
+        self.process = subprocess.Popen(
+            [emulator, *prefix, str(runner), variant],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.process.stdin.close()
+        self.process.wait()
 
     def has(self, name):
         """Whether the library holds it: kernels are named in the table that it was built from."""
@@ -78,7 +90,7 @@ class Emulated:
         return f'"{self.variant}", "{name}"' in newest.read_text()
 
     def call(self, name, *arguments):
-        sent = b""
+        sent = b"k" + struct.pack("<q", len(name)) + name.encode()
         arrays = [argument for argument in arguments if isinstance(argument, np.ndarray)]
         for argument in arguments:
             if isinstance(argument, np.ndarray):
@@ -87,13 +99,12 @@ class Emulated:
                 sent += b"d" + struct.pack("<d", argument)
             else:
                 sent += b"i" + struct.pack("<q", argument)
-        prefix = ["-L", "/usr/aarch64-linux-gnu", "-cpu", "max"]
-        command = [self.emulator, *prefix, str(self.runner), self.variant, name]
-        back = subprocess.run(command, input=sent, stdout=subprocess.PIPE, check=True).stdout
+        self.process.stdin.write(sent + b".")
+        self.process.stdin.flush()
         for array in arrays:
-            size = array.nbytes
-            array[...] = np.frombuffer(back[:size], array.dtype).reshape(array.shape)
-            back = back[size:]
+            back = self.process.stdout.read(array.nbytes)
+            assert len(back) == array.nbytes, f"{name} ended with {self.process.wait()}"
+            array[...] = np.frombuffer(back, array.dtype).reshape(array.shape)
 
 
 def _run(*command, cwd=None):

@@ -70,7 +70,8 @@ def test_kernels_of_one_tile(variant, rng):
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ["neon", "portable"])
 def test_kernels_on_emulated_arm(variant, rng, tmp_path_factory):
-    check_tile(Emulated(variant, tmp_path_factory.getbasetemp()), rng)
+    with Emulated(variant, tmp_path_factory.getbasetemp()) as machine:
+        check_tile(machine, rng)
 
 
 def test_weights_pack_and_unpack_without_loss(rng):

@@ -106,3 +106,24 @@ def test_files_that_are_not_what_their_name_says(session, tmp_path):
     for name in "a.npy", "b.npy", "c.csv":
         with pytest.raises(RequestError, match=f"cannot read .*{name}"):
             run(session, data=tmp_path / name)
+
+
+def test_temperature_is_the_spread_of_a_normal_latent(tmp_path):
+    parts = [("StandardScaler", (np.float32([1, 2]), np.float32([3, 4])))]
+    path = tmp_path / "normal.pzflow.pkl"
+    path.write_bytes(pickle.dumps(flow_state(parts, 2, latent=("Normal", (2,)))))
+    session = Session(pzflow.export(path, tmp_path / "bundle"), threads=1)
+    whole, half, none = (
+        run(session, count=20, seed=3, temperature=value)[1].array for value in (1.0, 0.5, 0.0)
+    )
+    np.testing.assert_allclose(half - none, (whole - none) / 2, atol=1e-6)
+    np.testing.assert_allclose(none, np.tile([1, 2], (20, 1)), atol=1e-6)
+
+
+def test_temperature_where_there_is_none(session):
+    with pytest.raises(RequestError, match="this flow's latent is uniform, which has none"):
+        run(session, count=2, temperature=0.7)
+    with pytest.raises(RequestError, match="temperature is -1, expected 0 or more"):
+        density.Request(count=2, temperature=-1)
+    with pytest.raises(RequestError, match="temperature is for draws"):
+        density.Request(data=[[0.0]], temperature=0.5)

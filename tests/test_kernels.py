@@ -312,13 +312,13 @@ def test_attend(machine, rng):
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ["neon", "portable"])
 def test_aarch64_under_an_emulator(variant, tmp_path_factory, rng):
-    machine = Emulated(variant, tmp_path_factory.getbasetemp())
-    check_quantize(machine, rng)
-    check_rows(machine, rng)
-    check_attend(machine, rng)
-    check_narrow(machine, rng)
-    for form in FORMS:
-        check_linear(machine, form, rng, [(1, 16, 32), (3, 17, 33), (9, 40, 100)])
+    with Emulated(variant, tmp_path_factory.getbasetemp()) as machine:
+        check_quantize(machine, rng)
+        check_rows(machine, rng)
+        check_attend(machine, rng)
+        check_narrow(machine, rng)
+        for form in FORMS:
+            check_linear(machine, form, rng, [(1, 16, 32), (3, 17, 33), (9, 40, 100)])
 
 
 def test_forms_pack_and_unpack_without_loss(rng):

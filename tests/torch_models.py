@@ -210,13 +210,41 @@ def plain_coupling():
     return Coupling(), rows()
 
 
+class Squashed(nn.Module):
+    """A module of one's own around a library's layers."""
+
+    def __init__(self):
+        super().__init__()
+        import zuko
+
+        maf = zuko.flows.MAF(D, transforms=2, hidden_features=(HIDDEN,))
+        self.layers = nn.ModuleList(maf.transform.transforms)
+
+    def forward(self, x):
+        total = 0.0
+        for layer in self.layers:
+            x, log_det = layer(None).call_and_ladj(x)
+            total = total + log_det
+        return torch.asinh(x), total - 0.5 * torch.log1p(x * x).sum(1)
+
+    def inverse(self, z):
+        z = torch.sinh(z)
+        for layer in reversed(self.layers):
+            z = layer(None).inv(z)
+        return z
+
+
+def zuko_layers_in_a_module():
+    return disturbed(Squashed()), rows()
+
+
 FLOWS = {
     f.__name__: f
     for f in (
         *(zuko_maf, zuko_maf_residual, zuko_coupling, zuko_nsf, zuko_iaf),
         *(nflows_realnvp, nflows_nsf, nflows_maf, nflows_iaf, nflows_sequential_nsf),
         *(normflows_realnvp, normflows_nsf, normflows_maf, normflows_glow),
-        *(normflows_checkerboard, plain_coupling),
+        *(normflows_checkerboard, plain_coupling, zuko_layers_in_a_module),
     )
 }
 QUANTIZED = ("zuko_maf", "nflows_nsf", "normflows_maf", "normflows_glow", "plain_coupling")

@@ -80,7 +80,8 @@ class Average:
         self.steps += 1
         decay = min(self.decay, self.steps / (self.steps + 10))
         for name, value in model.state_dict().items():
-            self.weights[name].lerp_(value, 1 - decay)
+            if value.is_floating_point():  # else a mask or an order: it is as it was
+                self.weights[name].lerp_(value, 1 - decay)
 
 
 def train(

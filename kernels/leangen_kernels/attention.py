@@ -23,6 +23,7 @@ from leangen_kernels.simd import (
     load_halves,
     multiply_add,
     only_between,
+    prefetch,
     splat,
     store_float,
     store_floats,
@@ -39,9 +40,13 @@ CHUNK = 64
 _MANY_REGISTERS = ((4, 1, 1), (4, 4, 2), (8, 2, 2))
 TILES = _MANY_REGISTERS if VARIANT.dot == "vnni512" else ((4, 1, 1),)
 
+# For few rows memory is what takes the time: while keys are used ask for their values, while these
+# are, for the next chunk's keys. (One line is asked for twice where a row of 16 is half a line.)
+_ASK = VARIANT.dot == "vnni512"
+
 # What a cache and a tile fix, see `kernels`.
 QUERIES = COLUMNS = BLOCKS = SIZE = 0
-SCALED = False
+SCALED = ASK = False
 load = load_floats
 
 
@@ -62,6 +67,7 @@ def attend(
     )  # fmt: skip
     block_bytes = ROWS * (SIZE * width + 4 * SCALED)
     first_block = begin // ROWS * block_bytes
+    next_keys = keys - values + CHUNK // ROWS * block_bytes
     for t in static(QUERIES):
         limit[t] = past + min((row + t) // group + 1, new)
         low[t] = 0
@@ -82,6 +88,8 @@ def attend(
         for _ in range(width):
             for i in static(BLOCKS):
                 one = load(at[i], 0)
+                if ASK:
+                    prefetch(at[i], values - keys)
                 for t in static(QUERIES):
                     score[i, t] = multiply_add(one, load_for_all(q_at, 4 * t), score[i, t])
                 at[i] += ROWS * SIZE
@@ -122,6 +130,8 @@ def attend(
             for i in range(min(ROWS, end - key)):
                 for c in static(COLUMNS):
                     one = load(value_at, SIZE * ROWS * c)
+                    if ASK:
+                        prefetch(value_at, next_keys + SIZE * ROWS * c)
                     for t in static(QUERIES):
                         share = load_for_all(scores_at + 4 * i, 4 * ROWS * t)
                         out[t, c] = multiply_add(one, share, out[t, c])
@@ -169,6 +179,7 @@ def kernels() -> dict[str, tuple[Callable[..., Any], str]]:
             make = partial(
                 unrolled, attend, QUERIES=queries, COLUMNS=columns, BLOCKS=blocks, CHUNK=CHUNK,
                 ROWS=ROWS, SIZE=cache.size, SCALED=cache.scaled, load=loads[cache.name],
+                ASK=_ASK and queries == 4,
             )  # fmt: skip
             found[f"attend_{cache.name}_{queries}_{columns}"] = (make, "i" * 12)
     return found

@@ -56,9 +56,9 @@ def argmax_linear() -> tuple[Array, Array]:
     return np.concatenate([index, most]), np.concatenate([y.argmax(-1), y.max(-1)])
 
 
-def _weights(rng: np.random.Generator, form: layout.Form) -> Array:
-    codes = rng.integers(0, 1 << form.bits, (N, K), dtype=np.uint8)
-    scales = (rng.random((N, -(-K // form.block))) / 16).astype(np.float16).astype(np.float32)
+def _weights(rng: np.random.Generator, form: layout.Form, n: int = N, k: int = K) -> Array:
+    codes = rng.integers(0, 1 << form.bits, (n, k), dtype=np.uint8)
+    scales = (rng.random((n, -(-k // form.block))) / 16).astype(np.float16).astype(np.float32)
     return layout.pack(form, codes, scales, -8 * scales if form.minimum else None)
 
 
@@ -145,10 +145,25 @@ def attention() -> tuple[Array, Array]:
     return y, expected
 
 
+def chain() -> tuple[Array, Array]:
+    """Two linear layers, the second on what the first makes, with a residual."""
+    rng, form = np.random.default_rng(7), layout.FORMS["q4"]
+    first, second = _weights(rng, form), _weights(rng, form, N, N)
+    feeds = {"x": rng.standard_normal((3, K)).astype(np.float32), "first": first, "second": second}
+    feeds["residual"] = rng.standard_normal((3, N)).astype(np.float32)
+    steps: dict[str, Any] = {"inputs_0": (0, 1, -1, -1, -1, -1), "inputs_1": (4, 2, -1, -1, 3, -1)}
+    for i, k in enumerate((K, N)):
+        steps |= {f"form_{i}": form.name, f"n_{i}": N, f"k_{i}": k}
+    (y,) = _run("Chain", feeds, FLOAT, kinds=(0, 0), results=(1,), given=4, **steps)
+    between = reference.linear(form, first, N, feeds["x"])
+    return y, reference.linear(form, second, N, between) + feeds["residual"]
+
+
 OPERATORS: dict[str, Callable[[], tuple[Array, Array]]] = {
     "Linear": linear,
     "ArgmaxLinear": argmax_linear,
     "Attention": attention,
+    "Chain": chain,
     "Conv": conv,
     "ConvTranspose": conv_transpose,
     "PixelAttention": pixel_attention,

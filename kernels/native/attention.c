@@ -20,50 +20,24 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "kernels.h"
-#include "op.h"
+#include "attention.h"
 
 enum { ROWS = 16, CHUNK = 64, MAX_PARTS = 64 };
 
 /* A part with fewer multiplications than this costs more to hand to a thread than to run. */
-enum { PART_WORK = 32 << 10 };
+enum { PART_WORK = 16 << 10 };
 
 /* Fewer heads times tiles of queries than this are cut along the keys as well. */
 enum { FEW_TILES = 16 };
 
-typedef struct {
-  int64_t queries, columns; /* rows at once; vectors of 16 that the width is a multiple of */
-  attend_fn attend;
-} Tile;
-
-enum { QKV, KEY, VALUE, LENGTHS, COSINES, SINES, QUERY_GAIN, KEY_GAIN, INPUTS };
+enum { QKV, KEY, VALUE, LENGTHS, COSINES, SINES, QUERY_GAIN, KEY_GAIN };
 
 typedef struct {
-  Tensor constants[INPUTS];
-  int64_t heads, kv_heads, window;
-  float scale;
-  int type, size, scaled; /* of the cache */
-  double epsilon;
-  rms_norm_fn rms_norm;
-  rotate_fn rotate;
-  elementwise_fn narrow; /* NULL: as it is */
-  merge_fn merge;
-  finish_fn finish;
-  Tile tiles[3]; /* the one for many rows, for few rows, for any width */
-} Attention;
+  Attention op;
+  Tensor constants[ATTENTION_INPUTS];
+} Kernel;
 
-typedef struct {
-  const Attention *op;
-  const Tile *tile;
-  const float *qkv, *cosines, *sines;
-  const Tensor *query_gain, *key_gain;
-  const int32_t *last;
-  char *keys, *values;
-  float *y, *q, *states, *work;
-  float scale;
-  int64_t batch, new, capacity, width, parts, tiles, chunks, work_floats, state_floats;
-  int64_t block_bytes, head_bytes; /* of 16 positions, of all positions of a head */
-} Job;
+typedef AttentionJob Job;
 
 static int64_t past_of(const Job *job, int64_t sequence) {
   /* not below 0 for a prompt shorter than the longest of its batch */
@@ -92,14 +66,15 @@ static void store(const Job *job, char *block, int64_t lane, const float *row, c
   if (op->scaled) memcpy(block + ROWS * width + 4 * lane, from + width, 4);
 }
 
-/* Heads side by side, normed into `to` where there is a gain. */
-static const float *norm(const Attention *op, const float *from, int64_t count, const Tensor *gain,
-                         float *to) {
-  if (!gain->data) return from;
-  for (int64_t i = 0; i < count; i += gain->count)
+/* From `first`, `count` of `all` numbers: heads side by side, normed into `to` if there is a gain. */
+static const float *norm(const Attention *op, const float *from, int64_t all, int64_t first,
+                         int64_t count, const Tensor *gain, float *to) {
+  if (!gain->data) return from + first;
+  int64_t begin = gain->count == all ? 0 : first, end = gain->count == all ? all : first + count;
+  for (int64_t i = begin; i < end; i += gain->count)
     CALL_KERNEL(op->rms_norm, (int64_t)(from + i), (int64_t)gain->data, (int64_t)(to + i),
                 gain->count, op->epsilon);
-  return to;
+  return to + first;
 }
 
 /* A head as its position turns it, times `factor`. */
@@ -113,37 +88,60 @@ static void turn(const Job *job, const float *from, float *to, int64_t position,
     for (int64_t d = 0; d < job->width; d++) to[d] = from[d] * factor;
 }
 
-/* Rotate the queries and keys of some tokens; append keys and values to the cache. */
-static void append(void *given, size_t part) {
+/* The query rows of a head beyond the last are computed too. */
+static void clear_unused(const Job *job, int64_t head) {
+  int64_t queries = job->tile->queries, group = job->op->heads / job->op->kv_heads;
+  int64_t used = job->new * group - (job->tiles - 1) * queries;
+  float *tile = job->q + ((head + 1) * job->tiles - 1) * queries * job->width;
+  for (int64_t i = 0; i < job->width; i++)
+    for (int64_t row = used; row < queries; row++) tile[i * queries + row] = 0;
+}
+
+/* Rotate a head's keys and its queries, of some heads and tokens; append to the cache. */
+static void append(void *given, int64_t part, int64_t thread) {
   const Job *job = given;
   const Attention *op = job->op;
-  int64_t width = job->width, group = op->heads / op->kv_heads, all = job->batch * job->new;
-  int64_t queries = job->tile->queries;
-  float *turned = job->work + job->work_floats * (int64_t)part, *normed = turned + 2 * width;
+  int64_t width = job->width, group = op->heads / op->kv_heads, queries = job->tile->queries;
+  int64_t all = job->batch * job->new * op->kv_heads;
+  float *turned = job->work + job->work_floats * thread, *normed = turned + 2 * width;
   char *narrowed = (char *)(turned + width);
-  for (int64_t i = all * (int64_t)part / job->parts; i < all * ((int64_t)part + 1) / job->parts;
-       i++) {
-    int64_t sequence = i / job->new, token = i % job->new;
+  int64_t first = all * part / job->append_parts;
+  int64_t last = all * (part + 1) / job->append_parts;
+  for (int64_t i = first; i < last; i++) {
+    int64_t kv_head = i % op->kv_heads, sequence = i / op->kv_heads / job->new;
+    int64_t token = i / op->kv_heads % job->new, head = sequence * op->kv_heads + kv_head;
     int64_t position = past_of(job, sequence) + token, lane = position % ROWS;
-    const float *row = job->qkv + i * (op->heads + 2 * op->kv_heads) * width;
-    const float *from = norm(op, row, op->heads * width, job->query_gain, normed);
-    for (int64_t head = 0; head < op->heads; head++, from += width) {
+    const float *row = job->qkv + i / op->kv_heads * (op->heads + 2 * op->kv_heads) * width;
+    const float *from = norm(op, row, op->heads * width, kv_head * group * width, group * width,
+                             &job->query_gain, normed);
+    for (int64_t j = 0; j < group; j++, from += width) {
       turn(job, from, turned, position, job->scale);
-      int64_t query = token * group + head % group;
-      int64_t tile = (sequence * op->kv_heads + head / group) * job->tiles + query / queries;
-      float *to = job->q + tile * queries * width + query % queries;
+      int64_t query = token * group + j;
+      float *to = job->q + (head * job->tiles + query / queries) * queries * width + query % queries;
       for (int64_t d = 0; d < width; d++) to[d * queries] = turned[d];
     }
-    int64_t block = sequence * op->kv_heads * job->head_bytes + position / ROWS * job->block_bytes;
+    if (token == job->new - 1) clear_unused(job, head);
+    int64_t block = head * job->head_bytes + position / ROWS * job->block_bytes;
     row += op->heads * width;
-    from = norm(op, row, op->kv_heads * width, job->key_gain, normed);
-    for (int64_t head = 0; head < op->kv_heads; head++, from += width) {
-      turn(job, from, turned, position, 1);
-      store(job, job->keys + block + head * job->head_bytes, lane, turned, narrowed, 1);
-    }
-    row += op->kv_heads * width;
-    for (int64_t head = 0; head < op->kv_heads; head++, row += width)
-      store(job, job->values + block + head * job->head_bytes, lane, row, narrowed, 0);
+    from = norm(op, row, op->kv_heads * width, kv_head * width, width, &job->key_gain, normed);
+    turn(job, from, turned, position, 1);
+    store(job, job->keys + block, lane, turned, narrowed, 1);
+    row += (op->kv_heads + kv_head) * width;
+    store(job, job->values + block, lane, row, narrowed, 0);
+  }
+}
+
+/* Where the new keys and values go was last used a token ago. */
+static void ask_for_places(const void *given, int64_t part) {
+  const Job *job = given;
+  if (part || job->new > 1) return;
+  for (int64_t head = 0; head < job->batch * job->op->kv_heads; head++) {
+    int64_t position = past_of(job, head / job->op->kv_heads);
+    int64_t block = head * job->head_bytes + position / ROWS * job->block_bytes;
+    int64_t row = position % ROWS * job->width * job->op->size;
+    for (int64_t i = 0; i < job->block_bytes; i += LINE) __builtin_prefetch(job->keys + block + i, 1);
+    for (int64_t i = 0; i < job->width * job->op->size; i += LINE)
+      __builtin_prefetch(job->values + block + row + i, 1);
   }
 }
 
@@ -184,12 +182,12 @@ static void finish_tile(const Job *job, int64_t head, int64_t tile, const float 
 }
 
 /* Some tiles, each with all its keys; later tokens first as they take longest. */
-static void attend_tiles(void *given, size_t part) {
+static void attend_tiles(void *given, int64_t part, int64_t thread) {
   const Job *job = given;
   int64_t heads = job->batch * job->op->kv_heads, all = heads * job->tiles, first;
-  float *state = job->work + job->work_floats * (int64_t)part, *more = state + job->state_floats;
+  float *state = job->work + job->work_floats * thread, *more = state + job->state_floats;
   float *scores = more + job->state_floats;
-  for (int64_t i = (int64_t)part; i < all; i += job->parts) {
+  for (int64_t i = part; i < all; i += job->parts) {
     int64_t head = i % heads, tile = job->tiles - 1 - i / heads;
     int64_t chunks = chunks_of(job, head, tile, &first);
     attend_chunk(job, head, tile, first, scores, state);
@@ -201,31 +199,42 @@ static void attend_tiles(void *given, size_t part) {
   }
 }
 
+/* The keys that part `part` begins with: what follows, the kernel asks for. */
+static void ask_for_keys(const void *given, int64_t part) {
+  const Job *job = given;
+  int64_t units = job->batch * job->op->kv_heads * job->tiles * job->chunks;
+  int64_t unit = units * part / job->parts, head = unit / job->chunks / job->tiles;
+  int64_t bytes = CHUNK / ROWS * job->block_bytes;
+  const char *keys = job->keys + head * job->head_bytes + unit % job->chunks * bytes;
+  for (int64_t i = 0; i < bytes; i += LINE) __builtin_prefetch(keys + i);
+}
+
 /* Some chunks of all tiles, to be merged after. */
-static void attend_chunks(void *given, size_t part) {
+static void attend_chunks(void *given, int64_t part, int64_t thread) {
   const Job *job = given;
   int64_t all = job->batch * job->op->kv_heads * job->tiles * job->chunks, first;
-  float *scores = job->work + job->work_floats * (int64_t)part;
-  for (int64_t i = (int64_t)part; i < all; i += job->parts) {
+  float *scores = job->work + job->work_floats * thread;
+  int64_t begin = all * part / job->parts, end = all * (part + 1) / job->parts;
+  for (int64_t i = begin; i < end; i++) {
     int64_t chunk = i % job->chunks, tile = i / job->chunks % job->tiles;
     int64_t head = i / job->chunks / job->tiles;
-    if (chunk < chunks_of(job, head, tile, &first) && chunk >= first)
-      attend_chunk(job, head, tile, chunk, scores, job->states + i * job->state_floats);
+    if (chunk >= chunks_of(job, head, tile, &first) || chunk < first) continue;
+    attend_chunk(job, head, tile, chunk, scores, job->states + i * job->state_floats);
   }
 }
 
-static void merge_chunks(const Job *job) {
-  int64_t all = job->batch * job->op->kv_heads * job->tiles, first;
-  for (int64_t i = 0; i < all; i++) {
-    int64_t head = i / job->tiles, tile = i % job->tiles;
-    int64_t chunks = chunks_of(job, head, tile, &first);
-    float *states = job->states + i * job->chunks * job->state_floats;
-    float *state = states + first * job->state_floats;
-    while (++first < chunks)
-      CALL_KERNEL(job->op->merge, (int64_t)state, (int64_t)(states + first * job->state_floats),
-                  job->width, job->tile->queries);
-    finish_tile(job, head, tile, state);
-  }
+/* Part `part` is one tile of a head. */
+static void merge_chunks(void *given, int64_t part, int64_t thread) {
+  (void)thread;
+  const Job *job = given;
+  int64_t head = part / job->tiles, tile = part % job->tiles, first;
+  int64_t chunks = chunks_of(job, head, tile, &first);
+  float *states = job->states + part * job->chunks * job->state_floats;
+  float *state = states + first * job->state_floats;
+  while (++first < chunks)
+    CALL_KERNEL(job->op->merge, (int64_t)state, (int64_t)(states + first * job->state_floats),
+                job->width, job->tile->queries);
+  finish_tile(job, head, tile, state);
 }
 
 static Status check_gain(const Tensor *gain, const char *name, int64_t width, int64_t all) {
@@ -281,93 +290,101 @@ static int64_t parts_for(int64_t work, int64_t most) {
   return larger(smaller(smaller(work / PART_WORK, MAX_PARTS), most), 1);
 }
 
-static Status run(void *context, Job *job, void (*part)(void *, size_t), int64_t parts) {
-  job->parts = parts;
-  return run_parts(context, part, parts, job);
-}
-
-static const Tile *tile_for(const Attention *op, int64_t rows, int64_t width) {
-  const Tile *tile = op->tiles + (rows < op->tiles[0].queries);
+static const AttentionTile *tile_for(const Attention *op, int64_t rows, int64_t width) {
+  const AttentionTile *tile = op->tiles + (rows < op->tiles[0].queries);
   while (!tile->attend || width % (ROWS * tile->columns)) tile++;
   return tile;
 }
 
-static Status compute(void *self, void *context) {
-  const Attention *op = self;
-  Tensor in[INPUTS];
-  TRY(get_inputs(context, op->constants, INPUTS, in));
+Status attention_plan(const Attention *op, const Tensor *in, Job *job) {
   TRY(check(op, in));
-  int64_t batch = in[0].dims[0], new = in[0].dims[1], columns = in[1].dims[3];
+  int64_t batch = in[QKV].dims[0], new = in[QKV].dims[1], columns = in[KEY].dims[3];
   int64_t width = columns - (op->scaled ? 4 : 0), rows = new * (op->heads / op->kv_heads);
-  Job job = {.op = op, .qkv = in[QKV].data, .last = in[LENGTHS].data,
-             .cosines = in[COSINES].data, .sines = in[SINES].data,
-             .query_gain = &in[QUERY_GAIN], .key_gain = &in[KEY_GAIN], .batch = batch, .new = new, .capacity = in[1].dims[2],
-             .width = width, .tile = tile_for(op, rows, width),
-             .scale = op->scale != 0 ? op->scale : 1 / sqrtf((float)width),
-             .block_bytes = ROWS * columns * op->size};
-  int64_t dims[] = {batch, new, op->heads * width}, queries = job.tile->queries;
-  job.tiles = up_to(rows, queries) / queries;
-  job.head_bytes = job.capacity / ROWS * job.block_bytes;
-  TRY(get_output(context, 0, dims, 3, (void **)&job.y));
-  TRY(get_output(context, 1, in[1].dims, 4, (void **)&job.keys));
-  TRY(get_output(context, 2, in[2].dims, 4, (void **)&job.values));
-  size_t cache_bytes = (size_t)(in[1].count * op->size);
-  if (job.keys != in[1].data) memcpy(job.keys, in[1].data, cache_bytes);
-  if (job.values != in[2].data) memcpy(job.values, in[2].data, cache_bytes);
-  if (!batch || !new) return NULL;
-
-  int64_t seen = 0; /* keys of the longest sequence */
-  for (int64_t i = 0; i < batch; i++) seen = larger(seen, past_of(&job, i) + new);
-  job.chunks = up_to(seen, CHUNK) / CHUNK;
-  int64_t tiles = batch * op->kv_heads * job.tiles;
-  int split = tiles < FEW_TILES && job.chunks > 1;
-  int64_t units = split ? tiles * job.chunks : tiles;
-  job.state_floats = up_to(queries * (width + 2), ROWS);
-  job.work_floats = larger(2 * job.state_floats + CHUNK * queries, (op->heads + 2) * width);
-  job.work_floats = up_to(job.work_floats, ROWS);
-  int64_t q_floats = up_to(tiles * queries * width, ROWS);
-  int64_t states_floats = split ? units * job.state_floats : 0;
-  int64_t work = 2 * tiles * queries * width * (seen - new / 2);
-  int64_t append_parts = new == 1 ? 1 : parts_for(in[0].count * 8, batch * new);
-  int64_t parts = parts_for(work, units), most = larger(parts, append_parts);
-  job.q = (float *)scratch((size_t)(q_floats + states_floats + job.work_floats * most) *
-                           sizeof(float));
-  if (!job.q) return fail("Attention: out of memory for %lld tokens", (long long)new);
-  job.states = job.q + q_floats, job.work = job.states + states_floats;
-  for (int64_t i = 0; i < batch * op->kv_heads; i++) { /* rows beyond the last are computed too */
-    float *end = job.q + (i + 1) * job.tiles * queries * width;
-    memset(end - queries * width, 0, (size_t)(queries * width) * sizeof(float));
-  }
-  TRY(run(context, &job, append, append_parts));
-  TRY(run(context, &job, split ? attend_chunks : attend_tiles, parts));
-  if (split) merge_chunks(&job);
+  *job = (Job){.op = op, .last = in[LENGTHS].data, .batch = batch, .new = new,
+               .capacity = in[KEY].dims[2], .width = width, .tile = tile_for(op, rows, width),
+               .scale = op->scale != 0 ? op->scale : 1 / sqrtf((float)width),
+               .block_bytes = ROWS * columns * op->size};
+  int64_t queries = job->tile->queries, seen = 0; /* keys of the longest sequence */
+  job->tiles = up_to(rows, queries) / queries;
+  job->head_bytes = job->capacity / ROWS * job->block_bytes;
+  for (int64_t i = 0; i < batch; i++) seen = larger(seen, past_of(job, i) + new);
+  job->chunks = up_to(seen, CHUNK) / CHUNK;
+  int64_t tiles = batch * op->kv_heads * job->tiles;
+  job->split = tiles < FEW_TILES && job->chunks > 1;
+  int64_t units = job->split ? tiles * job->chunks : tiles;
+  job->state_floats = up_to(queries * (width + 2), ROWS);
+  job->work_floats = larger(2 * job->state_floats + CHUNK * queries, (op->heads + 2) * width);
+  job->work_floats = up_to(job->work_floats, ROWS);
+  job->states_at = up_to(tiles * queries * width, ROWS);
+  job->work_at = job->states_at + (job->split ? units * job->state_floats : 0);
+  job->append_parts = smaller(batch * new * op->kv_heads, MAX_PARTS);
+  job->parts = parts_for(2 * tiles * queries * width * (seen - new / 2), units);
+  job->bytes = (job->work_at + job->work_floats * MOST_THREADS) * (int64_t)sizeof(float);
   return NULL;
 }
 
-static Status create(const CustomOp *self, const void *api, const void *info, void **kernel) {
-  (void)self, (void)api;
+Status attention_caches(void *context, size_t first, const Tensor *in, Job *job) {
+  size_t bytes = (size_t)(in[KEY].count * job->op->size);
+  TRY(get_output(context, first, in[KEY].dims, 4, (void **)&job->keys));
+  TRY(get_output(context, first + 1, in[VALUE].dims, 4, (void **)&job->values));
+  if (job->keys != in[KEY].data) memcpy(job->keys, in[KEY].data, bytes);
+  if (job->values != in[VALUE].data) memcpy(job->values, in[VALUE].data, bytes);
+  return NULL;
+}
+
+size_t attention_phases(Job *job, const Tensor *in, void *y, char *memory, Phase *phases) {
+  job->qkv = in[QKV].data, job->y = y;
+  job->cosines = in[COSINES].data, job->sines = in[SINES].data;
+  job->query_gain = in[QUERY_GAIN], job->key_gain = in[KEY_GAIN];
+  job->q = (float *)memory;
+  job->states = job->q + job->states_at, job->work = job->q + job->work_at;
+  if (!job->batch || !job->new) return 0;
+  phases[0] = (Phase){.part = append, .ask = ask_for_places, .job = job, .parts = (int32_t)job->append_parts};
+  phases[1] = (Phase){.part = job->split ? attend_chunks : attend_tiles, .job = job,
+                      .parts = (int32_t)job->parts};
+  if (job->split) phases[1].ask = ask_for_keys;
+  phases[2] = (Phase){.part = merge_chunks, .job = job,
+                      .parts = (int32_t)(job->batch * job->op->kv_heads * job->tiles)};
+  return job->split ? 3 : 2;
+}
+
+static Status compute(void *self, void *context) {
+  const Kernel *kernel = self;
+  Tensor in[ATTENTION_INPUTS];
+  TRY(get_inputs(context, kernel->constants, ATTENTION_INPUTS, in));
+  Job job;
+  TRY(attention_plan(&kernel->op, in, &job));
+  void *y;
+  int64_t dims[] = {job.batch, job.new, job.op->heads * job.width};
+  TRY(get_output(context, 0, dims, 3, &y));
+  TRY(attention_caches(context, 1, in, &job));
+  char *memory = scratch((size_t)job.bytes);
+  if (!memory) return fail("Attention: out of memory for %lld tokens", (long long)job.new);
+  Phase phases[ATTENTION_PHASES];
+  return run_phases(context, phases, attention_phases(&job, in, y, memory, phases));
+}
+
+Status attention_init(Attention *op, Options from) {
   static const struct {
     const char *name;
     int type, size, scaled;
   } caches[] = {{"fp32", TENSOR_FLOAT, 4, 0}, {"fp16", TENSOR_FLOAT16, 2, 0},
                 {"int8", TENSOR_INT8, 1, 1}};
   char cache[16], kernel_name[64];
-  attribute_string(info, "cache", cache, sizeof cache);
+  attribute_string(from, "cache", cache, sizeof cache);
   if (!*cache) strcpy(cache, "fp32");
   int kind = 0;
   while (kind < 3 && strcmp(cache, caches[kind].name)) kind++;
   if (kind == 3) return fail("Attention: cache '%s', expected fp32, fp16 or int8", cache);
-  int64_t heads = attribute_int(info, "heads", 0), kv_heads = attribute_int(info, "kv_heads", 0);
-  int64_t window = attribute_int(info, "window", 0);
+  int64_t heads = attribute_int(from, "heads", 0), kv_heads = attribute_int(from, "kv_heads", 0);
+  int64_t window = attribute_int(from, "window", 0);
   if (heads < 1 || kv_heads < 1 || heads % kv_heads || window < 0)
     return fail("Attention: heads %lld, kv_heads %lld, window %lld, expected a multiple of"
                 " kv_heads and a window of 0 or more",
                 (long long)heads, (long long)kv_heads, (long long)window);
-  Attention *op = calloc(1, sizeof *op);
-  if (!op) return fail("Attention: out of memory");
-  op->heads = heads, op->kv_heads = kv_heads, op->window = window;
-  op->scale = attribute_float(info, "scale", 0);
-  op->epsilon = attribute_float(info, "epsilon", 1e-5f);
+  *op = (Attention){.heads = heads, .kv_heads = kv_heads, .window = window};
+  op->scale = attribute_float(from, "scale", 0);
+  op->epsilon = attribute_float(from, "epsilon", 1e-5f);
   op->type = caches[kind].type, op->size = caches[kind].size, op->scaled = caches[kind].scaled;
   const char *variant = leangen_kernels_variant(NULL);
   op->rms_norm = leangen_kernels_find(variant, "rms_norm");
@@ -380,15 +397,21 @@ static Status create(const CustomOp *self, const void *api, const void *info, vo
   for (int i = 0; i < 3; i++) {
     snprintf(kernel_name, sizeof kernel_name, "attend_%s_%d_%d", cache, shapes[i][0],
              shapes[i][1]);
-    op->tiles[i] = (Tile){shapes[i][0], shapes[i][1], leangen_kernels_find(variant, kernel_name)};
+    op->tiles[i] =
+        (AttentionTile){shapes[i][0], shapes[i][1], leangen_kernels_find(variant, kernel_name)};
   }
-  if (!op->tiles[2].attend) {
-    free(op);
-    return fail("Attention: the library has no kernel %s", kernel_name);
-  }
-  Status status = read_constants(info, INPUTS, op->constants);
-  if (status) return free(op), status;
-  *kernel = op;
+  if (!op->tiles[2].attend) return fail("Attention: the library has no kernel %s", kernel_name);
+  return NULL;
+}
+
+static Status create(const CustomOp *self, const void *api, const void *info, void **made) {
+  (void)self, (void)api;
+  Kernel *kernel = malloc(sizeof *kernel);
+  if (!kernel) return fail("Attention: out of memory");
+  Status status = attention_init(&kernel->op, (Options){info, -1});
+  if (!status) status = read_constants(info, ATTENTION_INPUTS, kernel->constants);
+  if (status) return free(kernel), status;
+  *made = kernel;
   return NULL;
 }
 
@@ -408,7 +431,7 @@ static int output_type(const CustomOp *op, size_t index) {
 static int characteristic(const CustomOp *op, size_t index) {
   return (void)op, index < COSINES ? REQUIRED : OPTIONAL;
 }
-static size_t inputs(const CustomOp *op) { return (void)op, INPUTS; }
+static size_t inputs(const CustomOp *op) { return (void)op, ATTENTION_INPUTS; }
 static size_t outputs(const CustomOp *op) { return (void)op, 3; }
 
 const CustomOp attention_op = {

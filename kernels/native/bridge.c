@@ -61,6 +61,7 @@ Status get_inputs(void *context, const Tensor *constants, size_t count, Tensor *
 Status get_output(void *context, size_t index, const int64_t *dims, size_t rank, void **data) {
   void *value;
   TRY(ORT(KernelContext_GetOutput)(context, index, dims, rank, &value));
+  if (!value) return fail("output %zu is missing", index);
   return ORT(GetTensorMutableData)(value, data);
 }
 
@@ -74,23 +75,38 @@ static int absent(Status status) {
   return status != NULL;
 }
 
-int64_t attribute_int(const void *info, const char *name, int64_t otherwise) {
+/* An attribute's name, valid as long as `room`. */
+static const char *full_name(Options from, const char *name, char room[64]) {
+  if (from.step < 0) return name;
+  snprintf(room, 64, "%s_%lld", name, (long long)from.step);
+  return room;
+}
+
+int64_t attribute_int(Options from, const char *name, int64_t otherwise) {
+  char room[64];
   int64_t value;
-  return absent(ORT(KernelInfoGetAttribute_int64)(info, name, &value)) ? otherwise : value;
+  name = full_name(from, name, room);
+  return absent(ORT(KernelInfoGetAttribute_int64)(from.info, name, &value)) ? otherwise : value;
 }
 
-float attribute_float(const void *info, const char *name, float otherwise) {
+float attribute_float(Options from, const char *name, float otherwise) {
+  char room[64];
   float value;
-  return absent(ORT(KernelInfoGetAttribute_float)(info, name, &value)) ? otherwise : value;
+  name = full_name(from, name, room);
+  return absent(ORT(KernelInfoGetAttribute_float)(from.info, name, &value)) ? otherwise : value;
 }
 
-void attribute_string(const void *info, const char *name, char *out, size_t size) {
-  if (absent(ORT(KernelInfoGetAttribute_string)(info, name, out, &size))) out[0] = 0;
+void attribute_string(Options from, const char *name, char *out, size_t size) {
+  char room[64];
+  name = full_name(from, name, room);
+  if (absent(ORT(KernelInfoGetAttribute_string)(from.info, name, out, &size))) out[0] = 0;
 }
 
-size_t attribute_ints(const void *info, const char *name, int64_t *out, size_t most) {
+size_t attribute_ints(Options from, const char *name, int64_t *out, size_t most) {
+  char room[64];
   size_t count = most;
-  return absent(ORT(KernelInfoGetAttributeArray_int64)(info, name, out, &count)) ? 0 : count;
+  name = full_name(from, name, room);
+  return absent(ORT(KernelInfoGetAttributeArray_int64)(from.info, name, out, &count)) ? 0 : count;
 }
 
 Status infer_attribute_int(void *context, const char *name, int64_t otherwise, int64_t *value) {
@@ -193,7 +209,11 @@ char *scratch(size_t bytes) {
 
 const char *op_provider(const CustomOp *op) { return (void)op, NULL; /* any CPU */ }
 int op_none(const CustomOp *op, size_t index) { return (void)op, (void)index, 0; }
+int op_outputs(const CustomOp *op, size_t index) {
+  return (void)index, op == &chain_op ? VARIADIC : REQUIRED;
+}
 int op_one(const CustomOp *op) { return (void)op, 1; }
+int op_mixed(const CustomOp *op) { return (void)op, 0; }
 int op_float(const CustomOp *op, size_t index) { return (void)op, (void)index, TENSOR_FLOAT; }
 size_t op_single(const CustomOp *op) { return (void)op, 1; }
 int op_packed_second(const CustomOp *op, size_t index) {
@@ -211,7 +231,7 @@ void *op_create_v1(const CustomOp *op, const void *api, const void *info) {
 }
 void op_compute_v1(void *kernel, void *context) { (void)kernel, (void)context; }
 
-static const CustomOp *const operators[] = {&linear_op, &argmax_linear_op, &attention_op,
+static const CustomOp *const operators[] = {&linear_op,  &argmax_linear_op,  &attention_op, &chain_op,
                                           &conv_op, &conv_transpose_op, &pixel_attention_op};
 
 /* Each session frees the domain it was given, so make one for each. */

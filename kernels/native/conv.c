@@ -65,14 +65,14 @@ typedef struct {
   _Atomic uint64_t busy;              /* which pieces of work are in use */
 } Job;
 
-static Status read_shape(Conv *op, const void *info, int transposed) {
+static Status read_shape(Conv *op, Options from, int transposed) {
   int64_t shape[2], pads[4] = {0}, dilations[2] = {1, 1};
-  op->rank = (int64_t)attribute_ints(info, "kernel_shape", shape, 2);
+  op->rank = (int64_t)attribute_ints(from, "kernel_shape", shape, 2);
   if (op->rank < 1 || op->rank > 2 - transposed)
     return fail("%s: kernel_shape of rank %lld, expected 1%s", op->name, (long long)op->rank,
                 transposed ? "" : " or 2");
-  attribute_ints(info, "pads", pads, 4);
-  attribute_ints(info, transposed ? "strides" : "dilations", dilations, 2);
+  attribute_ints(from, "pads", pads, 4);
+  attribute_ints(from, transposed ? "strides" : "dilations", dilations, 2);
   for (int64_t i = 0, at = 2 - op->rank; i < op->rank; i++, at++) {
     int64_t most = larger(larger(shape[i], dilations[i]), larger(pads[i], pads[i + op->rank]));
     if (shape[i] < 1 || dilations[i] < 1 || pads[i] < 0 || pads[i + op->rank] < 0 ||
@@ -95,22 +95,23 @@ static Status read_shape(Conv *op, const void *info, int transposed) {
 static Status create(const CustomOp *self, const void *api, const void *info, void **kernel) {
   (void)api;
   char activation[32];
+  Options from = {info, -1};
   Conv op = {.name = self->name(self), .stride = 1, .kernel = {1, 1}, .dilations = {1, 1}};
-  TRY(read_shape(&op, info, !strcmp(op.name, "ConvTranspose")));
-  op.n = attribute_int(info, "n", 0);
-  op.bits = attribute_int(info, "bits", 0);
-  op.block = attribute_int(info, "block", 0);
-  op.norm_groups = attribute_int(info, "norm_groups", 0);
-  op.epsilon = attribute_float(info, "epsilon", 1e-5f);
+  TRY(read_shape(&op, from, !strcmp(op.name, "ConvTranspose")));
+  op.n = attribute_int(from, "n", 0);
+  op.bits = attribute_int(from, "bits", 0);
+  op.block = attribute_int(from, "block", 0);
+  op.norm_groups = attribute_int(from, "norm_groups", 0);
+  op.epsilon = attribute_float(from, "epsilon", 1e-5f);
   if (op.n < 1 || op.n > 1 << 20 || (op.bits != 4 && op.bits != 8) || op.block < 4 || op.block % 4)
     return fail("%s: n %lld, bits %lld, block %lld, expected outputs, 4 or 8 bits and blocks of a"
                 " multiple of 4", op.name, (long long)op.n, (long long)op.bits,
                 (long long)op.block);
-  attribute_string(info, "activation", activation, sizeof activation);
+  attribute_string(from, "activation", activation, sizeof activation);
   int silu = !strcmp(activation, "silu"), leaky = !strcmp(activation, "leaky_relu");
   if (*activation && !silu && !leaky)
     return fail("%s: activation '%s', expected silu or leaky_relu", op.name, activation);
-  op.slope = leaky ? attribute_float(info, "alpha", 0.01f) : 1;
+  op.slope = leaky ? attribute_float(from, "alpha", 0.01f) : 1;
   if (!(op.slope >= 0 && op.slope <= 1))
     return fail("%s: alpha %g, expected 0 to 1", op.name, op.slope);
   const char *variant = leangen_kernels_variant(NULL);

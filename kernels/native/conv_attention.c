@@ -38,8 +38,9 @@ typedef struct {
 
 static Status create(const CustomOp *self, const void *api, const void *info, void **kernel) {
   (void)self, (void)api;
-  PixelAttention op = {.heads = attribute_int(info, "heads", 0)};
-  op.scale = attribute_float(info, "scale", 0);
+  Options from = {info, -1};
+  PixelAttention op = {.heads = attribute_int(from, "heads", 0)};
+  op.scale = attribute_float(from, "scale", 0);
   if (op.heads < 1 || op.heads > 1 << 16 || !(op.scale > 0))
     return fail("PixelAttention: heads %lld, scale %g, expected at least 1 and above 0",
                 (long long)op.heads, (double)op.scale);

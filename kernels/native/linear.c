@@ -24,51 +24,30 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "kernels.h"
-#include "op.h"
+#include "linear.h"
 
-enum { ROWS = 16, TILES = 4, MAX_PARTS = 32 };
+enum { ROWS = 16, MAX_PARTS = 64 };
 
-/* Parts are multiples of so many groups, as a kernel may work on as many at once. */
-enum { STEP = 4 };
+/* Parts are multiples of so many groups, as a kernel for more than two tokens works on as many. */
+enum { STEP = 4, FEW_TOKENS = 2 };
 
 /* Activation rows that are worked on at once: they should stay in the second-level cache. */
 enum { CHUNK_BYTES = 128 << 10 };
 
 /* A part smaller than this costs more to hand to a thread than to run: weight bytes x tokens. */
-enum { PART_WORK = 32 << 10 };
+enum { PART_WORK = 8 << 10 };
 
 /* Rows whose products are held at once where only the largest is kept. */
 enum { ARGMAX_CHUNK = 8 };
 
-enum { X, WEIGHTS, GAIN, BIAS, RESIDUAL, SHIFT, INPUTS }; /* of Linear */
+enum { X, WEIGHTS, GAIN, BIAS, RESIDUAL, SHIFT };
 
 typedef struct {
-  Tensor constants[INPUTS];
-  int64_t k, n, outputs, center, wide, gated, argmax, block_bytes;
-  int64_t blocks, groups, row_block_bytes, row_bytes;
-  double epsilon;
-  row_fn pack_row;
-  rms_norm_fn rms_norm; /* one of these */
-  layer_norm_fn layer_norm;
-  elementwise_fn add, gate;
-  activate_fn activate;   /* NULL: none */
-  linear_fn tiles[TILES]; /* of 1, 2, 4, 8 tokens; NULL where there is none */
-} Linear;
+  Linear op;
+  Tensor constants[LINEAR_INPUTS];
+} Kernel;
 
-typedef struct {
-  int64_t index;
-  float value;
-} Largest;
-
-typedef struct {
-  const Linear *op;
-  const char *x, *weights, *gain, *shift, *bias, *residual;
-  char *y, *rows, *work;
-  Largest *largest; /* [parts, tokens] */
-  int64_t tokens, tile, parts, chunk, work_bytes;
-  linear_fn kernel;
-} Job;
+typedef LinearJob Job;
 
 static const struct form {
   const char *name, *kernel;
@@ -99,9 +78,9 @@ static const struct form *find_form(const char *name) {
 }
 
 /* An attribute that is one of a few words, the first where it is absent. */
-static Status choose_word(const void *info, const char *name, const char *const *words, int *at) {
+static Status choose_word(Options from, const char *name, const char *const *words, int *at) {
   char given[32];
-  attribute_string(info, name, given, sizeof given);
+  attribute_string(from, name, given, sizeof given);
   *at = 0;
   if (!*given) return NULL;
   for (; words[*at]; (*at)++)
@@ -109,22 +88,21 @@ static Status choose_word(const void *info, const char *name, const char *const 
   return fail("Linear: %s '%s', expected %s or %s", name, given, words[0], words[1]);
 }
 
-static Status create(const CustomOp *self, const void *api, const void *info, void **kernel) {
-  (void)api;
+Status linear_init(Linear *op, Options from, int argmax) {
   static const char *const kinds[] = {"int8", "fp32", NULL}, *const norms[] = {"rms", "layer", NULL};
   static const char *const activations[] = {"none", "gelu_tanh", "gelu", "relu", NULL};
   char form_name[32], name[64];
-  int floats, layer, activation, argmax = self == &argmax_linear_op;
-  attribute_string(info, "form", form_name, sizeof form_name);
+  int floats, layer, activation;
+  attribute_string(from, "form", form_name, sizeof form_name);
   const struct form *form = find_form(form_name);
   if (!form) return fail("Linear: form '%s' is unknown", form_name);
-  TRY(choose_word(info, "activations", kinds, &floats));
-  TRY(choose_word(info, "norm", norms, &layer));
-  TRY(choose_word(info, "activation", activations, &activation));
+  TRY(choose_word(from, "activations", kinds, &floats));
+  TRY(choose_word(from, "norm", norms, &layer));
+  TRY(choose_word(from, "activation", activations, &activation));
   if (form->table && !floats)
     return fail("Linear: form '%s' with int8 activations, expected fp32", form_name);
-  int64_t k = attribute_int(info, "k", 0), n = attribute_int(info, "n", 0);
-  int64_t gated = attribute_int(info, "gated", 0);
+  int64_t k = attribute_int(from, "k", 0), n = attribute_int(from, "n", 0);
+  int64_t gated = attribute_int(from, "gated", 0);
   if (k < 1 || n < 1 || k > 1 << 24 || n > 1 << 24)
     return fail("Linear: n %lld, k %lld, expected 1 to 2**24", (long long)n, (long long)k);
   if (gated && n % (2 * ROWS))
@@ -134,8 +112,7 @@ static Status create(const CustomOp *self, const void *api, const void *info, vo
     return fail("Linear: gated with activation '%s', expected none (SiLU) or gelu_tanh",
                 activations[activation]);
 
-  Linear *op = calloc(1, sizeof *op);
-  if (!op) return fail("Linear: out of memory");
+  memset(op, 0, sizeof *op);
   op->k = k, op->n = n, op->gated = gated != 0, op->wide = form->wide, op->argmax = argmax;
   op->outputs = gated ? n / 2 : n;
   op->center = form->table || (form->minimum && form->bits == 4) ? 0 : 1 << (form->bits - 1);
@@ -144,7 +121,7 @@ static Status create(const CustomOp *self, const void *api, const void *info, vo
                     ROWS * (2 << form->wide) * (1 + form->minimum);
   op->row_block_bytes = floats ? 4 * form->block + 4 : form->block + 8;
   op->row_bytes = op->blocks * op->row_block_bytes;
-  op->epsilon = attribute_float(info, "epsilon", 1e-5f);
+  op->epsilon = attribute_float(from, "epsilon", 1e-5f);
   const char *variant = leangen_kernels_variant(NULL);
   snprintf(name, sizeof name, "%s%s", floats ? "keep" : "quantize", form->block == 16 ? "_16" : "");
   op->pack_row = leangen_kernels_find(variant, name);
@@ -155,30 +132,31 @@ static Status create(const CustomOp *self, const void *api, const void *info, vo
   op->add = leangen_kernels_find(variant, "add");
   op->gate = leangen_kernels_find(variant, activation ? "gelu_tanh_multiply" : "silu_multiply");
   if (activation && !gated) op->activate = leangen_kernels_find(variant, activations[activation]);
-  for (int i = 0; i < TILES; i++) {
+  for (int i = 0; i < LINEAR_TILES; i++) {
     snprintf(name, sizeof name, "%s_%s_%d", kinds[floats], form->kernel, 1 << i);
     op->tiles[i] = leangen_kernels_find(variant, name);
   }
-  if (!op->tiles[0]) {
-    free(op);
-    return fail("Linear: the library has no kernels for form '%s'", form_name);
-  }
-  Status status = read_constants(info, INPUTS - argmax, op->constants);
-  if (status) return free(op), status;
-  *kernel = op;
+  if (!op->tiles[0]) return fail("Linear: the library has no kernels for form '%s'", form_name);
   return NULL;
 }
 
-/* Pack the activation rows of one part. */
-static void pack_rows(void *given, size_t part) {
+/* Pack the activation rows of one part; those that fill up the last tile, unused, are zeros. */
+static void pack_rows(void *given, int64_t part, int64_t thread) {
   const Job *job = given;
   const Linear *op = job->op;
-  int64_t first = job->tokens * (int64_t)part / job->parts;
-  int64_t last = job->tokens * ((int64_t)part + 1) / job->parts;
+  int64_t first = job->padded * part / job->pack_parts;
+  int64_t last = job->padded * (part + 1) / job->pack_parts;
+  int64_t normed = (int64_t)(job->work + job->work_bytes * thread);
   for (int64_t i = first; i < last; i++) {
+    int64_t slot = i % job->tile, stride = op->row_block_bytes * job->tile;
+    char *row = job->rows + op->row_bytes * (i - slot) + op->row_block_bytes * slot;
+    if (i >= job->tokens) {
+      for (int64_t block = 0; block < op->blocks; block++)
+        memset(row + stride * block, 0, (size_t)op->row_block_bytes);
+      continue;
+    }
     int64_t x = (int64_t)(job->x + 4 * op->k * i);
     if (job->gain) {
-      int64_t normed = (int64_t)(job->work + job->work_bytes * (int64_t)part);
       if (op->layer_norm)
         CALL_KERNEL(op->layer_norm, x, (int64_t)job->gain, (int64_t)job->shift, normed, op->k,
                     op->epsilon);
@@ -186,10 +164,15 @@ static void pack_rows(void *given, size_t part) {
         CALL_KERNEL(op->rms_norm, x, (int64_t)job->gain, normed, op->k, op->epsilon);
       x = normed;
     }
-    int64_t slot = i % job->tile;
-    char *row = job->rows + op->row_bytes * (i - slot) + op->row_block_bytes * slot;
-    CALL_KERNEL(op->pack_row, x, (int64_t)row, op->row_block_bytes * job->tile, op->k, op->center);
+    CALL_KERNEL(op->pack_row, x, (int64_t)row, stride, op->k, op->center);
   }
+}
+
+/* A norm's gain is used once a token, and short. */
+static void ask_for_gain(const void *given, int64_t part) {
+  (void)part;
+  const Job *job = given;
+  for (int64_t i = 0; job->gain && i < 4 * job->op->k; i += LINE) __builtin_prefetch(job->gain + i);
 }
 
 /* The largest of a row of products, the first of which is that of weight row `first`. */
@@ -201,19 +184,23 @@ static Largest largest_of(const float *row, int64_t first, int64_t count) {
   return found;
 }
 
-/* The outputs of one part: some groups of weight rows for all tokens. */
-static void multiply(void *given, size_t part) {
+/* The outputs of one part: some groups of weight rows, for some or all tokens. */
+static void multiply(void *given, int64_t part, int64_t thread) {
   const Job *job = given;
   const Linear *op = job->op;
-  int64_t shrink = op->gated ? 2 : 1, steps = up_to(op->groups, STEP) / STEP;
-  int64_t first = steps * (int64_t)part / job->parts * STEP;
-  int64_t last = steps * ((int64_t)part + 1) / job->parts * STEP;
+  int64_t shrink = op->gated ? 2 : 1, steps = up_to(op->groups, job->step) / job->step;
+  int64_t row_part = part / job->token_parts, token_part = part % job->token_parts;
+  int64_t first = steps * row_part / job->row_parts * job->step;
+  int64_t last = steps * (row_part + 1) / job->row_parts * job->step;
   last = smaller(last, op->groups);
   int64_t from = first * ROWS / shrink; /* columns of y */
   int64_t width = smaller(last * ROWS / shrink, op->outputs) - from;
-  char *work = job->work + job->work_bytes * (int64_t)part;
-  for (int64_t start = 0; start < job->tokens; start += job->chunk) {
-    int64_t tokens = smaller(job->tokens - start, job->chunk);
+  int64_t chunks = up_to(job->tokens, job->chunk) / job->chunk;
+  char *work = job->work + job->work_bytes * thread;
+  int64_t start = chunks * token_part / job->token_parts * job->chunk;
+  int64_t end = smaller(chunks * (token_part + 1) / job->token_parts * job->chunk, job->tokens);
+  for (; start < end; start += job->chunk) {
+    int64_t tokens = smaller(end - start, job->chunk);
     int64_t x = (int64_t)(job->rows + op->row_bytes * start);
     int64_t stride = 4 * op->outputs, y = (int64_t)job->y + stride * start;
     int64_t out = y, out_stride = stride;
@@ -234,7 +221,7 @@ static void multiply(void *given, size_t part) {
         CALL_KERNEL(op->add, residual, row, width);
       }
       if (op->argmax)
-        job->largest[job->tokens * (int64_t)part + start + i] =
+        job->largest[job->tokens * row_part + start + i] =
             largest_of((const float *)row, from, width);
     }
   }
@@ -243,7 +230,6 @@ static void multiply(void *given, size_t part) {
 static Status check(const Linear *op, const Tensor *in) {
   const Tensor *x = &in[X], *weights = &in[WEIGHTS], *gain = &in[GAIN], *shift = &in[SHIFT];
   const Tensor *bias = &in[BIAS], *residual = &in[RESIDUAL];
-  if (!x->data && x->count) return fail("Linear: x is missing");
   if (!x->rank || x->dims[x->rank - 1] != op->k)
     return fail("Linear: the last dimension of x is %lld, expected k = %lld",
                 (long long)(x->rank ? x->dims[x->rank - 1] : 0), (long long)op->k);
@@ -272,74 +258,95 @@ static int64_t parts_for(int64_t work) {
   return larger(smaller(work / PART_WORK, MAX_PARTS), 1);
 }
 
-static Status run(void *context, Job *job, void (*part)(void *, size_t), int64_t parts) {
-  job->parts = parts;
-  return run_parts(context, part, parts, job);
-}
-
-/* Choose the tile, find memory, pack the rows and multiply. */
-static Status multiply_all(void *context, Job *job, int64_t elements) {
-  const Linear *op = job->op;
+Status linear_plan(const Linear *op, const Tensor *in, Job *job) {
+  TRY(check(op, in));
+  *job = (Job){.op = op, .tokens = in[X].count / op->k};
   int tile = 0;
-  for (int i = 1; i < TILES && 1 << (i - 1) < job->tokens; i++)
+  for (int i = 1; i < LINEAR_TILES && 1 << (i - 1) < job->tokens; i++)
     if (op->tiles[i]) tile = i;
   job->kernel = op->tiles[tile];
   job->tile = 1 << tile;
-  int64_t padded = up_to(job->tokens, job->tile); /* what the last tile computes beyond is unused */
-  job->chunk = op->argmax ? ARGMAX_CHUNK : up_to(CHUNK_BYTES / op->row_bytes + 1, job->tile);
-  job->chunk = smaller(job->chunk, padded);
+  job->padded = up_to(job->tokens, job->tile);
+  int64_t chunks = job->tokens * op->row_bytes / CHUNK_BYTES + 1; /* of one size, or nearly */
+  job->chunk = op->argmax ? ARGMAX_CHUNK : up_to((job->tokens + chunks - 1) / chunks, job->tile);
+  job->chunk = smaller(job->chunk, job->padded);
 
-  int64_t pack_parts = job->tokens < ROWS ? 1 : parts_for(4 * elements);
-  int64_t steps = up_to(op->groups, STEP) / STEP;
-  int64_t parts = smaller(parts_for(op->groups * op->blocks * op->block_bytes * job->tokens), steps);
-  job->work_bytes = up_to(4 * op->k, 64); /* of each part, for a normed row or products */
-  int64_t products_bytes = 4 * ROWS * STEP * (steps / parts + 1) * job->chunk;
+  job->pack_parts = job->tokens < ROWS ? 1 : parts_for(4 * in[X].count);
+  /* gate and up stand in neighbouring groups */
+  job->step = job->tokens > FEW_TOKENS ? STEP : 1 + op->gated;
+  int64_t steps = up_to(op->groups, job->step) / job->step;
+  int64_t work = op->groups * op->blocks * op->block_bytes * job->tokens;
+  job->row_parts = smaller(parts_for(work), steps);
+  /* few rows of weights are too few parts to share out evenly */
+  job->token_parts = op->argmax ? 1 : smaller(larger(MAX_PARTS / job->row_parts, 1), chunks);
+  int64_t parts = job->row_parts * job->token_parts;
+  job->work_bytes = up_to(4 * op->k, 64); /* of a thread, for a normed row or products */
+  int64_t products_bytes = 4 * ROWS * job->step * (steps / job->row_parts + 1) * job->chunk;
   if ((op->gated || op->argmax) && products_bytes > job->work_bytes)
     job->work_bytes = products_bytes;
-  int64_t rows_bytes = up_to(padded * op->row_bytes, 64);
-  int64_t most = larger(pack_parts, parts);
+  job->rows_bytes = up_to(job->padded * op->row_bytes, 64);
+  job->largest_at = job->rows_bytes + job->work_bytes * MOST_THREADS;
   int64_t largest_bytes = op->argmax ? parts * job->tokens * (int64_t)sizeof(Largest) : 0;
-  job->rows = scratch((size_t)(rows_bytes + job->work_bytes * most + largest_bytes));
-  if (!job->rows) return fail("Linear: out of memory for %lld tokens", (long long)job->tokens);
-  job->work = job->rows + rows_bytes;
-  job->largest = (Largest *)(job->work + job->work_bytes * most);
-  if (padded > job->tokens)
-    memset(job->rows + op->row_bytes * (padded - job->tile), 0, (size_t)(op->row_bytes * job->tile));
-  TRY(run(context, job, pack_rows, pack_parts));
-  return run(context, job, multiply, parts);
+  job->bytes = job->largest_at + largest_bytes;
+  return NULL;
+}
+
+size_t linear_phases(Job *job, const Tensor *in, void *y, char *memory, Phase *phases) {
+  job->x = in[X].data, job->weights = in[WEIGHTS].data, job->y = y;
+  job->gain = in[GAIN].data, job->shift = in[SHIFT].data;
+  job->bias = in[BIAS].data, job->residual = in[RESIDUAL].data;
+  job->rows = memory, job->work = memory + job->rows_bytes;
+  job->largest = (Largest *)(memory + job->largest_at);
+  if (!job->tokens) return 0;
+  phases[0] = (Phase){.part = pack_rows, .ask = ask_for_gain, .job = job, .parts = (int32_t)job->pack_parts};
+  phases[1] = (Phase){.part = multiply, .job = job, .parts = (int32_t)(job->row_parts * job->token_parts)};
+  return 2;
 }
 
 static Status compute(void *self, void *context) {
-  const Linear *op = self;
-  Tensor in[INPUTS], *x = &in[X];
-  TRY(get_inputs(context, op->constants, INPUTS - op->argmax, in));
+  const Kernel *kernel = self;
+  const Linear *op = &kernel->op;
+  Tensor in[LINEAR_INPUTS], *x = &in[X];
+  TRY(get_inputs(context, kernel->constants, LINEAR_INPUTS - op->argmax, in));
   if (op->argmax) in[SHIFT] = in[RESIDUAL], in[RESIDUAL] = (Tensor){0};
-  TRY(check(op, in));
-  int64_t dims[MAX_RANK];
+  Job job;
+  TRY(linear_plan(op, in, &job));
+  int64_t dims[MAX_RANK], *indices = NULL;
+  void *y = NULL;
+  float *values = NULL;
   memcpy(dims, x->dims, sizeof dims);
   dims[x->rank - 1] = op->outputs;
-  Job job = {.op = op, .x = x->data, .weights = in[WEIGHTS].data, .gain = in[GAIN].data,
-             .shift = in[SHIFT].data, .bias = in[BIAS].data, .residual = in[RESIDUAL].data,
-             .tokens = x->count / op->k};
-  int64_t *indices = NULL;
-  float *values = NULL;
   if (op->argmax) {
     TRY(get_output(context, 0, dims, x->rank - 1, (void **)&indices));
     TRY(get_output(context, 1, dims, x->rank - 1, (void **)&values));
   } else {
-    TRY(get_output(context, 0, dims, x->rank, (void **)&job.y));
+    TRY(get_output(context, 0, dims, x->rank, &y));
   }
-  if (!job.tokens) return NULL;
-  TRY(multiply_all(context, &job, x->count));
+  char *memory = scratch((size_t)job.bytes);
+  if (!memory) return fail("Linear: out of memory for %lld tokens", (long long)job.tokens);
+  Phase phases[LINEAR_PHASES];
+  TRY(run_phases(context, phases, linear_phases(&job, in, y, memory, phases)));
   for (int64_t i = 0; indices && i < job.tokens; i++) {
     Largest found = job.largest[i];
-    for (int64_t part = 1; part < job.parts; part++) {
+    for (int64_t part = 1; part < job.row_parts; part++) {
       Largest other = job.largest[part * job.tokens + i];
       if (other.value > found.value || (other.value != other.value && found.value == found.value))
         found = other;
     }
     indices[i] = found.index, values[i] = found.value;
   }
+  return NULL;
+}
+
+static Status create(const CustomOp *self, const void *api, const void *info, void **made) {
+  (void)api;
+  int argmax = self == &argmax_linear_op;
+  Kernel *kernel = malloc(sizeof *kernel);
+  if (!kernel) return fail("Linear: out of memory");
+  Status status = linear_init(&kernel->op, (Options){info, -1}, argmax);
+  if (!status) status = read_constants(info, (size_t)(LINEAR_INPUTS - argmax), kernel->constants);
+  if (status) return free(kernel), status;
+  *made = kernel;
   return NULL;
 }
 
@@ -352,7 +359,7 @@ static Status infer(const CustomOp *self, void *context) {
 }
 
 static const char *name(const CustomOp *op) { return (void)op, "Linear"; }
-static size_t inputs(const CustomOp *op) { return (void)op, INPUTS; }
+static size_t inputs(const CustomOp *op) { return (void)op, LINEAR_INPUTS; }
 
 const CustomOp linear_op = {
     OP_COMMON,
@@ -368,7 +375,7 @@ static const char *argmax_name(const CustomOp *op) { return (void)op, "ArgmaxLin
 static int argmax_output_type(const CustomOp *op, size_t index) {
   return (void)op, index ? TENSOR_FLOAT : TENSOR_INT64;
 }
-static size_t argmax_inputs(const CustomOp *op) { return (void)op, INPUTS - 1; }
+static size_t argmax_inputs(const CustomOp *op) { return (void)op, LINEAR_INPUTS - 1; }
 static size_t argmax_outputs(const CustomOp *op) { return (void)op, 2; }
 
 const CustomOp argmax_linear_op = {

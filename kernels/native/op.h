@@ -4,7 +4,7 @@
 
 #include "ort_abi.h"
 
-enum { MAX_RANK = 8 };
+enum { MAX_RANK = 8, LINE = 64 /* bytes, of a cache */ };
 
 typedef void *(*any_fn)();
 extern any_fn *ort_api; /* OrtApi of this process */
@@ -32,12 +32,19 @@ Status read_constants(const void *info, size_t count, Tensor *constants);
 Status get_inputs(void *context, const Tensor *constants, size_t count, Tensor *inputs);
 Status get_output(void *context, size_t index, const int64_t *dims, size_t rank, void **data);
 
-int64_t attribute_int(const void *info, const char *name, int64_t otherwise);
-float attribute_float(const void *info, const char *name, float otherwise);
+/* Whose attributes are read: an operator's (`step` is below 0), or those of a step of a `Chain`,
+ * whose names end in _STEP. */
+typedef struct {
+  const void *info;
+  int64_t step;
+} Options;
+
+int64_t attribute_int(Options from, const char *name, int64_t otherwise);
+float attribute_float(Options from, const char *name, float otherwise);
 /* Empty when absent or longer than `size` allows. */
-void attribute_string(const void *info, const char *name, char *out, size_t size);
+void attribute_string(Options from, const char *name, char *out, size_t size);
 /* Up to `most` numbers; how many there are, 0 when absent. */
-size_t attribute_ints(const void *info, const char *name, int64_t *out, size_t most);
+size_t attribute_ints(Options from, const char *name, int64_t *out, size_t most);
 
 /* Output `output` has the dims of input 0 with the last one `last`; it keeps symbolic names. */
 Status infer_like_first(void *context, size_t output, int64_t last);
@@ -60,16 +67,33 @@ static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 /* Run part(job, i) for each i below `parts`, on ORT's threads where there is more than one. */
 Status run_parts(void *context, void (*part)(void *, size_t), int64_t parts, void *job);
 
+/* Work that begins when that of the phase before has ended: part(job, i, thread) for each i below
+ * `parts`, by any thread and in any order. Neighbours are mostly run by one thread, in order.
+ * `thread` is below MOST_THREADS and no other part runs with it meanwhile. */
+enum { MOST_THREADS = 64 };
+typedef struct {
+  void (*part)(void *job, int64_t i, int64_t thread);
+  void (*ask)(const void *job, int64_t i); /* for what part i will miss in the cache; or NULL */
+  void *job;
+  int32_t parts;
+  _Atomic int32_t done; /* to begin with 0 */
+} Phase;
+
+/* Run phases one after another, the threads of ORT entering once for all of them. */
+Status run_phases(void *context, Phase *phases, size_t count);
+
 /* Memory of the calling thread, 64-byte aligned, valid until its next call; NULL if exhausted. */
 char *scratch(size_t bytes);
 
-extern const CustomOp linear_op, argmax_linear_op, attention_op;
+extern const CustomOp linear_op, argmax_linear_op, attention_op, chain_op;
 extern const CustomOp conv_op, conv_transpose_op, pixel_attention_op;
 
 /* The parts of an operator that are alike in all of them. */
 const char *op_provider(const CustomOp *);
 int op_none(const CustomOp *, size_t);
+int op_outputs(const CustomOp *, size_t);
 int op_one(const CustomOp *);
+int op_mixed(const CustomOp *);
 int op_newest(const CustomOp *);
 size_t op_no_map(int **, int **);
 void op_release_map(int *, int *);
@@ -84,9 +108,9 @@ int op_two_required(const CustomOp *, size_t);
 #define OP_COMMON \
   .version = ORT_ABI_VERSION, .create = op_create_v1, .compute = op_compute_v1, \
   .create_v2 = create, .compute_v2 = compute, .destroy = free, \
-  .provider = op_provider, .output_characteristic = op_none, .input_memory = op_none, \
-  .variadic_input_min = op_one, .variadic_input_homogeneous = op_one, \
-  .variadic_output_min = op_one, .variadic_output_homogeneous = op_one, .start_version = op_one, \
+  .provider = op_provider, .output_characteristic = op_outputs, .input_memory = op_none, \
+  .variadic_input_min = op_one, .variadic_input_homogeneous = op_mixed, \
+  .variadic_output_min = op_one, .variadic_output_homogeneous = op_mixed, .start_version = op_one, \
   .end_version = op_newest, .may_inplace = op_no_map, .release_may_inplace = op_release_map, \
   .alias_map = op_no_map, .release_alias_map = op_release_map
 

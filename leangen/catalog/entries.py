@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from leangen.catalog import clothes, published, zoo
+from leangen.catalog import clothes, flows, published, zoo
 from leangen.catalog.sources import Entry
 
 CATALOG: Mapping[str, Entry] = {
-    entry.name: entry for entry in (*published.ENTRIES, *zoo.ENTRIES, *clothes.ENTRIES)
+    entry.name: entry
+    for entry in (*published.ENTRIES, *zoo.ENTRIES, *clothes.ENTRIES, *flows.ENTRIES)
 }
 """Models by name."""

@@ -64,7 +64,7 @@ _ANY: _Options = {
 }
 _LANGUAGE: _Options = {
     "--max-new-tokens": {"type": int},
-    "--temperature": {"type": float, "help": "0 is greedy"},
+    "--temperature": {"type": float, "help": "0 is greedy; also of flows' draws"},
     "--top-k": {"type": int, "help": "draw from this many likeliest tokens"},
     "--top-p": {"type": float, "help": "draw from the likeliest that hold this share"},
     "--min-p": {"type": float, "help": "draw from those this likely beside the first"},

@@ -30,6 +30,7 @@ EXPORTERS = {
     "piper": "leangen.exporters.piper",
     "pzflow": "leangen.exporters.pzflow",
     "onnx": "leangen.exporters.onnx_file",
+    "packed": "leangen.exporters.packed",
     "diffusers": "leangen.exporters.diffusers_folder",
     "annalog": "leangen.exporters.annalog",
     "onnx-lm": "leangen.exporters.onnx_lm",

@@ -169,8 +169,10 @@ class Emitter:
         return self._constants[key]
 
     def weight(self, constant: Constant, array: Array | None = None) -> str:
-        """The name of a layer's weight, stored as `array` (default: as it is)."""
-        array = constant.tensor.detach().float().numpy() if array is None else array
+        """The name of a layer's weight, stored as `array` (default: as it is, in fp32 or fp64)."""
+        if array is None:
+            tensor = constant.tensor.detach()
+            array = (tensor if tensor.dtype == torch.float64 else tensor.float()).numpy()
         key = _key(array)
         self.weights.add(key)
         label = constant.name or f"folded.{key}"

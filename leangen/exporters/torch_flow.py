@@ -2,16 +2,16 @@
 
 A library is one file with `open_flow(module) -> Flow` and one line in `LIBRARIES`. Any other module
 is a flow if it has `forward(x) -> (z, log_det)` and `inverse(z) -> x` (or `(x, log_det)`), over a
-standard normal. Both directions share the weights of their networks, which quantization treats
-alike; a matrix that the flow inverts stays float32 (`/bijection/...`), and so does all that is not
-a weight: scales, splines, log-determinants, sums.
+standard normal; layers of the libraries may be among its parts. Both directions share the weights
+of their networks, which quantization treats alike; a matrix that the flow inverts stays float32
+(`/bijection/...`), and so does all that is not a weight: scales, splines, log-determinants, sums.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -55,8 +55,11 @@ def is_flow(module: nn.Module) -> bool:
 
 
 def _library(module: nn.Module) -> str | None:
-    packages = {cls.__module__.partition(".")[0] for cls in type(module).__mro__}
-    return next((name for name in LIBRARIES if name in packages), None)
+    return next((name for name in LIBRARIES if name in _packages(module)), None)
+
+
+def _packages(module: nn.Module) -> set[str]:
+    return {cls.__module__.partition(".")[0] for cls in type(module).__mro__}
 
 
 def open_flow(module: nn.Module, example: Tensor) -> Flow:
@@ -96,7 +99,14 @@ def _plain(module: nn.Module, example: Tensor) -> Flow:
         data: Tensor = made[0] if isinstance(made, tuple) else made
         return data
 
-    return Flow(encode, decode, lambda x: encode(x)[1], tuple(made[0].shape[1:]))
+    @contextmanager
+    def traceable() -> Iterator[None]:
+        with ExitStack() as stack:
+            for name in LIBRARIES.keys() & set().union(*map(_packages, module.modules())):
+                stack.enter_context(import_module(LIBRARIES[name]).traceable())
+            yield
+
+    return Flow(encode, decode, lambda x: encode(x)[1], tuple(made[0].shape[1:]), traceable)
 
 
 def _described(made: Any) -> str:

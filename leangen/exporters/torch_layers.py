@@ -31,7 +31,7 @@ def _added_product(e: Emitter, a: Arguments, op: Op) -> str:
         made = e.op("Mul", made, e.const(a["alpha"], np.float32))
     if a["beta"] == 0:
         return made
-    added = e.name(a["self"])
+    added = e.name(a["self"], a["self"].dtype)
     if a["beta"] != 1:
         added = e.op("Mul", added, e.const(a["beta"], np.float32))
     return e.op("Add", made, added)

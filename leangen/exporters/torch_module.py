@@ -83,10 +83,9 @@ def export(
     source = source or {"kind": "torch", "factory": path.name}
     if weights is not None:
         source = {**source, "weights": weights.name, "sha256": sha256_file(weights)}
-    name = name or path.name.rpartition(":")[2]
-    if made.kind == "flow":
-        return _export_flow(made, out, name, source, replace)
-    return _export_images(made, out, name, source, replace)
+    return write(
+        made, out, name=name or path.name.rpartition(":")[2], source=source, replace=replace
+    )
 
 
 def check(
@@ -97,6 +96,15 @@ def check(
 
     made = build(path, weights, options)
     return torch_check.differences(made, bundle)
+
+
+def write(
+    made: Made, out: Path, *, name: str, source: Mapping[str, Any], replace: bool = False
+) -> Bundle:
+    """Write the bundle of a module at hand, in evaluation mode and without gradients."""
+    if made.kind == "flow":
+        return _export_flow(made, out, name, source, replace)
+    return _export_images(made, out, name, source, replace)
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,11 +28,12 @@ def open_flow(module: nn.Module) -> Flow:
         made: Tensor = flow._transform.inverse(u)[0]
         return made
 
-    return Flow(encode, decode, flow.log_prob, tuple(flow._distribution._shape), _traceable)
+    return Flow(encode, decode, flow.log_prob, tuple(flow._distribution._shape), traceable)
 
 
 @contextmanager
-def _traceable() -> Iterator[None]:
+def traceable() -> Iterator[None]:
+    """While it is open, layers of the library can be traced."""
     from nflows.transforms import autoregressive, splines
     from nflows.transforms.splines import rational_quadratic
 

@@ -54,7 +54,7 @@ def open_flow(module: nn.Module) -> Flow:
         made: Tensor = flow.log_prob(x, None) if multiscale else flow.log_prob(x)
         return made
 
-    return Flow(encode, decode, log_density, (sum(sizes),), _traceable)
+    return Flow(encode, decode, log_density, (sum(sizes),), traceable)
 
 
 def _gaussian(base: Any) -> tuple[Tensor, Tensor]:
@@ -67,7 +67,8 @@ def _gaussian(base: Any) -> tuple[Tensor, Tensor]:
 
 
 @contextmanager
-def _traceable() -> Iterator[None]:
+def traceable() -> Iterator[None]:
+    """While it is open, layers of the library can be traced."""
     from normflows.flows.affine.autoregressive import Autoregressive
     from normflows.flows.reshape import Split
     from normflows.utils import splines

@@ -14,6 +14,7 @@ A bundle of this task has the graphs `sample` (latent -> x) and `log_prob` (x ->
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,8 +56,15 @@ class Request:
     name the columns, in any order). Images: also [n, h, w, c] of the model's values, a picture or
     a folder of them, dequantized with noise of the seed."""
     seed: int = 0
+    temperature: float = 1.0
+    """Draws: the spread of a normal latent; below 1 they are likelier and less varied (Kingma and
+    Dhariwal, arXiv:1807.03039)."""
 
     def __post_init__(self) -> None:
+        if not 0 <= self.temperature < math.inf:
+            raise RequestError(f"temperature is {self.temperature}, expected 0 or more")
+        if self.data is not None and self.temperature != 1:
+            raise RequestError("temperature is for draws: leave it out where data is scored")
         if (self.count is None) == (self.data is None):
             raise RequestError(
                 "expected either count (rows to draw) or data (rows to score), "
@@ -70,7 +78,8 @@ class Request:
     def describe(self) -> Mapping[str, Any]:
         """The options, for the receipt."""
         mode = "log-density" if self.count is None else "sample"
-        return {"mode": mode, "count": self.count, "seed": self.seed}
+        told = {"mode": mode, "count": self.count, "seed": self.seed}
+        return told | ({} if self.temperature == 1 else {"temperature": self.temperature})
 
 
 def media(config: Mapping[str, Any]) -> Media:
@@ -94,12 +103,12 @@ def run(session: Session, request: Request) -> Generator[Step, None, Output]:
     """
     config = session.bundle.config
     if request.count is not None:
-        role, batches = "sample", latents(session, request.count, request.seed)
-        feed, result = "latent", "x"
+        batches = latents(session, request.count, request.seed, request.temperature)
+        role, feed, result = "sample", "latent", "x"
     else:
         rows = rows_of(request.data, config, request.seed)
-        role, batches = "log_prob", batches_of(rows, config)
-        feed, result = "x", "log_prob"
+        batches = batches_of(rows, config)
+        role, feed, result = "log_prob", "x", "log_prob"
     parts = []
     for batch in batches:
         parts += session.run(role, {feed: batch}, [result])
@@ -128,15 +137,20 @@ def calibration_requests(session: Session) -> list[Request]:
     return [Request(count=count), Request(data=np.concatenate(drawn))]
 
 
-def latents(session: Session, count: int, seed: int) -> Iterator[Array]:
+def latents(session: Session, count: int, seed: int, temperature: float = 1.0) -> Iterator[Array]:
     """Draws of the latent distribution, [rows of a step, d] at a time."""
     config = session.bundle.config
     latent, size = config["latent"], batch_rows(config)
+    if latent["kind"] != "normal" and temperature != 1:
+        raise RequestError(
+            f"temperature is {temperature}: this flow's latent is {latent['kind']}, which has "
+            "none; leave it out"
+        )
     rng = np.random.default_rng(seed)
     for start in range(0, count, size):
         shape = (min(size, count - start), len(config["columns"]))
         if latent["kind"] == "normal":
-            drawn = rng.standard_normal(shape)
+            drawn = temperature * rng.standard_normal(shape)
         else:
             drawn = rng.uniform(-latent["bound"], latent["bound"], shape)
         yield drawn.astype(config.get("dtype", "float64"), copy=False)

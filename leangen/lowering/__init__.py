@@ -28,7 +28,7 @@ from leangen.bundle import Bundle
 from leangen.errors import StorageError
 from leangen.lowering import cache
 
-VERSION = 9
+VERSION = 10
 """To be raised when a rule or a packed layout changes, so that lowered models are made again."""
 
 RULES = {
@@ -114,7 +114,7 @@ def _lower(path: Path, folder: Path) -> Mapping[str, int]:
     """Write the lowered graph in its forms, over the same weights; nothing if no rule matches."""
     import onnx
 
-    from leangen.lowering import activations, caches
+    from leangen.lowering import activations, caches, chain
     from leangen.lowering.draft import Draft
 
     graph = Draft(path)
@@ -123,14 +123,14 @@ def _lower(path: Path, folder: Path) -> Mapping[str, int]:
     if replaced:
         graph.finish()
         graph.save(folder / MODEL)
-        for fp32 in (False, True):
-            model = onnx.load(folder / MODEL, load_external_data=False)
-            if fp32:
-                activations.use_fp32(model)
-                (folder / file_of(fp32, None)).write_bytes(model.SerializeToString())
-            for form in KV_FORMS if caches.fit(model) else ():
+        usual, exact = (onnx.load(folder / MODEL, load_external_data=False) for _ in range(2))
+        activations.use_fp32(exact)
+        for fp32, model in enumerate((usual, exact)):
+            for form in (None, *(KV_FORMS if caches.fit(model) else ())):
                 kept = onnx.ModelProto()
                 kept.CopyFrom(model)
-                caches.use(kept, form)
-                (folder / file_of(fp32, form)).write_bytes(kept.SerializeToString())
+                if form is not None:
+                    caches.use(kept, form)
+                chain.fuse(kept)
+                (folder / file_of(bool(fp32), form)).write_bytes(kept.SerializeToString())
     return replaced

@@ -35,6 +35,8 @@ class Scored:
     """Rows from the same latents in both models."""
     apart: Array
     """Per drawn row: how far the latent is from where inversion takes it back to, RMS."""
+    level_bits: float = 0.0
+    """Bits per dimension of a density of 1: of pictures, those of their levels."""
 
 
 def observe(session: Session, task: Task, reference: Scored | None) -> Scored:
@@ -60,6 +62,7 @@ def observe(session: Session, task: Task, reference: Scored | None) -> Scored:
         _run(session, density.Request(data=rows)),
         drawn,
         np.sqrt(np.mean((back - latents) ** 2, axis=1)),
+        float(density.bits_per_dimension(np.zeros(1), config)[0]) if "image" in config else 0.0,
     )
 
 
@@ -76,7 +79,7 @@ def measure(reference: Scored, candidate: Scored) -> list[Measure]:
     outside = np.isfinite(reference.log_density) & ~np.isfinite(candidate.log_density)
     return [
         mean("loss on the data" if reference.given else "KL divergence", p - q, "rows", "nats"),
-        mean("bits per dimension", -q * per_dim, "rows", "bits"),
+        mean("bits per dimension", candidate.level_bits - q * per_dim, "rows", "bits"),
         mean("rows lost from the support", outside * 100.0, "rows", "%"),
         mean("inversion error", candidate.apart, "rows"),
         mean("reference inversion error", reference.apart, "rows"),
