@@ -75,7 +75,7 @@ def test_a_generator_is_told_the_label(store):
     engine = Engine(Session(store.resolve("fashion-gan"), threads=1), baseline_s=0)
     trousers, bags = (engine.generate(count=8, conditions={"label": y}).array for y in (1, 8))
     wide = [(images > -0.5).any(axis=1).sum(axis=(1, 2)).mean() for images in (trousers, bags)]
-    assert wide[0] < wide[1] and np.abs(bags).max() <= 1
+    assert wide[0] < wide[1] and np.abs(bags).max() < 1.001
 
 
 def test_labels_that_there_are_not(clothes):

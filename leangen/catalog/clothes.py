@@ -102,6 +102,14 @@ ENTRIES = (
         size_bytes=911_984,
     ),
     _entry(
+        "fashion-dit",
+        "diffusion transformer of 1.9M parameters, clothes by label",
+        "fashion_dit",
+        BY_LABEL,
+        sha256="01f5c9a98a570475fa293c6d9dcf580cd9f948f7cf0f7eca2cd28e0160dbb8f4",
+        size_bytes=3_503_632,
+    ),
+    _entry(
         "fashion-14",
         "UNet of 0.4M parameters, clothes at 14 x 14 by label",
         "fashion_cascade",
