@@ -202,7 +202,7 @@ class Engine:
         self.on_receipt: list[Callable[[Receipt], None]] = []
         """Called with each receipt after it went to the ledger, in the thread that generates."""
         self.selection = selection or meters.probed(
-            meters.select(root, meter=meter),
+            meters.select(root, device=session.device.kind, meter=meter),
             boot_id=host.host(root=root).boot_id,
             cache=probes,
         )
@@ -354,7 +354,7 @@ class Engine:
             id=measured.receipt_id,
             started_at=measured.started_at,
             duration_ns=measured.duration_ns,
-            host=host.host(),
+            host=host.host(device=session.device.name),
             model=bundle.name,
             scheme=bundle.scheme,
             bundle=bundle.digest,

@@ -158,6 +158,18 @@ def test_what_cannot_be_read_is_named(tmp_path):
         gguf_tokenizer.write(tmp_path, metadata(tokens, merges=merges, bos_token_id=10**6))
 
 
+@pytest.mark.parametrize(
+    ("merge", "written"),
+    [(("a", "b"), "a b"), (("a", " "), ["a", " "]), (("#version", "b"), ["#version", "b"])],
+)
+def test_a_merge_that_a_string_cannot_tell_stays_a_pair(merge, written):
+    vocab = {merge[0]: 0, merge[1]: 1, "".join(merge): 2}
+    tokenizer = Tokenizer(models.BPE(vocab, [merge]))
+    text = gguf_tokenizer._text(tokenizer)
+    assert json.loads(text)["model"]["merges"] == [written]
+    assert Tokenizer.from_str(text).to_str() == tokenizer.to_str()
+
+
 def test_the_chat_template_is_kept_as_it_is(tmp_path):
     _, tokens, merges = GPT2
     template = "{{ messages }}\n naïve"

