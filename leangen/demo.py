@@ -65,7 +65,7 @@ ZOO = Show(
         },
         **{
             name: (name, {"count": 4, "seed": 1, "conditions": {"label": label}})
-            for name, label in (("fashion-fm", 1), ("fashion-dit", 7), ("fashion-gan", 2))
+            for name, label in (("fashion-fm", 1), ("fashion-dit", 3), ("fashion-gan", 2))
         },
         "fashion-glow": ("fashion-glow", {"count": 4, "seed": 1}),
         **{
