@@ -7,7 +7,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Concatenate, ParamSpec
 
-from leangen import carbon, pipeline
+from leangen import carbon, devices, pipeline
 from leangen.budget import Budget, Guard
 from leangen.console import Progress, say
 from leangen.engine import BASELINE_S, Engine
@@ -81,6 +81,7 @@ def load_model(
     `leangen.load` also takes a pipeline, by its TOML file or a shipped one's name: see
     `leangen.pipeline`.
     """
+    devices.choose(device)  # what is missing there is said before anything is fetched
     footprint = carbon.footprint(region, intensity=intensity, embodied=embodied)
     store = Store(home)
     bundle = store.resolve(str(ref), notify=say, progress=progress)

@@ -45,6 +45,12 @@ class Result:
         return self.output.tokens
 
     @property
+    def properties(self) -> Mapping[str, Any] | None:
+        """What a model with a second head says of its text: `value` and `error` by name."""
+        samples = self.output.extra.get("samples")
+        return samples[0].properties or None if samples else None
+
+    @property
     def array(self) -> np.ndarray[Any, Any] | None:
         """Audio `[samples]`, images `[n, height, width, channels]` or rows `[n, d]`."""
         return None if self.output.array is None else np.asarray(self.output.array)

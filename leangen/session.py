@@ -124,10 +124,8 @@ class Session:
         kept = {"tensor(float16)": "fp16", "tensor(int8)": "int8"}.get(kind, "fp32")
         self.reasons["kv"] = f"{kept}: {self._kv_reason}"
         if kept != self._kv:
-            self.reasons["kv"] = (
-                f"{kept}: ONNX Runtime's attention runs, which keeps no {self._kv} "
-                f"({self._kv_reason})"
-            )
+            whose = "ONNX Runtime's attention runs" if kept == "fp32" else "a card's kernels run"
+            self.reasons["kv"] = f"{kept}: {whose}, which keeps no {self._kv} ({self._kv_reason})"
 
     def _open_own(self, role: str) -> ort.InferenceSession:
         path, options = self.bundle.graph(role), self._options()

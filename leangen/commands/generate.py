@@ -34,6 +34,7 @@ def declare(add: Callable[..., argparse.ArgumentParser]) -> None:
 def run(args: argparse.Namespace) -> int:
     """Stream the text, save what else came, and print the receipt."""
     from leangen import api, media, report
+    from leangen.families import properties
     from leangen.pipeline import PipelineResult
     from leangen.preview import Preview
 
@@ -82,6 +83,9 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if result.text is not None:
         print()
+    for reply in result.output.extra.get("samples", ()):
+        if reply.properties:
+            print(properties.told(reply.properties))
     if saved is not None:
         print(saved)
     say(report.summary(result.receipt))
