@@ -1,5 +1,6 @@
 """Builds the kernel library into `leangen_kernels`, or leaves a note there of why it could not.
 
+LEANGEN_BUILD_CUDA=1 adds those for NVIDIA cards, for which no card and no driver is needed.
 LEANGEN_BUILD_KERNELS=0 leaves it out: the wheel is then for any platform.
 LEANGEN_KERNELS_MACHINE=aarch64 with CC=aarch64-linux-gnu-gcc builds for another machine.
 """
@@ -18,6 +19,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "leangen_kernels"
+GPU_FILES = "leangen_cuda.*"
 LIBRARY, NOTE = "libleangen_kernels.so", "libleangen_kernels.txt"
 MACHINE = os.environ.get("LEANGEN_KERNELS_MACHINE") or platform.machine()
 
@@ -41,6 +43,9 @@ class BuildKernels(build_ext):
         except build.BuildError as error:
             _say(f"no library: {error}")
             (folder / NOTE).write_text(f"{error}\n", encoding="utf-8")
+        else:
+            if os.environ.get("LEANGEN_BUILD_CUDA") == "1":
+                _build_cuda(folder / "cuda", cache)
         finally:
             sys.path.remove(str(ROOT / "kernels"))
 
@@ -51,6 +56,8 @@ class BuildKernels(build_ext):
             beside.unlink(missing_ok=True)
             if built.exists():
                 shutil.copy2(built, beside)
+        for built in (Path(self.build_lib) / PACKAGE / "cuda").glob(GPU_FILES):
+            shutil.copy2(built, ROOT / "kernels" / PACKAGE / "cuda")
 
     def get_ext_filename(self, fullname: str) -> str:
         """Not named after a Python version: it is no extension module."""
@@ -59,11 +66,22 @@ class BuildKernels(build_ext):
     def get_outputs(self) -> list[str]:
         """What there is after building."""
         folder = Path(self.build_lib) / PACKAGE
-        return [str(folder / name) for name in (LIBRARY, NOTE) if (folder / name).exists()]
+        made = [folder / name for name in (LIBRARY, NOTE)]
+        return [*(str(p) for p in made if p.exists()), *map(str, folder.glob(f"cuda/{GPU_FILES}"))]
 
     def get_output_mapping(self) -> dict[str, str]:
         """Nothing: `copy_extensions_to_source` does it."""
         return {}
+
+
+def _build_cuda(folder: Path, cache: Path) -> None:
+    """The kernels for NVIDIA cards; like the library they may be missing, and the rest goes on."""
+    from leangen_kernels.cuda import build
+
+    try:
+        build.build(folder, cache, _say)
+    except build.BuildError as error:
+        _say(f"no GPU kernels: {error}")
 
 
 def _say(line: str) -> None:

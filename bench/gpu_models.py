@@ -6,6 +6,7 @@ and attention over a cache of CONTEXT positions, and the head. Torch's is the sa
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -267,7 +268,7 @@ def _onnxruntime(model: str) -> Figures:
 
 def energy(bench: Bench) -> Iterator[Row]:
     """Joules of a token above idle."""
-    yield Row("idle, context alive", lambda: _idle(bench))
+    yield Row("idle, context alive", _idle)
     yield Row("counter against power", _counter_against_power)
     for name, shape in SHAPES.items():
         for batch in BATCHES:
@@ -301,9 +302,16 @@ def measured(work: Callable[[], None], seconds: float) -> tuple[float, float, fl
     return found.energy_uj / 1e6, (random**2 + systematic**2) ** 0.5, lasted, count
 
 
-def _idle(bench: Bench) -> Figures:
+def _idle() -> Figures:
+    power_w, u_w = idle_power()
+    return {"joules": power_w, "u_joules": u_w, "unit": "W"}
+
+
+@functools.cache
+def idle_power() -> tuple[float, float]:
+    """Watts and their u of the card with the context alive and nothing to do; once a process."""
     joules, u, seconds, _ = measured(lambda: time.sleep(0.05), 2 * WINDOW_S)
-    return {"joules": joules / seconds, "u_joules": u / seconds, "unit": "W"}
+    return joules / seconds, u / seconds
 
 
 def _counter_against_power() -> Figures:
@@ -328,6 +336,7 @@ def _joules(bench: Bench, shape: Shape, precision: str, batch: int) -> Figures:
             return {"absent": f"no {error.name}"}
         replay, wait = torch_graph(step), torch.cuda.synchronize
     else:
+        idle_power()  # before the card is warm
         decoder = Decoder(bench, shape, precision, batch)
         replay, wait = bench.card.graph(decoder.enqueue), bench.card.wait
     try:
@@ -348,8 +357,11 @@ def _joules(bench: Bench, shape: Shape, precision: str, batch: int) -> Figures:
         if decoder is not None:
             decoder.free()
     tokens = count * several * batch
+    marginal = joules - idle_power()[0] * seconds
     return {
         "time_s": seconds / (count * several), "joules": joules / tokens, "u_joules": u / tokens,
         "unit": "J/token",
-        "note": f"gross; {joules / seconds:.0f} W, {tokens / seconds:.0f} token/s",
+        "marginal_j": marginal / tokens,
+        "note": f"gross; above idle {marginal / tokens:.3g} J; {joules / seconds:.0f} W, "
+        f"{tokens / seconds:.0f} token/s",
     }  # fmt: skip

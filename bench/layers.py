@@ -5,7 +5,8 @@
 Prefill of one prompt, decoding of one sequence, and of several at once (leangen alone: what they
 cost over a single one). The embedding is left out. Both sides run alternating in one process. Stock
 is the lossless rewrite that a portable bundle holds: MatMulNBits with zero point 8, plus the
-blocks' sums times the offsets.
+blocks' sums times the offsets. As leangen lowers a model, it keeps keys and values in fp16; stock
+ONNX Runtime keeps them in fp32, as it must.
 """
 
 from __future__ import annotations
@@ -104,8 +105,9 @@ class Graph:
         if self.own:
             inputs = [qkv, f"key{layer}", f"value{layer}", "seqlens", "cos", "sin"]
             return self.node(
-                "Attention", inputs, name, 3, domain="leangen", heads=HEADS, kv_heads=KV_HEADS
-            )
+                "Attention", inputs, name, 3, domain="leangen",
+                heads=HEADS, kv_heads=KV_HEADS, cache="fp16",
+            )  # fmt: skip
         rows = self.constant(f"{name}.rows", np.array([1, -1, QKV]))
         packed = self.node("Reshape", [qkv, rows], f"{name}.qkv")
         inputs = [packed, "", "", f"key{layer}", f"value{layer}", "seqlens", "total", "cos", "sin"]
@@ -122,6 +124,7 @@ class Graph:
         self.constant("sin", np.sin(positions).astype(np.float32))
         h = self.own_layers() if self.own else self.stock_layers()
         info, floats = helper.make_tensor_value_info, TensorProto.FLOAT
+        kept = TensorProto.FLOAT16 if self.own else floats
         cache, batch = [sequences, KV_HEADS, capacity, HEAD], [sequences] if self.own else []
         inputs = [
             info("x", floats, [*batch, "new", WIDTH]), info("last", TensorProto.INT64, [1]),
@@ -129,8 +132,8 @@ class Graph:
         ]  # fmt: skip
         outputs = [info(h, floats, [*batch, "wanted", VOCAB])]
         for layer in range(LAYERS):
-            inputs += [info(f"key{layer}", floats, cache), info(f"value{layer}", floats, cache)]
-            outputs += [info(f"attention{layer}.{i}", floats, cache) for i in (1, 2)]
+            inputs += [info(f"{kind}{layer}", kept, cache) for kind in ("key", "value")]
+            outputs += [info(f"attention{layer}.{i}", kept, cache) for i in (1, 2)]
         graph = helper.make_graph(self.nodes, "decoder", inputs, outputs, self.constants)
         domains = [("", 21), ("com.microsoft", 1), ("leangen", 1)]
         opsets = [helper.make_opsetid(*domain) for domain in domains]
@@ -188,7 +191,8 @@ class Runner:
             self.session = ort.InferenceSession(str(path), options)
         shape = (sequences, KV_HEADS, capacity, HEAD)
         self.caches = [
-            ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32)) for _ in range(2 * LAYERS)
+            ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float16 if own else np.float32))
+            for _ in range(2 * LAYERS)
         ]
         self.binding = self.session.io_binding()
         outputs = [output.name for output in self.session.get_outputs()]

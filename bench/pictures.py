@@ -1,18 +1,20 @@
-"""Do pictures look like what was asked for? `python bench/pictures.py MODEL --judge judge.onnx`
+"""Do pictures look like what was asked for? `python bench/pictures.py MODEL`
 
 Draws `--count` pictures of each of Fashion-MNIST's ten labels, same seeds for every model, and has
-a classifier (`bench/train/fashion_judge.py`) judge them: the share that gets its own label, with a
-95% interval (Wilson 1927), and the Fréchet distance of its features to the test set's (Heusel et
-al. 2017) with two standard errors by resampling, beside that of as many real pictures. Small sets
-overstate the distance: compare those of one size. MODEL may be a pipeline that takes a label or a
-text, `draw:int4` is one with all its parts at int4; `--held-out` asks with captions that no model
-was trained on. `--grid FILE.png` writes a row of pictures for each label.
+a classifier (that of `bench/train/fashion_judge.py`, which leangen-zoo has too) judge them: the
+share that gets its own label, with a 95% interval (Wilson 1927), and the Fréchet distance of its
+features to the test set's (Heusel et al. 2017) with two standard errors by resampling, beside that
+of as many real pictures. Small sets overstate the distance: compare those of one size. MODEL may be
+a pipeline that takes a label or a text, `draw:int4` is one with all its parts at int4; `--held-out`
+asks with captions that no model was trained on. `--grid FILE.png` writes a row of pictures for each
+label.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import lzma
 import re
 import sys
 import tempfile
@@ -35,6 +37,7 @@ import fashion_captions
 from shared import fashion
 
 LABELS = len(CLOTHES)
+JUDGE = Path(__file__).parent / "zoo" / "leangen_zoo" / "fashion-judge.onnx.xz"
 CAPTION = "a picture of a {}"
 
 
@@ -42,7 +45,9 @@ class Judge:
     """The classifier, for pictures [n, h, w, 1] in -1..1."""
 
     def __init__(self, path: Path) -> None:
-        self._session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        content = path.read_bytes()
+        content = lzma.decompress(content) if path.suffix == ".xz" else content
+        self._session = ort.InferenceSession(content, providers=["CPUExecutionProvider"])
 
     def __call__(self, pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Labels [n] and features [n, d]."""
@@ -100,7 +105,7 @@ def main() -> None:
     """Draw, judge, print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("models", nargs="+", metavar="MODEL")
-    parser.add_argument("--judge", type=Path, required=True, metavar="judge.onnx")
+    parser.add_argument("--judge", type=Path, default=JUDGE, metavar="FILE.onnx", help="or .xz")
     parser.add_argument("--count", type=int, default=30, help="pictures of each label")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--guidance", type=float)

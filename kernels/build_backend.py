@@ -2,7 +2,7 @@
 
 Numba has no wheel for some platforms, and a build requirement that cannot be met would fail the
 whole installation: without it leangen installs and runs on ONNX Runtime's own kernels.
-LEANGEN_BUILD_KERNELS=0 leaves the kernels out.
+LEANGEN_BUILD_KERNELS=0 leaves the kernels out; LEANGEN_BUILD_CUDA=1 adds those for NVIDIA cards.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ sys.path.pop(0)
 def _numba() -> list[str]:
     if os.environ.get("LEANGEN_BUILD_KERNELS") == "0" or toolchain.why_not():
         return []
-    return ["numba>=0.61", "numpy"]
+    cuda = ["numba-cuda[cu13]>=0.20"] if os.environ.get("LEANGEN_BUILD_CUDA") == "1" else []
+    return ["numba>=0.61", "numpy", *cuda]
 
 
 def get_requires_for_build_wheel(config_settings: dict[str, str] | None = None) -> list[str]:

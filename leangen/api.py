@@ -7,7 +7,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Concatenate, ParamSpec
 
-from leangen import carbon, pipeline
+from leangen import carbon, devices, pipeline
 from leangen.budget import Budget, Guard
 from leangen.console import Progress, say
 from leangen.engine import BASELINE_S, Engine
@@ -39,6 +39,7 @@ def load_model(
     threads: int | None = None,
     activations: Activations = "int8",
     kernels: Kernels = "auto",
+    device: str = "cpu",
     kv: KeysValues | None = None,
     home: Path | None = None,
     ledger: bool = True,
@@ -58,6 +59,7 @@ def load_model(
     kernels: "ort" keeps to ONNX Runtime's own, for comparison; else leangen's run where they fit.
     kv: how a language model's keys and values are kept, fp32, fp16 or int8; None is as its scheme
         says, else fp16, where leangen's kernels run it (ONNX Runtime's keep fp32).
+    device: `cpu`, `cuda`, `cuda:N` (an NVIDIA card) or `auto`: a card where all it takes is there.
     home: the store; None is `$LEANGEN_HOME` or the platform's cache folder.
     ledger: keep the receipt of every generation in the store's ledger.
     region: whose grid the carbon figure assumes; None is `$LEANGEN_REGION` or the world's mean.
@@ -79,10 +81,13 @@ def load_model(
     `leangen.load` also takes a pipeline, by its TOML file or a shipped one's name: see
     `leangen.pipeline`.
     """
+    devices.choose(device)  # what is missing there is said before anything is fetched
     footprint = carbon.footprint(region, intensity=intensity, embodied=embodied)
     store = Store(home)
     bundle = store.resolve(str(ref), notify=say, progress=progress)
-    session = Session(bundle, threads=threads, activations=activations, kernels=kernels, kv=kv)
+    session = Session(
+        bundle, threads=threads, activations=activations, kernels=kernels, kv=kv, device=device
+    )
     book = Ledger(store.ledger_path)
     budgets = (budget,) if isinstance(budget, Budget) else tuple(budget)
     return Engine(

@@ -21,6 +21,7 @@ def run(args: argparse.Namespace) -> int:
         embodied=args.embodied,
         activations=args.activations,
         kernels=args.kernels,
+        device=args.device,
         kv=args.kv,
         tag="chat",
     )

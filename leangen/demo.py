@@ -65,7 +65,12 @@ ZOO = Show(
         },
         **{
             name: (name, {"count": 4, "seed": 1, "conditions": {"label": label}})
-            for name, label in (("fashion-fm", 1), ("fashion-dit", 7), ("fashion-gan", 2))
+            for name, label in (("fashion-fm", 1), ("fashion-dit", 3), ("fashion-gan", 2))
+        },
+        "fashion-glow": ("fashion-glow", {"count": 4, "seed": 1}),
+        **{
+            name: (name, {"count": 2, "seed": 1, "conditions": {"label": label}})
+            for name, label in (("fashion-gpt", 8), ("fashion-pixelcnn", 7))
         },
         "cascade": ("cascade", {"label": "sandal", "count": 4, "seed": 1}),
         "draw": ("draw", {"text": "a pair of trousers", "count": 4, "seed": 1}),

@@ -17,7 +17,7 @@ from typing import Literal
 
 import leangen_kernels
 
-from leangen import environment, host, meters, threads
+from leangen import devices, environment, host, meters, threads
 from leangen.console import human_bytes
 from leangen.errors import LeangenError
 from leangen.ledger import Ledger
@@ -67,6 +67,7 @@ def examine(root: Path = Path("/"), home: Path | None = None) -> list[Finding]:
         lambda: processor(root),
         lambda: memory(root),
         runtime,
+        gpu,
         kernels,
         lambda: energy(root),
         lambda: measuring(root),
@@ -136,6 +137,30 @@ def runtime() -> Iterator[Finding]:
         yield Finding("onnxruntime", "note", both, remedy)
     else:
         yield Finding("onnxruntime", "ok", detail)
+
+
+def gpu() -> Iterator[Finding]:
+    """NVIDIA cards, and what it takes to run on one."""
+    from leangen_kernels.cuda import driver
+
+    try:
+        cards = driver.devices()
+    except driver.CudaError as error:
+        yield Finding("gpu", "note", str(error))
+        return
+    if not cards:
+        yield Finding("gpu", "note", "the NVIDIA driver lists no card")
+        return
+    names = ", ".join(f"cuda:{card.index} {card.name}" for card in cards)
+    try:
+        chosen = devices.choose("cuda")
+        built = driver.compiled(cards[0].capability).name
+    except (LeangenError, driver.CudaError) as error:
+        reason, _, remedy = str(error).removeprefix("--device cuda: ").partition(": ")
+        yield Finding("gpu", "note", f"{names}: {reason}", remedy or None)
+        return
+    yield Finding("gpu", "note", f"{names}: {built}; {devices.NOT_YET}: {chosen.name} is tried with"
+                  " --device cuda")  # fmt: skip
 
 
 def kernels() -> Iterator[Finding]:

@@ -45,6 +45,12 @@ class Result:
         return self.output.tokens
 
     @property
+    def properties(self) -> Mapping[str, Any] | None:
+        """What a model with a second head says of its text: `value` and `error` by name."""
+        samples = self.output.extra.get("samples")
+        return samples[0].properties or None if samples else None
+
+    @property
     def array(self) -> np.ndarray[Any, Any] | None:
         """Audio `[samples]`, images `[n, height, width, channels]` or rows `[n, d]`."""
         return None if self.output.array is None else np.asarray(self.output.array)
@@ -202,7 +208,7 @@ class Engine:
         self.on_receipt: list[Callable[[Receipt], None]] = []
         """Called with each receipt after it went to the ledger, in the thread that generates."""
         self.selection = selection or meters.probed(
-            meters.select(root, meter=meter),
+            meters.select(root, device=session.device.kind, meter=meter),
             boot_id=host.host(root=root).boot_id,
             cache=probes,
         )
@@ -354,7 +360,7 @@ class Engine:
             id=measured.receipt_id,
             started_at=measured.started_at,
             duration_ns=measured.duration_ns,
-            host=host.host(),
+            host=host.host(device=session.device.name),
             model=bundle.name,
             scheme=bundle.scheme,
             bundle=bundle.digest,

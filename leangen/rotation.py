@@ -123,6 +123,11 @@ def _check(bundle: Bundle, turned: Bundle) -> None:
     before, after = (
         language.logits(Session(each, kernels="ort"), tokens) for each in (bundle, turned)
     )
+    if not np.isfinite(before).all():
+        raise BundleError(
+            f"{bundle.name} gives a logit that is NaN or infinite: export the model again from an "
+            "intact source"
+        )
     moved = float(np.abs(after - before).max() / np.abs(before).max())
     if not moved < TOLERANCE:
         raise BundleError(

@@ -9,10 +9,10 @@ from typing import Any, Literal, TypeVar, cast
 import numpy as np
 import onnxruntime as ort
 
-from leangen import lowering
+from leangen import devices, lowering
 from leangen import threads as thread_choice
 from leangen.bundle import Bundle
-from leangen.errors import BundleError, RequestError
+from leangen.errors import BundleError, DependencyError, RequestError
 
 Activations = Literal["int8", "fp32"]
 Kernels = Literal["auto", "ort"]
@@ -31,7 +31,8 @@ class Session:
     `activations="fp32"` computes low-bit linear layers with fp32 activations: slower, for checks
     that must not see activation rounding. `kernels="ort"` keeps to ONNX Runtime's own. `kv` is how
     a language model's keys and values are kept: as the bundle says, else in fp16, where leangen's
-    kernels run it. Graphs open on first use; `kernels`, `kv` and their reasons then say what runs.
+    kernels run it. `device` is `cpu`, `cuda`, `cuda:N` or `auto`, see `leangen.devices`. Graphs
+    open on first use; `kernels`, `kv` and their reasons then say what runs.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class Session:
         activations: Activations = "int8",
         kernels: Kernels = "auto",
         kv: KeysValues | None = None,
+        device: str = "cpu",
     ) -> None:
         if threads is not None and threads < 1:
             raise RequestError(f"threads is {threads}, expected 1 or more")
@@ -62,12 +64,13 @@ class Session:
         if threads is None and "threads" in tuned:
             self.threads, why = min(tuned["threads"], self.threads), "what `leangen tune` found"
         self._spin_us = int(tuned.get("spin_us", SPIN_US))
-        self.provider = "CPUExecutionProvider"
+        self.device = devices.choose(device)
+        self.provider = self.device.provider
         self.kernels = "ort"
         self.activations: Activations = activations
         self.reasons: dict[str, str] = {
             "threads": why,
-            "provider": "the only provider this leangen runs on",
+            "provider": self.device.reason,
             "kernels": "ONNX Runtime's own were asked for",
         }
         if activations == "fp32":
@@ -93,7 +96,9 @@ class Session:
         if not self._lower:
             return None
         fp32 = self.activations == "fp32"
-        lowered, why = lowering.find(self.bundle, role, fp32_activations=fp32, kv=self._kv)
+        lowered, why = lowering.find(
+            self.bundle, role, fp32_activations=fp32, kv=self._kv, device=self.device.kind
+        )
         graph = None
         if lowered is not None:
             options = self._options()
@@ -119,10 +124,8 @@ class Session:
         kept = {"tensor(float16)": "fp16", "tensor(int8)": "int8"}.get(kind, "fp32")
         self.reasons["kv"] = f"{kept}: {self._kv_reason}"
         if kept != self._kv:
-            self.reasons["kv"] = (
-                f"{kept}: ONNX Runtime's attention runs, which keeps no {self._kv} "
-                f"({self._kv_reason})"
-            )
+            whose = "ONNX Runtime's attention runs" if kept == "fp32" else "a card's kernels run"
+            self.reasons["kv"] = f"{kept}: {whose}, which keeps no {self._kv} ({self._kv_reason})"
 
     def _open_own(self, role: str) -> ort.InferenceSession:
         path, options = self.bundle.graph(role), self._options()
@@ -135,10 +138,20 @@ class Session:
         self, model: str | bytes, options: ort.SessionOptions, path: Path
     ) -> ort.InferenceSession:
         try:
-            return ort.InferenceSession(model, options, providers=[self.provider])
+            graph = ort.InferenceSession(model, options, providers=self.device.providers())
         except Exception as error:  # ORT raises many unrelated types from its C++ side
             detail = str(error).splitlines()[0]
+            if self.device.kind == "cuda" and devices.out_of_memory(detail):
+                raise RequestError(
+                    devices.too_large(self.bundle.name, self.device, path)
+                ) from error
             raise BundleError(f"ONNX Runtime cannot load {path}: {detail}") from error
+        if self.provider not in graph.get_providers():  # ORT only logs that it went without
+            raise DependencyError(
+                f"--device {self.device.name}: ONNX Runtime's CUDA provider does not start, mostly"
+                " for want of CUDA 13 or cuDNN 9: pip install 'onnxruntime-gpu[cuda,cudnn]'"
+            )
+        return graph
 
     def _options(self) -> ort.SessionOptions:
         options = ort.SessionOptions()

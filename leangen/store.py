@@ -10,6 +10,7 @@ import difflib
 import lzma
 import os
 import shutil
+import tarfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from leangen.errors import (
     UnknownModelError,
     UnknownSchemeError,
 )
-from leangen.files import atomic_file
+from leangen.files import atomic_file, atomic_folder
 from leangen.home import BusyError, Home, Notify, row
 
 
@@ -287,7 +288,7 @@ class Store:
         return cast(Bundle, attach(bundle))
 
     def _packaged_file(self, name: str, source: Packaged) -> Path:
-        """The file in the package; one that is compressed is unpacked beside the downloads."""
+        """The file in the package, or the folder, which are unpacked beside the downloads."""
         path = source.path
         if path is None:
             raise DependencyError(
@@ -301,7 +302,12 @@ class Store:
         if path.suffix != ".xz":
             return path
         unpacked = self._home.sources(name) / source.sha256[:12] / path.stem
-        if not unpacked.is_file():
+        if unpacked.suffix == ".tar":
+            unpacked = unpacked.with_suffix("")
+            if not unpacked.is_dir():
+                with atomic_folder(unpacked) as folder, tarfile.open(path) as packed:
+                    packed.extractall(folder, filter="data")
+        elif not unpacked.is_file():
             with lzma.open(path) as packed, atomic_file(unpacked) as file:
                 shutil.copyfileobj(packed, file)
         return unpacked

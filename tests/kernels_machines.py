@@ -80,8 +80,8 @@ class Emulated:
         return self
 
     def __exit__(self, *error):
-        self.process.stdin.close()
-        self.process.wait()
+        with self.process:  # closes what it reads and writes, and waits
+            pass
 
     def has(self, name):
         """Whether the library holds it: kernels are named in the table that it was built from."""

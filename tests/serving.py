@@ -26,6 +26,7 @@ NAMES = {
     "diffusion": "tiny-image",
     "oneshot": "tiny-shot",
     "autoregressive/image": "tiny-pixels",
+    "autoregressive/rows": "tiny-rows",
 }
 
 

@@ -20,6 +20,7 @@ from leangen.cli import main
 from leangen.compare import paired, show, worker
 from leangen.errors import BundleError, RequestError
 from leangen.quality import Measure
+from leangen.session import Session
 
 
 @pytest.mark.parametrize("freedom", [1, 2, 5, 8, 9, 12, 30, 200])
@@ -212,6 +213,22 @@ def test_a_worker_is_another_process_and_tells_its_errors(folder):
     (folder / "leangen.json").unlink()
     with pytest.raises(BundleError, match="is not a bundle"):
         start(folder)
+
+
+def test_what_is_judged_runs_as_what_is_timed(folder, tmp_path, capsys, monkeypatch):
+    assert main(["quantize", str(folder), "--scheme", "int8", "-o", str(tmp_path / "int8")]) == 0
+    made = []
+
+    def open_session(bundle, **options):
+        made.append(options)
+        return Session(bundle, **options)
+
+    monkeypatch.setattr("leangen.compare.Session", open_session)
+    schemes = f"{folder},{tmp_path / 'int8'}"
+    command = ["compare", str(folder), "--schemes", schemes, "--rounds", "3", "--seeds", "1"]
+    assert main([*command, "--kernels", "ort", "--activations", "fp32", "--json"]) == 0
+    assert len(made) == 2
+    assert all((one["kernels"], one["activations"]) == ("ort", "fp32") for one in made)
 
 
 def test_the_command(folder, tmp_path, capsys):

@@ -102,3 +102,40 @@ def test_a_local_task_without_a_download(lm, tmp_path, monkeypatch, capsys):
     assert score["value"] == other["value"] and change["value"] == 0
     assert main([*command, "no_such_task"]) == 2
     assert "has no task 'no_such_task'" in capsys.readouterr().err
+
+
+def test_chat_tasks_are_asked_through_the_template(lm, tmp_path, monkeypatch, capsys):
+    """Multiple choice and written replies, with a worked example as earlier turns."""
+    pytest.importorskip("lm_eval", reason="needs the extra `eval`")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    choice = local_task(tmp_path)
+    choice.write_text(choice.read_text() + "fewshot_split: test\n")
+    (tmp_path / "reply.yaml").write_text(
+        choice.read_text()
+        .replace("task: leangen_mine", "task: leangen_reply")
+        .replace("output_type: multiple_choice", "output_type: generate_until")
+        .replace('doc_to_choice: "{{choices}}"\n', "")
+        .replace('doc_to_target: "{{answer}}"', 'doc_to_target: "{{choices[answer]}}"')
+        .replace("metric: acc,", "metric: exact_match,")
+        + 'generation_kwargs: {until: ["\\n"], max_gen_toks: 4, do_sample: false}\n'
+    )
+    asked, likelihood = [], harness.log_likelihood
+
+    def seen(session, context, continuation):
+        tokenizer = language.tokenizer(session)
+        asked.append(tokenizer.decode(context, skip_special_tokens=False))
+        return likelihood(session, context, continuation)
+
+    monkeypatch.setattr(harness, "log_likelihood", seen)
+    tasks = f"{choice},{tmp_path / 'reply.yaml'}"
+    command = ["eval", str(lm.path), "--reference", str(lm.path), "--tasks", tasks, "--chat"]
+    assert main([*command, "--few-shot", "1", "--limit", "2", "--json"]) == 0
+    measures = {one["name"]: one for one in json.loads(capsys.readouterr().out)["measures"]}
+    for name in ("leangen_mine acc", "leangen_reply exact_match"):
+        assert measures[name]["n"] == 2 and measures[f"{name} change"]["value"] == 0
+    assert len(asked) == 2 * 2 * 3, "two models, two questions, three choices"
+    for text in asked:
+        # The harness counts white space at the end to what follows, as it does for other models.
+        assert text.startswith("<|im_start|>user") and text.endswith("<|im_start|>assistant")
+        assert text.count("<|im_end|>") == 3, "the example, its answer, and the question"

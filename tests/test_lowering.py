@@ -122,7 +122,8 @@ def test_every_family_runs_as_before(tmp_path, family):
         result = engine.generate(**tiny_bundles.OPTIONS[family])
         outputs.append(np.asarray(result.tokens if result.array is None else result.array))
         assert result.receipt.runtime.kernels == session.kernels
-    if family == "autoregressive/audio":  # its convolutions round activations: other draws
+    # Convolutions round activations: other draws.
+    if family in ("autoregressive/audio", "autoregressive/rows"):
         assert outputs[0].shape == outputs[1].shape
         return
     scale = max(1.0, np.abs(outputs[1]).max())

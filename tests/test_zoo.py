@@ -71,12 +71,11 @@ def test_without_the_second_distribution_it_is_said_how_to_get_it(name, tmp_path
         Store(tmp_path).resolve(name)
 
 
-@pytest.mark.skipif("fashion-gan" not in ZOO, reason="it is not in the catalog")
 def test_a_generator_is_told_the_label(store):
     engine = Engine(Session(store.resolve("fashion-gan"), threads=1), baseline_s=0)
     trousers, bags = (engine.generate(count=8, conditions={"label": y}).array for y in (1, 8))
     wide = [(images > -0.5).any(axis=1).sum(axis=(1, 2)).mean() for images in (trousers, bags)]
-    assert wide[0] < wide[1] and np.abs(bags).max() <= 1
+    assert wide[0] < wide[1] and np.abs(bags).max() < 1.001
 
 
 def test_labels_that_there_are_not(clothes):

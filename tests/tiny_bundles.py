@@ -83,6 +83,42 @@ def oneshot(folder: Path) -> Bundle:
     return onnx_file.export(path, folder / "bundle", family="oneshot")
 
 
+def pixel_rows(folder: Path) -> Bundle:
+    """A PixelCNN of one layer: 5 x 6 pixels of 8 levels, in three kinds of picture."""
+    text = """
+    rows_of_pixels (int64[n, r, 6] rows, int64[n] label, float[n, 1, 1, 6] state_0)
+        => (float[n, r, 6, 8] logits, float[n, 1, 1, 6] next_state_0) {
+        levels = Cast <to = 1> (rows)
+        channel = Constant <value = int64[1] {1}> ()
+        x = Unsqueeze (levels, channel)
+        seen = Concat <axis = 2> (state_0, x)
+        first = Constant <value = int64[1] {0}> ()
+        last = Constant <value = int64[1] {-1}> ()
+        end = Constant <value = int64[1] {99}> ()
+        down = Constant <value = int64[1] {2}> ()
+        right = Constant <value = int64[1] {3}> ()
+        next_state_0 = Slice (seen, last, end, down)
+        over = Slice (seen, first, last, down)
+        above = Conv <pads = [0, 1, 0, 1]> (over, w0)
+        known = Slice (x, first, last, right)
+        left = Conv <pads = [0, 2, 0, 0]> (known, w1)
+        told = Gather (w2, label)
+        places = Constant <value = int64[2] {2, 3}> ()
+        shift = Unsqueeze (told, places)
+        sum = Add (above, left)
+        all = Add (sum, shift)
+        h = Tanh (all)
+        y = Conv (h, w3)
+        logits = Transpose <perm = [0, 2, 3, 1]> (y)
+    }"""
+    shapes = {"w0": (32, 1, 1, 3), "w1": (32, 1, 1, 2), "w2": (3, 32), "w3": (8, 32, 1, 1)}
+    path = _graph(text, folder / "tiny.onnx", **shapes)
+    label = {"min": 0, "max": 2, "names": {"sock": 1}}
+    return onnx_file.export(
+        path, folder / "bundle", conditions={"label": label}, height=5, levels=8
+    )
+
+
 def embedding(folder: Path) -> Bundle:
     """An encoder of two dense layers over a vocabulary of 32 words, as an ONNX file."""
     text = """
@@ -114,6 +150,7 @@ BUILDERS = {
     "seq2seq/transcription": transcription,
     "embedding": embedding,
     "autoregressive/image": autoregressive_fixtures.image,
+    "autoregressive/rows": pixel_rows,
     "autoregressive/audio": autoregressive_fixtures.sound,
     "flow/speech": speech,
     "flow/density": density,
@@ -126,6 +163,7 @@ OPTIONS = {
     "seq2seq/text": {"tokens": [3, 4, 5, 2], "max_new_tokens": 6, "ignore_eos": True},
     "seq2seq/transcription": {"audio": [0.1, -0.1] * 12_000, "max_new_tokens": 6},
     "autoregressive/image": {"count": 2},
+    "autoregressive/rows": {"count": 2, "conditions": {"label": "sock"}},
     "autoregressive/audio": {"seconds": 0.5},
     "flow/speech": {"phonemes": "abc ab."},
     "flow/density": {"count": 20},

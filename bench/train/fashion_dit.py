@@ -88,7 +88,7 @@ class DiT(nn.Module):
 
 def main() -> None:
     """Train, export."""
-    args = arguments(__doc__, steps=1500)
+    args = arguments(__doc__, steps=1100)
     pictures = Pictures(args.data)
     model = DiT().to(DEVICE)
 

@@ -135,14 +135,22 @@ def train(
 
 
 def export_onnx(
-    model: nn.Module, inputs: Mapping[str, Tensor], outputs: Sequence[str], path: Path
+    model: nn.Module,
+    inputs: Mapping[str, Tensor],
+    outputs: Sequence[str],
+    path: Path,
+    *,
+    also_open: Mapping[str, str] | None = None,
 ) -> None:
     """An ONNX file of a model, `path`, and `path`.xz, as which a package keeps it.
 
     Weights are rounded to fp16 and stored as fp32, so that what is judged is what is kept: the
-    compressed file is hardly larger than fp16. The first size of inputs and outputs is left open.
+    compressed file is hardly larger than fp16. The first size of inputs and outputs is left open,
+    and the second of those that `also_open` names, under that name.
     """
-    names = [*inputs, *outputs]
+    sizes = {name: {0: "n"} for name in (*inputs, *outputs)}
+    for name, size in (also_open or {}).items():
+        sizes[name][1] = size
     with torch.no_grad():
         for weight in model.parameters():
             weight.copy_(weight.half())
@@ -155,13 +163,21 @@ def export_onnx(
             str(path),
             input_names=list(inputs),
             output_names=list(outputs),
-            dynamic_axes={name: {0: "n"} for name in names},
+            dynamic_axes=sizes,
             opset_version=18,
             dynamo=False,
         )
     packed = lzma.compress(path.read_bytes(), preset=9 | lzma.PRESET_EXTREME)
-    path.with_name(path.name + ".xz").write_bytes(packed)
-    say(f"{path.name}.xz: {len(packed)} bytes, sha256 {hashlib.sha256(packed).hexdigest()}")
+    stored = path.with_name(path.name + ".xz")
+    stored.write_bytes(packed)
+    packed_size(stored)
+
+
+def packed_size(path: Path) -> int:
+    """The size of a file, after saying it and its sha256, which the catalog asks for."""
+    content = path.read_bytes()
+    say(f"{path.name}: {len(content)} bytes, sha256 {hashlib.sha256(content).hexdigest()}")
+    return len(content)
 
 
 def batches(count: int, size: int) -> Iterator[slice]:

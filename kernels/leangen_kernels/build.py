@@ -76,7 +76,8 @@ def build(
         "-std=c11", "-O2", "-Wall", "-Wextra", "-fvisibility=hidden",
         "-shared", "-fPIC", "-pthread", f'-DTABLE="{table}"', "-I", str(native),
         *map(str, sorted(native.glob("*.c"))), *map(str, objects),
-        "-Wl,-z,noexecstack,-z,nodelete", "-Wl,--no-undefined", "-s", "-lm", "-o", str(unfinished),
+        "-Wl,-z,noexecstack,-z,nodelete", "-Wl,--no-undefined", "-s", "-lm", "-ldl",
+        "-o", str(unfinished),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:

@@ -231,8 +231,9 @@ void *op_create_v1(const CustomOp *op, const void *api, const void *info) {
 }
 void op_compute_v1(void *kernel, void *context) { (void)kernel, (void)context; }
 
-static const CustomOp *const operators[] = {&linear_op,  &argmax_linear_op,  &attention_op, &chain_op,
-                                          &conv_op, &conv_transpose_op, &pixel_attention_op};
+static const CustomOp *const operators[] = {&linear_op, &argmax_linear_op, &attention_op, &chain_op,
+                                          &cuda_linear_op, &cuda_attention_op, &conv_op,
+                                          &conv_transpose_op, &pixel_attention_op};
 
 /* Each session frees the domain it was given, so make one for each. */
 EXPORT Status RegisterCustomOps(void *options, const void *base) {

@@ -86,6 +86,7 @@ Status run_phases(void *context, Phase *phases, size_t count);
 char *scratch(size_t bytes);
 
 extern const CustomOp linear_op, argmax_linear_op, attention_op, chain_op;
+extern const CustomOp cuda_linear_op, cuda_attention_op;
 extern const CustomOp conv_op, conv_transpose_op, pixel_attention_op;
 
 /* The parts of an operator that are alike in all of them. */
@@ -105,14 +106,15 @@ int op_packed_second(const CustomOp *, size_t);
 int op_two_required(const CustomOp *, size_t);
 
 /* A file's operators share its `create` and `compute`; what they make is one block of memory. */
-#define OP_COMMON \
+#define OP_ANYWHERE \
   .version = ORT_ABI_VERSION, .create = op_create_v1, .compute = op_compute_v1, \
   .create_v2 = create, .compute_v2 = compute, .destroy = free, \
-  .provider = op_provider, .output_characteristic = op_outputs, .input_memory = op_none, \
+  .output_characteristic = op_outputs, .input_memory = op_none, \
   .variadic_input_min = op_one, .variadic_input_homogeneous = op_mixed, \
   .variadic_output_min = op_one, .variadic_output_homogeneous = op_mixed, .start_version = op_one, \
   .end_version = op_newest, .may_inplace = op_no_map, .release_may_inplace = op_release_map, \
   .alias_map = op_no_map, .release_alias_map = op_release_map
+#define OP_COMMON OP_ANYWHERE, .provider = op_provider
 
 /* Inputs of an operator on packed weights: x, the weights, then optional floats. */
 #define OP_WEIGHTED .input_type = op_packed_second, .input_characteristic = op_two_required

@@ -34,6 +34,7 @@ enum {
   ReleaseStatus = 93,
   ReleaseTensorTypeAndShapeInfo = 99,
   KernelInfoGetAttributeArray_int64 = 163,
+  KernelContext_GetGPUComputeStream = 193,
   KernelInfoGetConstantInput_tensor = 249,
   ShapeInferContext_GetInputTypeShape = 268,
   ShapeInferContext_GetAttribute = 269,

@@ -102,6 +102,14 @@ ENTRIES = (
         size_bytes=911_984,
     ),
     _entry(
+        "fashion-dit",
+        "diffusion transformer of 1.9M parameters, clothes by label",
+        "fashion_dit",
+        BY_LABEL,
+        sha256="01f5c9a98a570475fa293c6d9dcf580cd9f948f7cf0f7eca2cd28e0160dbb8f4",
+        size_bytes=3_503_632,
+    ),
+    _entry(
         "fashion-14",
         "UNet of 0.4M parameters, clothes at 14 x 14 by label",
         "fashion_cascade",
@@ -132,5 +140,13 @@ ENTRIES = (
         DECODER,
         sha256="367416c83920c76947e4a972798b2c2b46cf04ec6b5b0f5b1d6d8b7162c1d2c3",
         size_bytes=361_408,
+    ),
+    _entry(
+        "fashion-gan",
+        "generator of 0.8M parameters, clothes by label in one step",
+        "fashion_gan",
+        GENERATOR,
+        sha256="e822c8daaca427c1db080541c511940fca184d787699c2fd7e3e7f7f14f19cce",
+        size_bytes=1_501_732,
     ),
 )

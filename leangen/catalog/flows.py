@@ -41,10 +41,28 @@ ENTRIES = (
         1_530_888,
     ),
     _flow(
+        "fashion-nsf",
+        "neural spline flow of 0.8M parameters over clothes at 28 x 28",
+        "a0f932c9ef44b86a4b60d45d31f8cb9a70a72564e12929d149fd9ba7a0778b44",
+        1_561_708,
+    ),
+    _flow(
         "fashion-maf",
         "masked autoregressive flow of 1.2M parameters over clothes at 28 x 28",
         "8db9870a3fd891896053063f15956f25cbe838fe1c8ae8937660057947d1b068",
         1_593_956,
+    ),
+    _flow(
+        "galaxy-realnvp",
+        "RealNVP over 7 galaxy properties",
+        "a6441a4938dad372adaf249c0c044e84fe6b7d003432159ac11b37373fffb952",
+        280_460,
+    ),
+    _flow(
+        "galaxy-maf",
+        "masked autoregressive flow over 7 galaxy properties",
+        "76735dc25994a1f7b4551a3ae68e5859875df15990641c750d5cf3fc33fa16db",
+        172_528,
     ),
     _flow(
         "galaxy-nsf",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from leangen.catalog.clothes import LABEL, PIXELS
 from leangen.catalog.sources import Entry, Packaged, gguf_forms
 
 ENTRIES = (
@@ -17,5 +18,35 @@ ENTRIES = (
         ),
         exporter="gguf",
         **gguf_forms("F16"),
+    ),
+    Entry(
+        name="fashion-gpt",
+        family="autoregressive",
+        summary="ImageGPT of 0.8M parameters, 14 x 14 clothes by label; bench/train/fashion_gpt.py",
+        source=Packaged(
+            filename="fashion-gpt.tar.xz",
+            sha256="6839ac8f7f4b86f3c89e48b1f8e50a70b0da64657acd4ad4beef228c58ecd19f",
+            size_bytes=1_493_264,
+            licence="MIT (weights; data Fashion-MNIST, MIT)",
+            distribution="leangen-zoo",
+        ),
+        exporter="imagegpt",
+        forms={"fp32": {}},
+    ),
+    Entry(
+        name="fashion-pixelcnn",
+        family="autoregressive",
+        summary="gated PixelCNN, 28 x 28 clothes in 256 greys; bench/train/fashion_pixelcnn.py",
+        source=Packaged(
+            filename="fashion-pixelcnn.onnx.xz",
+            sha256="27a17e75a01964db9b905d4b4638836b83d5d191724d47d9933a407a65b24ecc",
+            size_bytes=249_260,
+            licence="MIT (weights; data Fashion-MNIST, MIT)",
+            distribution="leangen-zoo",
+        ),
+        exporter="onnx",
+        forms={
+            "fp32": {"family": "autoregressive", "conditions": {"label": LABEL}, "range": PIXELS}
+        },
     ),
 )

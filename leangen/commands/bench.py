@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-from leangen.commands.options import on_every_machine, run_options, share
+from leangen.commands.options import device_option, on_every_machine, run_options, share
 from leangen.commands.request import request, request_options
 
 
@@ -28,6 +28,7 @@ def declare(add: Callable[..., argparse.ArgumentParser]) -> None:
     )
     request_options(sub)
     run_options(sub)
+    device_option(sub)
     on_every_machine(sub)
 
 
@@ -45,6 +46,7 @@ def run(args: argparse.Namespace) -> int:
         threads=args.threads,
         activations=args.activations,
         kernels=args.kernels,
+        device=args.device,
         kv=args.kv,
         region=args.region,
         meter=args.meter,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-from leangen.commands.options import GUESSES, SPECULATE, run_options
+from leangen.commands.options import GUESSES, SPECULATE, device_option, run_options
 
 
 def declare(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -25,6 +25,7 @@ def declare(add: Callable[..., argparse.ArgumentParser]) -> None:
         help="compute the whole conversation anew at each turn",
     )
     run_options(sub, as_json=False)
+    device_option(sub)
 
 
 def run(args: argparse.Namespace) -> int:

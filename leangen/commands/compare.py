@@ -55,7 +55,10 @@ def run(args: argparse.Namespace) -> int:
     store = Store()
     prompt, options = request(args)
     options.pop("data", None)
-    names = ("threads", "activations", "region", "intensity", "embodied", "meter")
+    names = (
+        *("threads", "activations", "kernels", "kv"),
+        *("region", "intensity", "embodied", "meter"),
+    )
     with progress_bar() as progress:
         bundles = _bundles(args, store, progress)
         found = compare.compare(

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from leangen.commands.options import run_options
+from leangen.commands.options import device_option, run_options
 from leangen.commands.request import request, request_options
 from leangen.console import print_json, say
 
@@ -28,11 +28,13 @@ def declare(add: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument("-o", "--output", type=Path, help=".txt, .wav, .png, .csv or .npy")
     sub.add_argument("--tag", help="a word to find this generation by in the ledger")
     run_options(sub)
+    device_option(sub)
 
 
 def run(args: argparse.Namespace) -> int:
     """Stream the text, save what else came, and print the receipt."""
     from leangen import api, media, report
+    from leangen.families import properties
     from leangen.pipeline import PipelineResult
     from leangen.preview import Preview
 
@@ -46,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
         tag=args.tag,
         activations=args.activations,
         kernels=args.kernels,
+        device=args.device,
         kv=args.kv,
         meter=args.meter,
     )
@@ -80,6 +83,9 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if result.text is not None:
         print()
+    for reply in result.output.extra.get("samples", ()):
+        if reply.properties:
+            print(properties.told(reply.properties))
     if saved is not None:
         print(saved)
     say(report.summary(result.receipt))

@@ -51,6 +51,16 @@ def run_options(sub: argparse.ArgumentParser, *, as_json: bool = True) -> None:
     kv_option(sub)
 
 
+def device_option(sub: argparse.ArgumentParser) -> None:
+    """`--device`."""
+    sub.add_argument(
+        "--device",
+        default="cpu",
+        metavar="cpu|cuda[:N]|auto",
+        help="an NVIDIA card needs leangen[gpu]; auto takes one where all is there (default: cpu)",
+    )
+
+
 def kv_option(sub: argparse.ArgumentParser) -> None:
     """`--kv`."""
     sub.add_argument(

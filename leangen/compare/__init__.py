@@ -28,6 +28,8 @@ from leangen.records import Receipt
 from leangen.session import Session
 
 LEAST_ROUNDS = 3
+_RUNNING = ("threads", "activations", "kernels", "kv")
+"""Options of `leangen.load` that what is judged must share with what is timed."""
 COUNTED = ("measured", "integrated")
 """Sources of energy that can prove a difference."""
 
@@ -134,8 +136,8 @@ def compare(
     receipts, order, notes = _measure(
         bundles, prompt, options, loading, rounds, precision, progress, random.Random(seed)
     )
-    threads = loading.get("threads")
-    sessions = [Session(bundle, threads=threads) for bundle in bundles.values()]
+    running = {name: value for name, value in loading.items() if name in _RUNNING}
+    sessions = [Session(bundle, **running) for bundle in bundles.values()]
     judged = quality.evaluate(sessions[1:], sessions[0], task, progress)
     notes = [*environment.warnings(before), *notes]
     if (environment.conditions()["throttled"] or 0) > (before["throttled"] or 0):

@@ -14,6 +14,7 @@ from leangen.bundle import Bundle, create, open_bundle, sha256_file
 from leangen.errors import UnsupportedError
 from leangen.exporters import gguf_tokenizer, llm_graph
 from leangen.exporters.gguf_checkpoint import MAGIC, Checkpoint, GgufFile
+from leangen.families import properties
 
 Form = Literal["fp32", "gguf"]
 
@@ -60,6 +61,7 @@ def export(
             "head_dim": config.head_dim,
             "vocab_size": config.vocab,
             **gguf_tokenizer.write(draft.folder, file.metadata),
+            **properties.from_metadata(file.metadata, config.vocab),
         }
         stored_as = sorted({tensor.tensor_type.name for tensor in file.tensors.values()})
         draft.source = {

@@ -1,12 +1,14 @@
 """A folder that transformers saved an ImageGPT in, to a bundle that draws images.
 
-The colours that its tokens stand for are `clusters` of `preprocessor_config.json`.
+The colours that its tokens stand for are `clusters` of `preprocessor_config.json`, of three
+channels or of one. A model that begins with a label in place of one token has their names as
+`labels` in its `config.json`; its last tokens are theirs.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace as changed
 from pathlib import Path
 from typing import Any
@@ -64,7 +66,7 @@ def export(
         draft.name = name or path.resolve().name.lower()
         write(draft.folder, shape, checkpoint, colours)
         draft.family, draft.graphs = "autoregressive", {"model": "model.onnx"}
-        draft.config = config_of(shape)
+        draft.config = config_of(shape, json.get("labels", ()))
         draft.source = dict(source or default_source(path, checkpoint.files))
     return open_bundle(out)
 
@@ -72,7 +74,8 @@ def export(
 def layout(json: Json) -> Layout:
     """GPT-2 with RMS norms, a head of its own, and a token that only begins."""
     base = ARCHITECTURES["gpt2"]({**json, "tie_word_embeddings": False})
-    config = changed(base.config, norm="rms", head_vocab=json["vocab_size"] - 1)
+    starts = len(json.get("labels", ())) or 1
+    config = changed(base.config, norm="rms", head_vocab=json["vocab_size"] - starts)
     return changed(base, config=config)
 
 
@@ -82,7 +85,7 @@ def write(folder: Path, shape: Layout, weights: Checkpoint, colours: Floats) -> 
     np.save(folder / COLOURS, colours)
 
 
-def config_of(shape: Layout) -> dict[str, Any]:
+def config_of(shape: Layout, labels: Sequence[str] = ()) -> dict[str, Any]:
     """The keys that `families.image_tokens` reads."""
     config = shape.config
     side = math.isqrt(config.context)
@@ -95,15 +98,28 @@ def config_of(shape: Layout) -> dict[str, Any]:
         "vocab_size": config.vocab,
         "head_size": config.head_vocab,
         "size": [side, side],
-        "start": config.vocab - 1,
+        "start": config.head_vocab,
+        "conditions": {"label": label_condition(labels)} if labels else {},
         "range": [-1.0, 1.0],
+    }
+
+
+def label_condition(names: Sequence[str]) -> dict[str, Any]:
+    """A condition that is one of these labels."""
+    return {
+        "min": 0,
+        "max": len(names) - 1,
+        "default": 0,
+        "shape": [],
+        "dtype": "int64",
+        "names": {name: place for place, name in enumerate(names)},
     }
 
 
 def _colours(path: Path, count: int) -> Floats:
     said = read_json(path / PREPROCESSOR)
     colours = np.asarray(said.get("clusters") or [], np.float32)
-    if colours.shape != (count, 3):
+    if colours.shape not in ((count, 3), (count, 1)):
         raise SourceError(
             f"{path / PREPROCESSOR} has clusters of shape {list(colours.shape)}, expected "
             f"[{count}, 3]: the colours that the tokens stand for"

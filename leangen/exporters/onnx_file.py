@@ -1,8 +1,9 @@
-"""Plain ONNX files: a denoiser (diffusion, consistency) or a one-shot generator, as a bundle.
+"""Plain ONNX files: a denoiser, a one-shot generator or a model of rows of pixels, as a bundle.
 
 The inputs tell what a file is: a noisy sample and a noise level make a denoiser, a latent alone
-makes a generator. What a file does not say (what it predicts, its noise schedule, the range of a
-condition) comes from the options, or from the defaults that are documented in `export`.
+makes a generator, rows and what remembers those above a PixelCNN (see `families.pixel_rows`). What
+a file does not say (what it predicts, its noise schedule, the range of a condition) comes from the
+options, or from the defaults that are documented in `export`.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ from leangen.samplers import schedules
 SAMPLE_NAMES = ("noisy", "sample", "x", "x_t", "noisy_sample", "latents", "input")
 SIGMA_NAMES = ("sigma", "sigmas", "noise_level")
 TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time", "step")
+ROWS, STATE = "rows", "state_"
 LATENT_NAMES = ("z", "latent", "latents", "latent_sample", "noise", "input")
-_FAMILIES = ("diffusion", "oneshot")
+_FAMILIES = ("diffusion", "oneshot", "autoregressive")
 _VP_DEFAULT = {"kind": "linear", "timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02}
 
 
@@ -45,18 +47,19 @@ def export(
     family: str | None = None,
     **options: Any,
 ) -> Bundle:
-    """Write the denoiser or generator in `path` as an fp32 bundle and open it.
+    """Write the model in `path` as an fp32 bundle and open it.
 
-    `family` is `diffusion` or `oneshot` where the inputs leave it open. Options of a denoiser:
-    `prediction` (`sample`; `epsilon` for a timestep model), `sampler` (`consistency` for a one-step
-    model, else `euler`), `steps` (1 for `sample` predictions in sigma, else 20), `sigma_min` 0.002,
-    `sigma_max` 80, `schedule` (linear betas 1e-4 to 0.02 over 1000 timesteps) with `spacing` and
-    `offset`, for `flow` predictions `scale` 1000 and `shift` 1, `guidance`, `upscale` for one that
-    enlarges an image (`families.latents`), and `latents` for one whose samples another bundle
-    decodes. Of a generator: `latent` (`normal` or `uniform`), or `encoder` for one that takes an
-    `image`. Of both: `shape` for sizes that the file leaves open, `range` [low, high] of the
-    values, `render` (`relief` for heightmaps), `conditions` name -> {min, max, default,
-    unconditional}.
+    `family` is `diffusion`, `oneshot` or `autoregressive` where the inputs leave it open.
+    Options of a denoiser: `prediction` (`sample`; `epsilon` for a timestep model), `sampler`
+    (`consistency` for a one-step model, else `euler`), `steps` (1 for `sample` predictions in
+    sigma, else 20), `sigma_min` 0.002, `sigma_max` 80, `schedule` (linear betas 1e-4 to 0.02 over
+    1000 timesteps) with `spacing` and `offset`, for `flow` predictions `scale` 1000 and `shift` 1,
+    `guidance`, `upscale` for one that enlarges an image (`families.latents`), and `latents` for one
+    whose samples another bundle decodes. Of a generator: `latent` (`normal` or `uniform`), or
+    `encoder` for one that takes an `image`. Of both: `shape` for sizes that the file leaves open,
+    `range` [low, high] of the values, `render` (`relief` for heightmaps), `conditions` name ->
+    {min, max, default, unconditional}. Of rows of pixels: `height` (the width), `levels` 256,
+    `range`, `conditions`.
     Raises SourceError for a file that is not ONNX or is cut off, UnsupportedError when its inputs
     are not understood or an option does not fit.
     """
@@ -71,8 +74,11 @@ def export(
             f"family {family!r} does not fit a plain ONNX file: expected {' or '.join(_FAMILIES)}"
         )
     leveled = _named(inputs, (*SIGMA_NAMES, *TIMESTEP_NAMES)) is not None
-    family = family or ("diffusion" if leveled else "oneshot")
-    make = _diffusion_config if family == "diffusion" else _oneshot_config
+    guess = "diffusion" if leveled else "autoregressive" if ROWS in inputs else "oneshot"
+    family = family or guess
+    make = {"diffusion": _diffusion_config, "autoregressive": _rows_config}.get(
+        family, _oneshot_config
+    )
     config = make(path, inputs, graph.model.graph.output[0].name, options)
     if options:
         raise UnsupportedError(
@@ -225,6 +231,33 @@ def _oneshot_config(
         "latent": {"input": latent, "shape": shape, "kind": kind},
         "output": output,
         **_common(path, inputs, {latent}, options),
+    }
+
+
+def _rows_config(
+    path: Path, inputs: dict[str, _Input], output: str, options: dict[str, Any]
+) -> dict[str, Any]:
+    states = {name: value.shape[1:] for name, value in inputs.items() if name.startswith(STATE)}
+    if ROWS not in inputs or not states or output != "logits":
+        raise UnsupportedError(
+            f"{path} has inputs {', '.join(inputs) or 'none'} and the output {output}: a model of "
+            f"rows of pixels takes {ROWS} and {STATE}0, {STATE}1 ... and gives logits first"
+        )
+    open_sizes = [name for name, shape in states.items() if None in shape]
+    width = inputs[ROWS].shape[-1]
+    if open_sizes or width is None:
+        raise UnsupportedError(
+            f"{path} leaves sizes of {', '.join(open_sizes) or ROWS} open: fix all but the batch "
+            "and how many rows there are"
+        )
+    common = _common(path, inputs, {ROWS, *states}, options)
+    return {
+        "task": ROWS,
+        "size": [int(options.pop("height", width)), width],
+        "levels": int(options.pop("levels", 256)),
+        "states": {name: list(shape) for name, shape in states.items()},
+        **common,
+        "range": common["range"] or [-1.0, 1.0],
     }
 
 

@@ -32,15 +32,16 @@ def export(
     source: Mapping[str, Any] | None = None,
     replace: bool = False,
 ) -> Bundle:
-    """Unpack the bundle in `path`, every hash checked.
+    """Unpack the bundle in `path`, an archive or the folder of one; every hash is checked.
 
     Raises SourceError for what is no archive of a bundle, and for a damaged one.
     """
     with tempfile.TemporaryDirectory(prefix="leangen-") as scratch:
-        folder = Path(scratch)
+        folder = path if path.is_dir() else Path(scratch)
         try:
-            with tarfile.open(path, "r:") as archive:
-                archive.extractall(folder, filter="data")
+            if not path.is_dir():
+                with tarfile.open(path, "r:") as archive:
+                    archive.extractall(folder, filter="data")
             packed = open_bundle(folder)
             bundles.verify(packed)
         except (tarfile.TarError, OSError, BundleError) as error:

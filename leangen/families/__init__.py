@@ -68,6 +68,7 @@ FAMILIES = {
     "flow/speech": "leangen.families.speech",
     "flow/density": "leangen.families.density",
     "autoregressive/image": "leangen.families.image_tokens",
+    "autoregressive/rows": "leangen.families.pixel_rows",
     "autoregressive/audio": "leangen.families.waveform",
     "diffusion": "leangen.families.diffusion",
     "oneshot": "leangen.families.oneshot",

@@ -127,8 +127,14 @@ class _Cache:
         self._binding = self._graph.io_binding()
         config = session.bundle.config
         self._vocab = config.get("head_size", config["vocab_size"])
-        self._buffers = key_values.allocate(session, 1, capacity, role)
-        key_values.bind(self._binding, self._buffers)
+        self._on_card: key_values.OnCard | None = None
+        if session.device.kind == "cuda":
+            memory = (session.device.kind, session.device.index)
+            self._on_card = key_values.OnCard(session, capacity, role, memory)
+            self._on_card.bind(self._binding)
+        else:
+            self._buffers = key_values.allocate(session, 1, capacity, role)
+            key_values.bind(self._binding, self._buffers)
         self._last = np.zeros(1, np.int32)
         self._total = np.zeros((), np.int32)
         self._logits_from = np.zeros(1, np.int64)
@@ -148,7 +154,10 @@ class _Cache:
         """Take over the other's first `length` tokens; both caches have room for them."""
         # In whole rounds: leangen's attention orders keys otherwise than ORT's, in blocks of 16.
         room = -(-length // _ROUND) * _ROUND
-        self._buffers[..., :room, :] = other._buffers[..., :room, :]
+        if self._on_card is not None and other._on_card is not None:
+            self._on_card.copy(other._on_card, room)
+        else:
+            self._buffers[..., :room, :] = other._buffers[..., :room, :]
         self.tokens = other.tokens[:length]
 
     def run(self, tokens: Sequence[int], total: int, *, all_logits: bool) -> Floats:

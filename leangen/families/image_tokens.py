@@ -4,15 +4,15 @@ A bundle of this task has the graph `model` of a language model (see `exporters/
 shape in the config keys of one, and
 
     size          [height, width]; pixels are drawn row by row from the top
-    start         the token before the first pixel
-    head_size     tokens that can be drawn: places in the file `colours`, float32 [n, 3]
+    start         the token before the first pixel; with a condition that many tokens further
+    conditions    name to range and names, as a denoiser's (see `families.imaging`): none or one
+    head_size     tokens that can be drawn: places in the file `colours`, float32 [n, channels]
     range         [low, high] of the colours' values
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,59 +21,18 @@ import numpy as np
 from leangen.errors import BundleError, RequestError
 from leangen.families import imaging
 from leangen.families.decoder import CHUNK, Decoder, Floats
-from leangen.families.sampling import Chooser, Sampling, check, is_real
+from leangen.families.pixel_request import Request, judged
+from leangen.families.sampling import Chooser
 from leangen.records import Media, Output, Step
 from leangen.session import Session
+
+__all__ = ["Request"]
 
 UNIT = "pixel"
 MEDIA: Media = "image"
 INPUTS = ()
 EXAMPLE: dict[str, Any] = {}
 COLOURS = "colours.npy"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """Images to draw, or to complete."""
-
-    count: int = 1
-    seed: int = 0
-    """Image i has the seed `seed` + i."""
-    temperature: float = 1.0
-    top_k: int = 0
-    """Draw from this many likeliest colours; 0: from all."""
-    top_p: float = 1.0
-    image: Any = None
-    """A picture of the model's size, or an array [h, w, 3] of its values, whose top is kept."""
-    strength: float = 0.5
-    """The share of an image's rows that is drawn anew."""
-
-    def __post_init__(self) -> None:
-        imaging.check_count(self.count, self.seed)
-        self.sampling(0)
-        share = is_real(self.strength) and 0 <= self.strength <= 1
-        check(self, strength=(share, "a share, 0 to 1"))
-
-    def sampling(self, index: int) -> Sampling:
-        """How the colours of one image are chosen."""
-        return Sampling(
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            seed=self.seed + index,
-        )
-
-    def describe(self) -> dict[str, Any]:
-        """The options as plain JSON types; of an image only that there is one."""
-        return {
-            "count": self.count,
-            "seed": self.seed,
-            "temperature": self.temperature,
-            "top_k": self.top_k,
-            "top_p": self.top_p,
-            "image": self.image is not None,
-            "strength": self.strength,
-        }
 
 
 def prepare(session: Session) -> None:
@@ -88,14 +47,13 @@ def run(session: Session, request: Request) -> Generator[Step, None, Output]:
     height, width = config["size"]
     kept: list[int] = []
     if request.image is not None:
-        rows = round(height * (1 - request.strength))
-        kept = nearest(session, request.image)[: rows * width]
-    drawn = []
+        kept = nearest(session, request.image)[: request.rows_kept(height) * width]
+    start, drawn = _start(config, request), []
     for index in range(request.count):
         chooser = Chooser(request.sampling(index), ())
         tokens = list(kept)
         with Decoder(session, height * width) as decoder:
-            fed = [config["start"], *kept]
+            fed = [start, *kept]
             while len(tokens) < height * width:
                 tokens.append(chooser.choose(decoder.feed(fed)).token)
                 kind = "prefill" if len(tokens) == len(kept) + 1 else "decode"
@@ -107,19 +65,31 @@ def run(session: Session, request: Request) -> Generator[Step, None, Output]:
 
 def draw(session: Session, seed: int) -> list[int]:
     """The tokens of one image."""
-    return [token for step in run(session, Request(seed=seed)) for token in step.tokens]
+    steps = run(session, judged(session.bundle.config, seed))
+    return [token for step in steps for token in step.tokens]
 
 
-def logits(session: Session, tokens: Sequence[int]) -> Floats:
-    """Logits [n, colours] before each of an image's first n tokens."""
+def logits(
+    session: Session, tokens: Sequence[int], seed: int = 0, request: Request | None = None
+) -> Floats:
+    """Logits [n, colours] before each of the first n tokens of the image that `draw` made.
+
+    Or of an image that was asked for by `request`, of which only the conditions count.
+    """
     config = session.bundle.config
-    fed = [config["start"], *tokens[:-1]]
+    fed = [_start(config, request or judged(config, seed)), *tokens[:-1]]
     out = np.empty((len(fed), config["head_size"]), np.float32)
     with Decoder(session, len(fed)) as decoder:
         for begin in range(0, len(fed), CHUNK):
             part = fed[begin : begin + CHUNK]
             out[begin : begin + len(part)] = decoder.feed_all(part)
     return out
+
+
+def _start(config: Mapping[str, Any], request: Request) -> int:
+    """The token before the first pixel."""
+    chosen = imaging.condition_feeds(config, request.conditions)
+    return int(config["start"] + sum(int(value) for value in chosen.values()))
 
 
 def nearest(session: Session, image: Any) -> list[int]:
@@ -133,7 +103,7 @@ def nearest(session: Session, image: Any) -> list[int]:
 
 
 def colours(session: Session) -> Floats:
-    """The colour [3] of each token, float32 [n, 3]; BundleError when the file is damaged."""
+    """The colour of each token, float32 [n, channels]; BundleError when the file is damaged."""
 
     def load() -> Floats:
         path: Path = session.bundle.asset(COLOURS)

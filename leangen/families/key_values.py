@@ -26,6 +26,12 @@ def allocate(session: Session, rows: int, capacity: int, role: str = "model") ->
     [layers, 2, rows, kv_heads, capacity, columns]; int8 has four more columns than head_dim, for
     scales. A tail or a row that is not used takes no memory.
     """
+    return pages.zeros(*_needed(session, rows, capacity, role))
+
+
+def _needed(
+    session: Session, rows: int, capacity: int, role: str
+) -> tuple[tuple[int, ...], np.dtype[Any]]:
     config = session.bundle.config
     if "io" in config:
         raise RequestError(
@@ -36,7 +42,35 @@ def allocate(session: Session, rows: int, capacity: int, role: str = "model") ->
     kept = next(given for given in inputs if given.name.startswith("past_key_"))
     columns = kept.shape[-1] if isinstance(kept.shape[-1], int) else config["head_dim"]
     shape = (config["layers"], 2, rows, config["kv_heads"], capacity, columns)
-    return pages.zeros(shape, _TYPES[kept.type])
+    return shape, np.dtype(_TYPES[kept.type])
+
+
+class OnCard:
+    """The same for one sequence in a card's memory, where a run appends without copies.
+
+    `memory` is ONNX Runtime's name of a device, and which one.
+    """
+
+    def __init__(self, session: Session, capacity: int, role: str, memory: tuple[str, int]) -> None:
+        shape, kind = _needed(session, 1, capacity, role)
+        self.values = {
+            f"{which}_{layer}": ort.OrtValue.ortvalue_from_shape_and_type(shape[2:], kind, *memory)
+            for layer in range(shape[0])
+            for which in ("key", "value")
+        }
+
+    def bind(self, binding: ort.IOBinding) -> None:
+        """Bind each layer's keys and values as past and present."""
+        for name, value in self.values.items():
+            binding.bind_ortvalue_input(f"past_{name}", value)
+            binding.bind_ortvalue_output(f"present_{name}", value)
+
+    def copy(self, other: OnCard, length: int) -> None:
+        """Take over the other's first `length` positions, through the host's memory."""
+        for name, value in self.values.items():
+            mine = value.numpy()
+            mine[..., :length, :] = other.values[name].numpy()[..., :length, :]
+            value.update_inplace(mine)
 
 
 def bind(binding: ort.IOBinding, caches: Array) -> None:

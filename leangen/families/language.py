@@ -1,8 +1,10 @@
 """Language models: a prompt or a conversation goes in, text comes out token by token.
 
 Keys of the bundle's config: `context_length`, `layers`, `kv_heads`, `head_dim`, `vocab_size`,
-`bos_id` (or None), `eos_ids`, `chat_template` (a file, or None). The graph `model` is described in
-`exporters/llm_graph.py`; sliding windows are its own affair: the cache keeps all positions.
+`bos_id` (or None), `eos_ids`, `chat_template` (a file, or None); with a second head `properties`
+(see `families.properties`), which a step of its own reads after a text that has ended. The graph
+`model` is described in `exporters/llm_graph.py`; sliding windows are its own affair: the cache
+keeps all positions.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from leangen.errors import BundleError, RequestError
-from leangen.families import beams
+from leangen.families import beams, properties
 from leangen.families.decoder import CHUNK, Decoder, Floats
 from leangen.families.grammar import Grammar, Vocabulary
 from leangen.families.reply import Reply
@@ -85,6 +87,11 @@ def replies(
             if counts:
                 step, counts = replace(step, counts={**counts, **step.counts}), {}
             yield step if sample == 0 else replace(step, kind="decode", sample=sample)
+        if reply.stop_reason == "eos" and session.bundle.config.get("properties"):
+            decoder.rewind(len(prompt) + len(reply.tokens) - 1)
+            row = decoder.feed(reply.tokens[-1:])
+            reply.properties = properties.values(session.bundle.config, row)
+            yield Step(kind="properties", units=0, sample=sample)
     first = found[0]
     return Output(
         prompt_units=len(prompt),

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from leangen.families.properties import Property
 from leangen.families.sampling import Choice
 from leangen.families.text_stream import TextStream
 
@@ -23,11 +24,15 @@ class Reply:
     text: str = ""
     choices: list[Choice] = field(default_factory=list)
     """The tokens with their log-probabilities, where those were asked for."""
+    properties: dict[str, Property] = field(default_factory=dict)
+    """What the model's second head says of the whole text, where it has one."""
     stop_reason: str | None = None
     """`eos`, `stop` (a stop string) or `length`."""
 
     def to_json(self) -> dict[str, Any]:
-        """Text, tokens and stop reason; `logprobs`, a mapping per token, where asked for."""
+        """Text, tokens and stop reason; `logprobs`, a mapping per token, where asked for;
+        `properties` where the model says any.
+        """
         logprobs = [
             {
                 "token": choice.token,
@@ -36,7 +41,13 @@ class Reply:
             }
             for choice in self.choices
         ]
-        said = {"text": self.text, "tokens": self.tokens, "stop_reason": self.stop_reason}
+        said: dict[str, Any] = {
+            "text": self.text,
+            "tokens": self.tokens,
+            "stop_reason": self.stop_reason,
+        }
+        if self.properties:
+            said["properties"] = {name: asdict(each) for name, each in self.properties.items()}
         return said | ({"logprobs": logprobs} if logprobs else {})
 
     def push(self, choice: Choice) -> str:

@@ -81,8 +81,8 @@ def draw(session: Session, seed: int) -> list[int]:
     return list(_drawn(session, Request(seed=seed), count))
 
 
-def logits(session: Session, tokens: Sequence[int]) -> Floats:
-    """Logits [n, levels] before each of the first n samples of a sound."""
+def logits(session: Session, tokens: Sequence[int], seed: int = 0) -> Floats:
+    """Logits [n, levels] before each of the first n samples of a sound, whatever its seed."""
     config = session.bundle.config
     fed = [config["levels"] // 2, *tokens[:-1]]
     return _fed(session, fed, silence(config))[0]

@@ -20,13 +20,18 @@ from dataclasses import dataclass
 from functools import cache as remember
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import leangen_kernels
 import onnxruntime as ort
+from leangen_kernels.cuda import driver
 
 from leangen.bundle import Bundle
 from leangen.errors import StorageError
 from leangen.lowering import cache
+
+if TYPE_CHECKING:
+    from leangen.lowering.draft import Draft
 
 VERSION = 10
 """To be raised when a rule or a packed layout changes, so that lowered models are made again."""
@@ -38,7 +43,8 @@ RULES = {
     "pixel_attention": "leangen.lowering.pixel_attention",
 }
 """Rules in the order in which they are applied."""
-
+ON_A_CARD = ("linear", "language")
+"""Those of which `cuda` then moves all nodes to a card's operators."""
 
 MODEL = "model.onnx"
 """The lowered graph; see `file_of` for its other forms."""
@@ -68,23 +74,35 @@ def file_of(fp32_activations: bool, kv: str | None) -> str:
 
 
 def find(
-    bundle: Bundle, role: str, *, fp32_activations: bool = False, kv: str = "fp16"
+    bundle: Bundle,
+    role: str,
+    *,
+    fp32_activations: bool = False,
+    kv: str = "fp16",
+    device: str = "cpu",
 ) -> tuple[Lowered | None, str]:
     """The lowered graph of a role, made at the first call, or None; and the reason for either.
 
-    kv: how keys and values are to be kept, of a graph that has any.
+    kv: how keys and values are to be kept, of a graph that has any; on a card fp32 is fp16.
+    device: `cpu`, or `cuda` for a card's operators.
     """
     variant, why = leangen_kernels.status()
     library = leangen_kernels.library()
     if variant is None or library is None:
         return None, f"ONNX Runtime's own: {why}"
+    on_card = device == "cuda"
+    if on_card:
+        if not (library.parent / "cuda" / driver.PTX).exists():
+            return None, "ONNX Runtime's own: the kernels for a card were not built"
+        variant, why, kv = device, "on a card", "fp16" if kv == "fp32" else kv
     original = bundle.graph(role)
     depends_on = (str(VERSION), bundle.digest, role, ort.__version__, _hash(library))
     name = cache.name_of(role, variant, depends_on)
     entry = cache.find(bundle, name)
     if entry is None:
         try:
-            entry = cache.make(bundle, name, lambda folder: _lower(original, folder))
+            lower = _lower_for_card if on_card else _lower
+            entry = cache.make(bundle, name, lambda folder: lower(original, folder))
         except StorageError as error:
             return None, f"ONNX Runtime's own: {error}"
     if not entry.nodes:
@@ -112,13 +130,28 @@ def _hash(library: Path) -> str:
 
 def _lower(path: Path, folder: Path) -> Mapping[str, int]:
     """Write the lowered graph in its forms, over the same weights; nothing if no rule matches."""
-    import onnx
-
-    from leangen.lowering import activations, caches, chain
     from leangen.lowering.draft import Draft
 
     graph = Draft(path)
     counts = {name: import_module(module).rewrite(graph) for name, module in RULES.items()}
+    return _save(graph, counts, folder)
+
+
+def _lower_for_card(path: Path, folder: Path) -> Mapping[str, int]:
+    """The same for a card; nothing also where it lacks an operator that the graph needs."""
+    from leangen.lowering import cuda
+    from leangen.lowering.draft import Draft
+
+    graph = Draft(path)
+    counts = {name: import_module(RULES[name]).rewrite(graph) for name in ON_A_CARD}
+    return {} if cuda.rewrite(graph) is not None else _save(graph, counts, folder)
+
+
+def _save(graph: Draft, counts: Mapping[str, int], folder: Path) -> Mapping[str, int]:
+    import onnx
+
+    from leangen.lowering import activations, caches, chain
+
     replaced = {name: count for name, count in counts.items() if count}
     if replaced:
         graph.finish()

@@ -15,5 +15,5 @@ def use_fp32(model: ModelProto) -> None:
     for node in model.graph.node:
         if node.op_type == "MatMulNBits":
             set_option(node, "accuracy_level", 1)
-        elif node.op_type == "Linear":
+        elif node.op_type in ("Linear", "CudaLinear"):
             set_option(node, "activations", "fp32")

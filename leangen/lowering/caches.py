@@ -12,20 +12,20 @@ from onnx import ModelProto, helper
 
 from leangen.lowering.draft import DOMAIN, set_option
 
+_OURS = ((DOMAIN, "Attention"), (DOMAIN, "CudaAttention"))
+
 
 def fit(model: ModelProto) -> bool:
     """Whether every attention of a model is leangen's, whose caches may take any form."""
     nodes = model.graph.node
-    ours = any((node.domain, node.op_type) == (DOMAIN, "Attention") for node in nodes)
+    ours = any((node.domain, node.op_type) in _OURS for node in nodes)
     return ours and all(node.op_type != "GroupQueryAttention" for node in nodes)
 
 
 def use(model: ModelProto, form: str) -> None:
     """Let leangen's attention, whose caches are fp32, keep them as `fp32`, `fp16` or `int8`."""
     cache = CACHES[form]
-    ours = [
-        node for node in model.graph.node if (node.domain, node.op_type) == (DOMAIN, "Attention")
-    ]
+    ours = [node for node in model.graph.node if (node.domain, node.op_type) in _OURS]
     held = {name for node in ours for name in (*node.input[1:3], *node.output[1:3])}
     for node in ours:
         set_option(node, "cache", form)

@@ -152,8 +152,7 @@ def _conditions(config: Mapping[str, Any]) -> dict[str, Port]:
 
 
 def _pixels(session: Session) -> Ports:
-    height, width = session.bundle.config["size"]
-    image = _image(session, (height, width, 3))
+    image = _image(session, tuple(session.bundle.config["size"]) + (None,))
     return Ports({"image": image}, {"image": image})
 
 
@@ -194,6 +193,7 @@ PORTS: Mapping[str, Callable[[Session], Ports]] = {
     "flow/speech": _speech,
     "flow/density": _density,
     "autoregressive/image": _pixels,
+    "autoregressive/rows": _pixels,
     "autoregressive/audio": _waveform,
     "diffusion": _diffusion,
     "oneshot": _oneshot,

@@ -27,6 +27,7 @@ FAMILIES = {
     "flow/density": "leangen.quality.density",
     "flow/speech": "leangen.quality.speech",
     "autoregressive/image": "leangen.quality.autoregressive",
+    "autoregressive/rows": "leangen.quality.autoregressive",
     "autoregressive/audio": "leangen.quality.autoregressive",
     "diffusion": "leangen.quality.imaging",
     "oneshot": "leangen.quality.imaging",

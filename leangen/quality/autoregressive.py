@@ -31,7 +31,8 @@ def observe(session: Session, task: Task, reference: Drawn | None) -> Drawn:
     family = cast(Any, families.of(session.bundle))
     seeds = range(task.seeds)
     drawn = [family.draw(session, seed) for seed in seeds] if reference is None else reference.drawn
-    logits = np.concatenate([family.logits(session, tokens) for tokens in drawn])
+    pairs = zip(drawn, seeds, strict=True)
+    logits = np.concatenate([family.logits(session, tokens, seed) for tokens, seed in pairs])
     return Drawn(Scored(logits, np.concatenate(drawn).astype(np.int64), [], 0), drawn)
 
 

@@ -22,7 +22,7 @@ from leangen.serve.calls import Server
 from leangen.serve.models import Served
 from leangen.serve.schemas import FlowDensityBody, FlowSampleBody, ImageBody, SpeechBody
 
-DRAWING = ("diffusion", "oneshot", "autoregressive/image")
+DRAWING = ("diffusion", "oneshot", "autoregressive/image", "autoregressive/rows")
 PCM_HZ = 24_000
 """OpenAI's rate of raw `pcm`; a voice of another rate says its own in the header."""
 WAV_HEADER_BYTES = 44

@@ -27,7 +27,8 @@ CAPABILITY = (8, 0)
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 OLDEST_PTX = "7.4"
 """What the instructions ask for; of NVVM's own version an older driver would know nothing."""
-SOURCES = ("instructions", "linear", "rows", "attention", "norm", "build")
+SHARED = ("instructions", "build")
+"""Modules that every kernel depends on, beside its own."""
 
 
 class BuildError(Exception):
@@ -61,8 +62,7 @@ def compile_ptx(name: str, kernel: Any, capability: tuple[int, int] = CAPABILITY
 
     letters = {"i": types.int64, "f": types.float32}
     signature = types.void(*(letters[letter] for letter in kernel.letters))
-    # Two blocks on a multiprocessor at least, as they wait for memory by turns.
-    bounds = (kernel.threads, 1 if kernel.threads > 256 else 2)
+    bounds = (kernel.threads, kernel.blocks)
     made, _ = cuda.compile(
         kernel.make(), signature, device=False, abi="numba", cc=capability, launch_bounds=bounds
     )
@@ -96,12 +96,11 @@ def build(folder: Path, cache: Path, say: Callable[[str], None] = lambda line: N
     refusal = why_not()
     if refusal is not None:
         raise BuildError(refusal)
-    digest = _digest()
     cache.mkdir(parents=True, exist_ok=True)
     wanted = kernels()
     texts, made = [], 0
     for name, kernel in wanted.items():
-        kept = cache / f"{name}-{digest}.ptx"
+        kept = cache / f"{name}-{_digest(kernel.source)}.ptx"
         if not kept.exists():
             unfinished = kept.with_suffix(".new")
             unfinished.write_text(compile_ptx(name, kernel))
@@ -161,14 +160,14 @@ def _machine_code(ptx: Path, say: Callable[[str], None]) -> list[Path]:
 
 
 @functools.cache
-def _digest() -> str:
-    """A hash of everything that the PTX depends on."""
+def _digest(source: str) -> str:
+    """A hash of everything that the PTX of a module's kernels depends on."""
     import numba
     import numba_cuda
 
     folder = Path(__file__).parent
     parts = [numba.__version__.encode(), numba_cuda.__version__.encode()]
-    parts += [(folder / f"{name}.py").read_bytes() for name in SOURCES]
+    parts += [(folder / f"{name}.py").read_bytes() for name in (source, *SHARED)]
     parts.append((folder.parent / "unroll.py").read_bytes())
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 

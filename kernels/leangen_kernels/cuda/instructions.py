@@ -12,6 +12,7 @@ import math
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from numba import config
@@ -23,11 +24,18 @@ LOG2_E = 1.4426950408889634
 class Kernel:
     """One kernel to compile."""
 
-    make: Callable[[], Any]
+    make: partial[Any]
     letters: str
     """Of its arguments: i int64, f float32."""
     threads: int
     """Most in a block."""
+    blocks: int = 2
+    """On a multiprocessor, at least: bounds the registers of a thread."""
+
+    @property
+    def source(self) -> str:
+        """The module that it is written in."""
+        return str(self.make.args[0].__module__).rpartition(".")[2]
 
 
 def _make(

@@ -112,7 +112,7 @@ def shape(tokens: int, gated: bool) -> tuple[int, int, int]:
     """Tiles of rows and eights of tokens of a warp, and warps of a block."""
     if tokens > 16:
         return 2, 4, 4
-    return (2, 2, 8) if tokens > 8 or gated else (1, 1, 8)
+    return (2, 2, 4) if tokens > 8 or gated else (1, 1, 8)
 
 
 def row_shift(along: int, row_tiles: int, warps: int, across: int, multiprocessors: int) -> int:

@@ -58,15 +58,16 @@ from leangen_kernels.unroll import registers, static, unrolled
 KINDS = {"q4": (4, 0, 0, 8), "q4_min": (4, 1, 0, 0), "q8": (8, 0, 0, 128), "table": (4, 0, 1, 0)}
 """Bits, whether there are minima, whether codes index a table, and the code that stands for 0."""
 
-SHAPES = ((1, 1, 8), (2, 2, 8), (2, 4, 4))
-"""Tiles of 16 rows, and of 8 tokens, of a warp; warps of a block. The last is for many tokens."""
+SHAPES = ((1, 1, 8, 1), (2, 2, 4, 1), (2, 4, 4, 0))
+"""Tiles of 16 rows, and of 8 tokens, of a warp; warps of a block; whether a warp asks for the unit
+after the one that it computes. The last, for many tokens, is bound by arithmetic: it does not."""
 
 
 def _linear(
     x: Any, x_scales: Any, x_sums: Any, w: Any, table: Any, y: Any, bias: Any, residual: Any,
     tokens: Any, n: Any, units: Any, row_shift: Any, wide: Any, gated: Any, curve: Any,
 ) -> None:  # fmt: skip
-    T = C = BITS = MIN = TABLE = CENTER = HALF = WARPS = registers()
+    T = C = BITS = MIN = TABLE = CENTER = HALF = WARPS = AHEAD = registers()
     word, ahead, raw, raw_next, low, low_next = registers()
     a, b, total, s, m, xs, xi, base, x_at, number_at = registers()
     lane = np.int64(cuda.threadIdx.x) & 31
@@ -110,16 +111,17 @@ def _linear(
                 raw_next[r, h, i] = uint32(0)
                 low_next[r, h, i] = uint32(0)
     # The first turn only asks for the first unit, each later one for the next before it computes.
-    step = part - parts
+    step = part - parts * AHEAD
     while step < units:
-        at = min(step + parts, units - 1)
+        at = min(step + parts * AHEAD, units - 1)
         for r in static(T):
             for h in static(2):
-                for i in static(BITS):
-                    word[r, h, i] = ahead[r, h, i]
-                for i in static(4):
-                    raw[r, h, i] = raw_next[r, h, i]
-                    low[r, h, i] = low_next[r, h, i]
+                if AHEAD == 1:
+                    for i in static(BITS):
+                        word[r, h, i] = ahead[r, h, i]
+                    for i in static(4):
+                        raw[r, h, i] = raw_next[r, h, i]
+                        low[r, h, i] = low_next[r, h, i]
                 for p in static(BITS // 4):
                     (
                         ahead[r, h, 4 * p],
@@ -145,6 +147,12 @@ def _linear(
                         ) = stream16(here)
                     else:
                         low_next[r, h, 0], low_next[r, h, 1] = stream8(here)
+                if AHEAD == 0:
+                    for i in static(BITS):
+                        word[r, h, i] = ahead[r, h, i]
+                    for i in static(4):
+                        raw[r, h, i] = raw_next[r, h, i]
+                        low[r, h, i] = low_next[r, h, i]
         if step >= 0:
             for r in static(T):
                 for h in static(2):
@@ -349,8 +357,8 @@ def kernels() -> dict[str, Kernel]:
         make = partial(_made, _dequantize, weight)
         found[f"dequantize_{kind}"] = Kernel(make, "i" * 6, 256)
         for half in (1,) if table else (1, 0):
-            for tiles, eights, warps in SHAPES:
-                shape = {"T": tiles, "C": eights, "HALF": half, "WARPS": warps}
+            for tiles, eights, warps, ahead in SHAPES:
+                shape = {"T": tiles, "C": eights, "HALF": half, "WARPS": warps, "AHEAD": ahead}
                 name = f"linear_{kind}_{'a16' if half else 'a8'}_{tiles}x{eights}"
                 make = partial(_made, _linear, {**weight, **shape})
                 found[name] = Kernel(make, "i" * 15, 32 * warps)

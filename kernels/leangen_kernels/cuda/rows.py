@@ -171,5 +171,5 @@ def kernels() -> dict[str, Kernel]:
     found = {}
     for name, half in (("rows_a16", 1), ("rows_a8", 0)):
         make = partial(unrolled, _rows, E=EIGHTS, HALF=half)
-        found[name] = Kernel(make, "i" * 9 + "f", THREADS)
+        found[name] = Kernel(make, "i" * 9 + "f", THREADS, 1)
     return found

@@ -1,0 +1,172 @@
+"""Choosing a device: what is missing is said, with what to do about it."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnxruntime
+import pytest
+import tiny_bundles
+from gguf_fixtures import Tiny, write
+from leangen_kernels import layout
+from leangen_kernels.cuda import driver, tiles
+from leangen_kernels.cuda.driver import CudaError
+
+from leangen import cli, devices, doctor, lowering
+from leangen.errors import DependencyError, RequestError
+from leangen.exporters import gguf
+from leangen.families import key_values
+from leangen.families.decoder import Decoder
+from leangen.graph_edit import attributes
+from leangen.lowering import cuda as on_card
+from leangen.lowering import language, linear
+from leangen.lowering.draft import Draft
+from leangen.quantize import quantize
+from leangen.session import Session
+
+CUDA = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+
+
+@dataclass
+class Card:
+    index: int
+    name: str
+
+
+def two():
+    return [Card(0, "A"), Card(1, "B")]
+
+
+def no_driver():
+    raise CudaError("no NVIDIA driver: libcuda.so.1 cannot be loaded")
+
+
+def test_a_card_is_taken_where_all_is_there():
+    chosen = devices.choose("cuda:1", providers=CUDA, cards=two)
+    assert (chosen.name, chosen.kind) == ("cuda:1", "cuda")
+    assert chosen.reason.startswith("B, asked for; written, but not yet run on a card")
+    assert chosen.providers()[0][1]["device_id"] == 1
+    assert devices.choose("auto", providers=CUDA, cards=two).name == "cuda:0"
+    assert devices.choose("cpu", providers=CUDA, cards=two).providers() == CUDA[1:]
+
+
+@pytest.mark.parametrize(
+    ("given", "providers", "cards", "kind", "says"),
+    [
+        ("cuda", CUDA[1:], two, DependencyError, r"no CUDA provider.*pip install 'leangen\[gpu\]'"),
+        ("cuda", CUDA, no_driver, DependencyError, "no NVIDIA driver.*install the NVIDIA driver"),
+        ("cuda:2", CUDA, two, RequestError, "no such card; the driver lists cuda:0 A, cuda:1 B"),
+        ("cuda", CUDA, list, RequestError, "no such card; the driver lists none"),
+        ("gpu", CUDA, two, RequestError, "'gpu', expected cpu, cuda, cuda:N or auto"),
+    ],
+)
+def test_what_is_missing_is_said(given, providers, cards, kind, says):
+    with pytest.raises(kind, match=says):
+        devices.choose(given, providers=providers, cards=cards)
+
+
+@pytest.mark.parametrize(
+    ("providers", "cards", "why"),
+    [(CUDA[1:], two, "no CUDA provider"), (CUDA, no_driver, "driver"), (CUDA, list, "no card")],
+)
+def test_auto_falls_back_with_its_reason(providers, cards, why):
+    chosen = devices.choose("auto", providers=providers, cards=cards)
+    assert chosen.name == "cpu" and why in chosen.reason
+
+
+def test_the_command_line_says_what_is_missing(tmp_path, capsys):
+    if devices.CUDA_PROVIDER in onnxruntime.get_available_providers():
+        pytest.skip("onnxruntime has a CUDA provider here")
+    bundle = tiny_bundles.language(tmp_path)
+    command = ["generate", str(bundle.path), "--prompt", "a", "--device", "cuda"]
+    assert cli.main(command) == 2
+    assert "--device cuda: this onnxruntime has no CUDA provider" in capsys.readouterr().err
+    session = Session(bundle, device="auto")
+    assert session.device.name == "cpu" and "no CUDA provider" in session.reasons["provider"]
+
+
+def test_doctor_tells_of_cards(monkeypatch):
+    def findings(cards):
+        monkeypatch.setattr(driver, "devices", cards)
+        return [(finding.status, finding.detail) for finding in doctor.gpu()]
+
+    assert findings(no_driver) == [("note", "no NVIDIA driver: libcuda.so.1 cannot be loaded")]
+    assert findings(list) == [("note", "the NVIDIA driver lists no card")]
+    ((status, detail),) = findings(lambda: [driver.Device(0, "A", (9, 0), 1, 1)])
+    assert status == "note" and detail.startswith("cuda:0 A: ")
+
+
+def test_a_full_card_is_told_from_other_failures(tmp_path):
+    assert devices.out_of_memory("CUDA failure 2: out of memory ; GPU=0")
+    assert devices.out_of_memory("Failed to allocate memory for requested buffer of size 1")
+    assert not devices.out_of_memory("CUDA failure 700: an illegal memory access")
+    (tmp_path / "model.onnx").write_bytes(b"0" * 10)
+    (tmp_path / "model.onnx.data").write_bytes(b"0" * 200_000_000)
+    told = devices.too_large("m", devices.Device("cuda", 1, ""), tmp_path / "model.onnx")
+    assert told.startswith("m does not fit into the memory of cuda:1: its weights alone are 0.2 GB")
+
+
+def test_caches_elsewhere_give_the_same_logits(tmp_path, monkeypatch):
+    """In the CPU's memory here, through the same calls as in a card's."""
+    bundle = tiny_bundles.language(tmp_path)
+    session = Session(bundle, kernels="ort")
+    with Decoder(session, 16) as decoder:
+        wanted = [decoder.feed([1, 2, 3]).copy(), decoder.feed([4]).copy()]
+    other = Session(bundle, kernels="ort")
+    other.graph("model")
+    other.device = devices.Device("cuda", 0, "")
+    made = key_values.OnCard.__init__
+    monkeypatch.setattr(
+        key_values.OnCard, "__init__", lambda self, *given: made(self, *given[:-1], ("cpu", 0))
+    )
+    with Decoder(other, 16) as decoder:
+        first = decoder.feed([1, 2, 3]).copy()
+        twin = decoder.fork(other)
+        found = [first, twin.feed([4]).copy()]
+    np.testing.assert_array_equal(found, wanted)
+
+
+def lowered(tmp_path, scheme, **shape):
+    """A tiny decoder's graph on leangen's operators, as the CPU has it."""
+    given = gguf.export(write(tmp_path / "t.gguf", Tiny(tied=False, **shape)), tmp_path / "fp32")
+    graph = Draft(quantize(given, scheme, tmp_path / scheme).graph("model"))
+    assert linear.rewrite(graph) and language.rewrite(graph)
+    return graph
+
+
+def weights(graph, op, unpack):
+    return {
+        node.name: unpack(
+            layout.FORMS[attributes(node)["form"].decode()], graph.array(node.input[1]),
+            attributes(node)["n"], attributes(node)["k"],
+        )
+        for node in graph.all(op)
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("scheme", ["int4", "nf4"])
+def test_lowering_for_a_card_keeps_the_weights(tmp_path, scheme):
+    graph = lowered(tmp_path, scheme, head_dim=64)
+    before = weights(graph, "Linear", layout.unpack)
+    linears, attentions = len(graph.all("Linear")), len(graph.all("Attention"))
+    assert on_card.rewrite(graph) is None
+    assert not graph.all("Linear", "Attention")
+    assert (len(graph.all("CudaLinear")), len(graph.all("CudaAttention"))) == (linears, attentions)
+    after = weights(graph, "CudaLinear", tiles.unpack)
+    for name, parts in before.items():
+        for mine, theirs in zip(parts, after[name], strict=True):
+            np.testing.assert_array_equal(mine, theirs)
+
+
+def test_a_graph_that_a_card_cannot_take_stays_whole(tmp_path, monkeypatch):
+    assert "heads of 16, not of 64 or 128" in on_card.rewrite(lowered(tmp_path, "int4"))
+    (tmp_path / "kernels" / "cuda").mkdir(parents=True)
+    monkeypatch.setattr(lowering.leangen_kernels, "status", lambda: ("avx2", ""))
+    library = tmp_path / "kernels" / "library.so"
+    library.write_text("")
+    monkeypatch.setattr(lowering.leangen_kernels, "library", lambda: library)
+    bundle = tiny_bundles.language(tmp_path / "other")
+    found, why = lowering.find(bundle, "model", device="cuda")
+    assert found is None and "for a card were not built" in why
+    (library.parent / "cuda" / driver.PTX).write_text("")
+    found, why = lowering.find(bundle, "model", device="cuda")
+    assert found is None and "fit no node of it" in why
