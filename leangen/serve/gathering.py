@@ -1,9 +1,9 @@
 """Requests of one model that want the same graph run together, by shape.
 
-A family's generator computes by `session.run`. Here each job's generator runs in a thread that
-stands still at each such call, as a coroutine would; calls of several jobs whose inputs differ in
-nothing but the size of the first axis become one run, whose results are cut apart again. Threads
-take turns and never run at the same time as the worker's, so a family needs to know nothing of it.
+A family's generator computes by `session.run`. Here each job's generator runs in a greenlet that
+stands still at each such call; calls of several jobs whose inputs differ in nothing but the size of
+the first axis become one run, whose results are cut apart again. A family needs to know nothing of
+it. Threads would do too, but none can be started when memory is short.
 
 A run is only shared where the graph leaves the first axis of every input and output open. Floats
 may round otherwise in company than alone, in the last digit.
@@ -11,13 +11,12 @@ may round otherwise in company than alone, in the last digit.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
+from greenlet import getcurrent, greenlet
 
 from leangen import clock
 from leangen.engine import Engine
@@ -29,10 +28,6 @@ from leangen.session import Session
 
 MOST_BYTES = 64_000_000
 """Of the inputs of one run, unless a single job wants more."""
-
-
-class _Closed(Exception):
-    """Nobody wants the job's result any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,64 +57,44 @@ class _Ask:
 
 
 class _Strand:
-    """A job's generator, in a thread that runs only while `resume` waits for it."""
+    """A job's generator, in a greenlet that runs only while `resume` waits for it."""
 
     def __init__(self, engine: Engine, job: Job) -> None:
         self.job = job
         self.ask: _Ask | None = None
         """What it waits for."""
         self._engine = engine
-        self._in: SimpleQueue[Any] = SimpleQueue()
-        self._out: SimpleQueue[Any] = SimpleQueue()
         self._reply: Any = None
-        self._thread = threading.Thread(target=self._run, name="leangen-strand", daemon=True)
-        self._thread.start()
+        self._worker = getcurrent()
+        self._greenlet = greenlet(self._run)
 
     def answer(self, result: Any) -> None:
-        """Give the results of the run that it waits for, or the error that it met."""
+        """Give the results of the run that it waits for."""
         self.ask, self._reply = None, result
 
     def resume(self) -> _Ask | Step | Output:
         """Go on to the next run, step or end; raises what ended it otherwise."""
-        self._in.put(self._reply)
-        self._reply = None
-        event = self._out.get()
-        if isinstance(event, BaseException):
-            self._thread.join()
-            raise event
+        reply, self._reply = self._reply, None
+        event: _Ask | Step | Output = self._greenlet.switch(reply)
         if isinstance(event, _Ask):
             self.ask = event
-        return event  # type: ignore[no-any-return]
+        return event
 
     def close(self) -> None:
         """End it wherever it stands."""
-        if self._thread.is_alive():
-            self._in.put(_Closed())
-            self._thread.join()
+        if not self._greenlet.dead:
+            self._greenlet.throw()
 
-    def _run(self) -> None:
-        try:
-            self._stand(None)
-            asking: Any = _Asking(self._engine.session, self._stand)
-            running = self._engine.family.run(asking, self.job.request)
-            while True:
-                try:
-                    step = next(running)
-                except StopIteration as stop:
-                    self._out.put(stop.value)
-                    return
-                self._stand(step)
-        except BaseException as error:  # for whoever waits in `resume`
-            self._out.put(error)
-
-    def _stand(self, event: _Ask | Step | None) -> Any:
-        """Hand over to the worker until it resumes this strand; what it answered."""
-        if event is not None:
-            self._out.put(event)
-        reply = self._in.get()
-        if isinstance(reply, BaseException):
-            raise reply
-        return reply
+    def _run(self, _: None) -> Output:
+        asking: Any = _Asking(self._engine.session, self._worker.switch)
+        running = self._engine.family.run(asking, self.job.request)
+        while True:
+            try:
+                step = next(running)
+            except StopIteration as stop:
+                output: Output = stop.value
+                return output
+            self._worker.switch(step)
 
 
 class _Asking:
