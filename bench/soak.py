@@ -71,6 +71,8 @@ class Soak:
         self.memory: list[tuple[float, int]] = []
         self.done_by_model: Counter[str] = Counter()
         self.lives = 0
+        self.aborts = 0
+        """Deaths for want of memory, while there was none."""
         self.excused: set[str] = set()
         """Statuses that a fault under way may cause."""
         self._lock = threading.Lock()
@@ -212,6 +214,21 @@ class Soak:
         quarter = len(kb) // 4
         return statistics.median(kb[-quarter:]) / statistics.median(kb[quarter : 2 * quarter]) - 1
 
+    def revive(self) -> None:
+        """Start the server where it has died, as a supervisor would.
+
+        Without any memory it may: the tokenizer and others are in Rust, which then aborts.
+        """
+        assert self.child is not None
+        code = self.child.poll()
+        if code is None:
+            return
+        if code == -signal.SIGABRT and "out_of_memory" in self.excused:
+            self.aborts += 1
+        else:
+            self.problem(f"the server died with {code}")
+        self.start()
+
     def served_again(self) -> None:
         """Every model answers within a minute, or that is a problem."""
         for model, (path, body) in PLAIN.items():
@@ -226,9 +243,7 @@ class Soak:
                     )
                 except httpx.TransportError as error:
                     told, status = type(error).__name__, None
-                    if self.child is not None and self.child.poll() is not None:
-                        self.problem(f"the server died with {self.child.returncode}")
-                        self.start()
+                    self.revive()
                 else:
                     told, status = said.text, said.status_code
                 if status == 200:
@@ -277,6 +292,7 @@ class Soak:
             resource.prlimit(self.child.pid, resource.RLIMIT_AS, (size + 20_000_000, -1))
 
         def memory_again() -> None:
+            self.revive()
             assert self.child is not None
             resource.prlimit(self.child.pid, resource.RLIMIT_AS, (-1, -1))
             self.served_again()
@@ -447,6 +463,7 @@ def main() -> int:
                 "kept": len(kept),
                 "answers": dict(soak.statuses.most_common()),
                 "by_model": dict(soak.done_by_model),
+                "aborts_without_memory": soak.aborts,
                 "memory_growth": growth,
                 "memory_mb": statistics.median(kb for _, kb in soak.memory) / 1e3,
                 **joules,
