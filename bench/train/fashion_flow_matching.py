@@ -28,7 +28,7 @@ BATCH, RATE = 64, 1e-3
 
 def main() -> None:
     """Train, export."""
-    args = arguments(__doc__, steps=2000)
+    args = arguments(__doc__, steps=2100)
     pictures = Pictures(args.data)
     model = UNet(label_embedding(), fold=2).to(DEVICE)
 
