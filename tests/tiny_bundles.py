@@ -111,7 +111,8 @@ def pixel_rows(folder: Path) -> Bundle:
         y = Conv (h, w3)
         logits = Transpose <perm = [0, 2, 3, 1]> (y)
     }"""
-    shapes = {"w0": (32, 1, 1, 3), "w1": (32, 1, 1, 2), "w2": (3, 32), "w3": (8, 32, 1, 1)}
+    shapes = {"w0": (192, 1, 1, 3), "w1": (192, 1, 1, 2), "w2": (3, 192)}
+    shapes["w3"] = (8, 192, 1, 1)
     path = _graph(text, folder / "tiny.onnx", **shapes)
     label = {"min": 0, "max": 2, "names": {"sock": 1}}
     return onnx_file.export(
