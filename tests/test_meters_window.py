@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import statistics
 
 import fake_powercap
 import pytest
@@ -92,8 +93,9 @@ def test_truth_lies_within_the_random_part(ticks, law):
         u_j.append(closed.u_random_j)
         inside += abs(error_j) <= closed.u_random_j
     assert inside >= 0.935 * windows
-    # An interval so wide that it says nothing would pass as well.
-    assert sum(u_j) / windows <= 3.0 * sorted(errors_j)[int(0.95 * windows)]
+    # An interval so wide that it says nothing would pass as well. (The median: how long a reading
+    # takes is measured, and this process may be stopped in the middle of one.)
+    assert statistics.median(u_j) <= 3.0 * sorted(errors_j)[int(0.95 * windows)]
 
 
 def test_class_uncertainty_is_systematic_and_proportional():
