@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from leangen import meters
+from leangen import clock, meters
 from leangen.energy import FAULTS
-from leangen.meters import Meter, MeterFault, Selection, Tick
+from leangen.meters import Meter, MeterFault, Selection, Tick, estimate
 from leangen.meters.window import gained
 from leangen.records import Reading
 
@@ -298,6 +298,16 @@ def test_baseline_is_the_idle_power_with_its_spread():
     assert baseline.power_w == pytest.approx(11.0, rel=0.01)
     assert 2.0 <= baseline.u_random_w <= 4.0  # 2 x 1.05 W, for one further window
     assert baseline.u_systematic_w == pytest.approx(0.05 * 11.0, rel=0.01)
+
+
+def test_an_estimate_survives_being_stopped_between_its_two_clocks(tmp_path, monkeypatch):
+    """Other threads then compute on: far more CPU time than the stamps leave room for."""
+    [meter] = estimate.open(tmp_path)
+    times = {"cpu": [1_000_000_000, 1_400_000_000], "wall": [5_200_000_000, 5_205_000_000]}
+    monkeypatch.setattr(clock, "process_cpu_ns", lambda: times["cpu"].pop(0))
+    monkeypatch.setattr(clock, "monotonic_ns", lambda: times["wall"].pop(0))
+    joules = gained(meter, meter.read(), meter.read()) / 1e6
+    assert joules == pytest.approx(0.4 * (estimate.BUSY_W_PER_CPU - 0.74), rel=0.02)
 
 
 def test_baseline_of_an_estimate_is_the_models_own_and_immediate(tmp_path):
