@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from shared import DEVICE, export_onnx, fashion, parameters, write_card
+from shared import DEVICE, export_onnx, fashion, parameters, train, write_card
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -214,3 +214,37 @@ def finish(
     name = path.stem
     card = {"name": name, "data": DATA, "licence": "MIT", "parameters": parameters(model)} | card
     write_card(path.with_name(f"{name}.json"), card)
+
+
+def train_by_label(
+    model: nn.Module,
+    noised: Callable[[Tensor, np.random.Generator], tuple[Tensor, Tensor, Tensor]],
+    path: Path,
+    args: argparse.Namespace,
+    *,
+    output: str,
+    batch: int,
+    rate: float,
+    timestep: torch.dtype = torch.int64,
+) -> None:
+    """Train a denoiser told the label on what `noised` makes of pictures, and write it to `path`.
+
+    `output` names what it predicts, `timestep` is the type in which it takes times.
+    """
+    pictures = Pictures(args.data)
+
+    def loss_of(rng: np.random.Generator) -> Tensor:
+        x, label = pictures.batch(rng, batch)
+        label = dropped(label, NOTHING, rng)
+        noisy, times, target = noised(x, rng)
+        return loss(model, (noisy, times, label), target)
+
+    checkpoint = args.output / "checkpoint.pt"
+    curve, weights = train(model, loss_of, steps=args.steps, rate=rate, checkpoint=checkpoint)
+    model.load_state_dict(weights)
+    inputs = {
+        "sample": torch.zeros(2, 1, 28, 28),
+        "timestep": torch.zeros(2, dtype=timestep),
+        "label": torch.zeros(2, dtype=torch.int64),
+    }
+    finish(model, inputs, output, path, steps=args.steps, batch=batch, loss_curve=curve)

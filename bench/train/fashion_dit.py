@@ -9,21 +9,16 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import torch
 from fashion_diffusion import (
     EMBEDDING,
-    NOTHING,
     Clock,
-    Pictures,
     arguments,
-    dropped,
-    finish,
     label_embedding,
-    loss,
+    train_by_label,
     v_noised,
 )
-from shared import DEVICE, train
+from shared import DEVICE
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -89,23 +84,15 @@ class DiT(nn.Module):
 def main() -> None:
     """Train, export."""
     args = arguments(__doc__, steps=1100)
-    pictures = Pictures(args.data)
-    model = DiT().to(DEVICE)
-
-    def loss_of(rng: np.random.Generator) -> Tensor:
-        x, label = pictures.batch(rng, BATCH)
-        label = dropped(label, NOTHING, rng)
-        noisy, timestep, v = v_noised(x, rng)
-        return loss(model, (noisy, timestep, label), v)
-
-    curve, weights = train(
-        model, loss_of, steps=args.steps, rate=RATE, checkpoint=args.output / "checkpoint.pt"
+    train_by_label(
+        DiT().to(DEVICE),
+        v_noised,
+        args.output / "fashion-dit.onnx",
+        args,
+        output="v",
+        batch=BATCH,
+        rate=RATE,
     )
-    model.load_state_dict(weights)
-    numbers = torch.zeros(2, dtype=torch.int64)
-    inputs = {"sample": torch.zeros(2, 1, 28, 28), "timestep": numbers, "label": numbers.clone()}
-    path = args.output / "fashion-dit.onnx"
-    finish(model, inputs, "v", path, steps=args.steps, batch=BATCH, loss_curve=curve)
 
 
 if __name__ == "__main__":

@@ -7,21 +7,15 @@ for guidance.
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from fashion_diffusion import (
-    NOTHING,
-    Pictures,
     UNet,
     arguments,
-    dropped,
-    finish,
     flow_noised,
     label_embedding,
-    loss,
+    train_by_label,
 )
-from shared import DEVICE, train
-from torch import Tensor
+from shared import DEVICE
 
 BATCH, RATE = 64, 1e-3
 
@@ -29,26 +23,16 @@ BATCH, RATE = 64, 1e-3
 def main() -> None:
     """Train, export."""
     args = arguments(__doc__, steps=2100)
-    pictures = Pictures(args.data)
-    model = UNet(label_embedding(), fold=2).to(DEVICE)
-
-    def loss_of(rng: np.random.Generator) -> Tensor:
-        x, label = pictures.batch(rng, BATCH)
-        label = dropped(label, NOTHING, rng)
-        noisy, timestep, velocity = flow_noised(x, rng)
-        return loss(model, (noisy, timestep, label), velocity)
-
-    curve, weights = train(
-        model, loss_of, steps=args.steps, rate=RATE, checkpoint=args.output / "checkpoint.pt"
+    train_by_label(
+        UNet(label_embedding(), fold=2).to(DEVICE),
+        flow_noised,
+        args.output / "fashion-fm.onnx",
+        args,
+        output="velocity",
+        batch=BATCH,
+        rate=RATE,
+        timestep=torch.float32,
     )
-    model.load_state_dict(weights)
-    inputs = {
-        "sample": torch.zeros(2, 1, 28, 28),
-        "timestep": torch.zeros(2),
-        "label": torch.zeros(2, dtype=torch.int64),
-    }
-    path = args.output / "fashion-fm.onnx"
-    finish(model, inputs, "velocity", path, steps=args.steps, batch=BATCH, loss_curve=curve)
 
 
 if __name__ == "__main__":
