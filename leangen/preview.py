@@ -1,4 +1,4 @@
-"""Pictures in a terminal, drawn while they come into being."""
+"""What comes into being, shown in a terminal meanwhile: pictures, or how much there is."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def drawn(picture: Array, columns: int = WIDTH) -> list[str]:
 
 
 class Preview:
-    """One picture that is drawn again in its place; nothing where `out` is no terminal."""
+    """One picture or line that is shown again in its place; nothing where `out` is no terminal."""
 
     def __init__(self, out: TextIO) -> None:
         self._out = out
@@ -50,3 +50,9 @@ class Preview:
         self._out.write(back + "\n".join(lines) + "\n")
         self._out.flush()
         self._lines = len(lines)
+
+    def tell(self, text: str) -> None:
+        """Write a line over the one before; an empty one takes it away."""
+        if self._out.isatty():
+            self._out.write(f"\r\x1b[K{text}")
+            self._out.flush()

@@ -61,3 +61,12 @@ def test_a_pipe_gets_nothing():
     out = io.StringIO()
     Preview(out).show(np.zeros((4, 4, 1), np.float32))
     assert out.getvalue() == ""
+
+
+def test_a_line_is_written_over_the_one_before():
+    out, pipe = Terminal(), io.StringIO()
+    for preview in (Preview(out), Preview(pipe)):
+        for text in ("0.02 s of sound", "0.04 s of sound", ""):
+            preview.tell(text)
+    assert out.getvalue() == "\r\x1b[K0.02 s of sound\r\x1b[K0.04 s of sound\r\x1b[K"
+    assert not pipe.getvalue()

@@ -34,6 +34,7 @@ def declare(add: Callable[..., argparse.ArgumentParser]) -> None:
 def run(args: argparse.Namespace) -> int:
     """Stream the text, save what else came, and print the receipt."""
     from leangen import api, media, report
+    from leangen.engine import Engine
     from leangen.families import properties
     from leangen.preview import Preview
 
@@ -55,13 +56,19 @@ def run(args: argparse.Namespace) -> int:
         kind = engine.media if args.data is None else "table"  # of scores
         media.suffix_for(kind, args.output)  # before the work, not after it
     stream = engine.stream(prompt, **options)
-    sample, seen = 0, Preview(sys.stderr)
+    sample, seen, made_s = 0, Preview(sys.stderr), 0.0
+    sound = isinstance(engine, Engine) and engine.family.UNIT == "audio-second"
     for step in stream:
         if step.picture is not None:
             seen.show(step.picture)
+        if sound:
+            made_s += step.units
+            seen.tell(f"{made_s:.2f} s of sound")
         if not args.json:
             print("\n---\n" * (step.sample - sample) + step.text, end="", flush=True)
             sample = step.sample
+    if sound:
+        seen.tell("")
     result = stream.result
     saved = None
     if args.output is not None:
