@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 from pixels import bits_a_pixel, histogram_bits
 from safetensors.torch import save_file
-from shared import DEVICE, fashion, packed_size, parameters, train, write_card
+from shared import DEVICE, fashion, pack, packed_size, parameters, train, write_card
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -121,12 +120,7 @@ def save(model: ImageGPT, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(CONFIG, indent=1), encoding="utf-8")
     said = json.dumps({"clusters": greys})
     (folder / "preprocessor_config.json").write_text(said, encoding="utf-8")
-    with tarfile.open(folder.with_name(f"{folder.name}.tar.xz"), "w:xz", preset=9) as packed:
-        for path in sorted(folder.iterdir()):
-            entry = tarfile.TarInfo(path.name)  # no dates or owners: same weights, same file
-            entry.size = path.stat().st_size
-            with path.open("rb") as file:
-                packed.addfile(entry, file)
+    pack(folder)
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ import json
 import lzma
 import shutil
 import subprocess
+import tarfile
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -171,6 +172,16 @@ def export_onnx(
     stored = path.with_name(path.name + ".xz")
     stored.write_bytes(packed)
     packed_size(stored)
+
+
+def pack(folder: Path) -> None:
+    """A .tar.xz of a folder's files, beside it."""
+    with tarfile.open(folder.with_name(f"{folder.name}.tar.xz"), "w:xz", preset=9) as packed:
+        for path in sorted(folder.iterdir()):
+            entry = tarfile.TarInfo(path.name)  # no dates or owners: same weights, same file
+            entry.size = path.stat().st_size
+            with path.open("rb") as file:
+                packed.addfile(entry, file)
 
 
 def packed_size(path: Path) -> int:
