@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from leangen_kernels.conv import LEVELS
+from leangen_kernels.conv import LEVELS, LOG2_E
 from leangen_kernels.conv_simd import (
     CENTER,
     ROUNDER,
@@ -49,8 +49,6 @@ VECTORS = 2
 
 BLOCK = 32
 """Pixels of a channel's values that share a scale."""
-
-LOG2_E = 1.4426950408889634
 
 
 def round_keys(

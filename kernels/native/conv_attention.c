@@ -88,7 +88,6 @@ static void attend(void *given, int64_t i, int64_t thread) {
   const PixelAttention *op = job->op;
   int64_t width = job->width, pixels = job->pixels;
   int64_t key_fours = up_to(width, 4) / 4, value_fours = up_to(pixels, 4) / 4;
-  int64_t blocks = up_to(pixels, BLOCK) / BLOCK;
   float *low = (float *)(job->work + thread * job->work_bytes), *high = low + TILE;
   float *scales = high + TILE, *peak = scales + 2 * TILE, *queries = peak + TILE;
   float *scores = queries + up_to(width, 4) * TILE;
@@ -112,12 +111,9 @@ static void attend(void *given, int64_t i, int64_t thread) {
   CALL_KERNEL(op->shares, (int64_t)scores, (int64_t)peak, (int64_t)scales, value_fours,
               (int64_t)patches);
   codes += job->key_codes, numbers += job->key_numbers;
-  for (int64_t output = 0; output < width; output += OUTPUTS)
-    CALL_KERNEL(op->multiply, (int64_t)patches, (int64_t)scales,
-                (int64_t)(codes + output * value_fours * 4),
-                (int64_t)(numbers + output * (blocks + 1)), value_fours, (int64_t)(BLOCK / 4),
-                (int64_t)(y + output * pixels), 4 * pixels, some,
-                smaller(OUTPUTS, width - output), (int64_t)job->zeros, (int64_t)0);
+  CALL_KERNEL(op->multiply, (int64_t)patches, (int64_t)scales, (int64_t)codes, (int64_t)numbers,
+              value_fours, (int64_t)(BLOCK / 4), (int64_t)y, 4 * pixels, some, width,
+              (int64_t)job->zeros, (int64_t)0);
 }
 
 static Status compute(void *self, void *context) {
@@ -137,7 +133,7 @@ static Status compute(void *self, void *context) {
   if (!x.count) return NULL;
   job.pixels = x.count / (x.dims[0] * x.dims[1]);
   job.tiles = up_to(job.pixels, TILE) / TILE;
-  if (job.pixels > 1 << 20 || job.width > 1 << 16 || job.heads * job.tiles > INT32_MAX / 2)
+  if (job.pixels > 1 << 20 || job.width > 1 << 16 || job.heads * job.tiles > MOST_PARTS)
     return fail("PixelAttention: %lld pixels of %lld channels a head are too many",
                 (long long)job.pixels, (long long)job.width);
   int64_t key_fours = up_to(job.width, 4) / 4, value_fours = up_to(job.pixels, 4) / 4;
@@ -151,18 +147,19 @@ static Status compute(void *self, void *context) {
   int64_t codes = up_to(job.heads * job.head_codes, 64);
   int64_t numbers = up_to(4 * job.heads * job.head_numbers, 64);
   int64_t offsets = up_to(16 * key_fours, 64), gains = up_to(8 * job.width, 64);
-  char *memory = scratch((size_t)(codes + numbers + offsets + gains + 64 +
+  int64_t zeros = up_to(4 * up_to(job.width, OUTPUTS), 64);
+  char *memory = scratch((size_t)(codes + numbers + offsets + gains + zeros +
                                   MOST_THREADS * job.work_bytes));
   if (!memory) return fail("PixelAttention: out of memory for %lld pixels", (long long)job.pixels);
   job.codes = memory, memory += codes;
   job.numbers = (float *)memory, memory += numbers;
   job.offsets = (int32_t *)memory, memory += offsets;
   job.gains = (float *)memory, memory += gains;
-  job.zeros = (float *)memory, memory += 64;
+  job.zeros = (float *)memory, memory += zeros;
   job.work = memory;
   for (int64_t i = 0; i < 4 * key_fours; i++) job.offsets[i] = (int32_t)(4 * TILE * i);
   for (int64_t i = 0; i < job.width; i++) job.gains[2 * i] = 1, job.gains[2 * i + 1] = 0;
-  for (int64_t i = 0; i < OUTPUTS; i++) job.zeros[i] = 0;
+  memset(job.zeros, 0, (size_t)zeros);
   Phase phases[] = {
       {.part = round_head, .job = &job, .parts = (int32_t)(2 * job.heads)},
       {.part = attend, .job = &job, .parts = (int32_t)(job.heads * job.tiles)},
