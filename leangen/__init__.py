@@ -8,6 +8,7 @@ print(r.text, r.receipt.energy.gross_j)
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,13 @@ if TYPE_CHECKING:
     from leangen.pipeline import Pipeline as Pipeline
     from leangen.records import Receipt as Receipt
     from leangen.records import Step as Step
+
+# NumPy's and ONNX Runtime's libraries read these once, when they load; your own values stay.
+# ONNX Runtime's wheels send usage data to their maker from 1.29 on: not in leangen's name.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+# OpenBLAS's threads spin for 2^26 cycles after they start and after each product: 0.1 s of a core
+# at every start, most of it within the first generation's window. 2^20 are 0.3 ms.
+os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "20")
 
 __version__ = "0.1.0"
 __all__ = ["Budget", "Engine", "LeangenError", "Pipeline", "Receipt", "Result", "Step", "load"]

@@ -17,7 +17,7 @@ from typing import Literal
 
 import leangen_kernels
 
-from leangen import devices, environment, host, meters, threads
+from leangen import devices, environment, meters, threads
 from leangen.console import human_bytes
 from leangen.errors import LeangenError
 from leangen.ledger import Ledger
@@ -80,7 +80,7 @@ def examine(root: Path = Path("/"), home: Path | None = None) -> list[Finding]:
 
 def system() -> Iterator[Finding]:
     """leangen, Python and the operating system."""
-    version = host.versions().get("leangen")
+    version = _version("leangen")
     if version is None:
         yield Finding("leangen", "note", "a source tree that is not installed", "pip install -e .")
     else:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from leangen import attribution, carbon, clock, energy, families, host, media, meters
+from leangen import attribution, carbon, clock, energy, families, host, meters
 from leangen.budget import Guard
 from leangen.bundle import Bundle
 from leangen.errors import RequestError
@@ -62,6 +62,8 @@ class Result:
 
         Raises RequestError when this output has no such form.
         """
+        from leangen import media
+
         return media.save(self.output, Path(path), self.receipt)
 
 
@@ -200,6 +202,8 @@ class Engine:
     ) -> None:
         """`selection`: meters that are in use already, in place of `meter`."""
         self.session = session
+        if len(session.bundle.graphs) == 1:  # of several some may never be needed
+            session.open_ahead(*session.bundle.graphs)
         self.family = families.of(session.bundle)
         self.ledger = ledger
         self.footprint = footprint or carbon.footprint()

@@ -21,7 +21,7 @@ from leangen.bundle import sha256_file
 from leangen.catalog import Wheel
 from leangen.console import Progress
 from leangen.errors import ChecksumError, DependencyError, LeangenError, SourceError, StorageError
-from leangen.files import atomic_folder
+from leangen.files import atomic_folder, size_of
 
 PIP = (sys.executable, "-m", "pip")
 POLL_S = 0.2
@@ -174,17 +174,3 @@ def watching(
         done.set()
         poller.join()
     progress(total_bytes, total_bytes, what)
-
-
-def size_of(path: Path) -> int:
-    """Bytes of the files under `path`; links count nothing, files that vanish meanwhile neither."""
-    if not path.is_dir() or path.is_symlink():
-        return _size(path)
-    return sum(_size(Path(folder, name)) for folder, _, names in os.walk(path) for name in names)
-
-
-def _size(path: Path) -> int:
-    try:
-        return 0 if path.is_symlink() else path.stat().st_size
-    except FileNotFoundError:
-        return 0

@@ -111,3 +111,17 @@ def write_atomic(path: Path, data: bytes) -> None:
     """Write `data` to `path` through a sibling temporary file and a rename."""
     with atomic_file(path) as file:
         file.write(data)
+
+
+def size_of(path: Path) -> int:
+    """Bytes of the files under `path`; links count nothing, files that vanish meanwhile neither."""
+    if not path.is_dir() or path.is_symlink():
+        return _size(path)
+    return sum(_size(Path(folder, name)) for folder, _, names in os.walk(path) for name in names)
+
+
+def _size(path: Path) -> int:
+    try:
+        return 0 if path.is_symlink() else path.stat().st_size
+    except FileNotFoundError:
+        return 0

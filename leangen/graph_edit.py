@@ -29,6 +29,9 @@ _DTYPES = {
     np.dtype(np.int32): TensorProto.INT32,
     np.dtype(np.int64): TensorProto.INT64,
 }
+_SMALL = ("INT4", "UINT4", "FLOAT4E2M1", "INT2", "UINT2")
+_PACKED = {kind for name, kind in TensorProto.DataType.items() if name in _SMALL}
+"""Several to a byte: what ONNX has of them depends on its version."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,8 +144,13 @@ class Graph:
         shape = tuple(tensor.dims)
         if not np.prod(shape):
             return np.zeros(shape, dtype)
-        offset = int(place.get("offset", 0))
-        return np.memmap(self.folder / place["location"], dtype, "r", offset, shape)
+        offset, file = int(place.get("offset", 0)), self.folder / place["location"]
+        if tensor.data_type in _PACKED:
+            size = int(place["length"]) if "length" in place else -1
+            packed = np.fromfile(file, np.uint8, size, offset=offset)
+            plain = TensorProto(data_type=tensor.data_type, dims=shape, raw_data=packed.tobytes())
+            return numpy_helper.to_array(plain)
+        return np.memmap(file, dtype, "r", offset, shape)
 
     def external_files(self) -> set[str]:
         """The files beside the graph that hold its constants."""
@@ -239,11 +247,11 @@ class Graph:
             if inline or stored.data_type not in _DTYPES.values():
                 return stored
         array = self.array(name)
-        dtype = stored.data_type if stored is not None else _DTYPES[array.dtype]
+        dtype, shape = stored.data_type if stored is not None else _DTYPES[array.dtype], array.shape
+        if dtype in _PACKED:
+            array = np.frombuffer(numpy_helper.from_array(array).raw_data, np.uint8)
         if array.nbytes < _INLINE_BYTES:
-            small: TensorProto = helper.make_tensor(
-                name, dtype, array.shape, array.tobytes(), raw=True
-            )
+            small: TensorProto = helper.make_tensor(name, dtype, shape, array.tobytes(), raw=True)
             return small
         memory = (array.__array_interface__["data"][0], array.nbytes)
         offset = placed.get(memory) if stored is None else None
@@ -253,7 +261,7 @@ class Graph:
             file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
             if stored is None:  # added arrays live on; a stored one's memory is used again
                 placed[memory] = offset
-        tensor = TensorProto(name=name, data_type=dtype, dims=array.shape)
+        tensor = TensorProto(name=name, data_type=dtype, dims=shape)
         tensor.data_location = TensorProto.EXTERNAL
         for key, value in (("location", data_name), ("offset", offset), ("length", array.nbytes)):
             tensor.external_data.add(key=key, value=str(value))

@@ -27,8 +27,7 @@ from urllib.parse import quote, unquote
 
 from leangen.bundle import MANIFEST
 from leangen.errors import StorageError
-from leangen.fetch import size_of
-from leangen.files import default_home
+from leangen.files import default_home, size_of
 
 Notify = Callable[[str], None]
 

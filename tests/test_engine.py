@@ -2,14 +2,16 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
 from tiny_bundles import BUILDERS, OPTIONS
 
 from leangen import carbon, families
+from leangen.bundle import open_bundle
 from leangen.engine import Engine
-from leangen.errors import RequestError
+from leangen.errors import BundleError, RequestError
 from leangen.ledger import Ledger
 from leangen.session import Session
 
@@ -133,3 +135,24 @@ def test_a_region_changes_the_carbon_and_nothing_else(bundle):
     assert receipt.carbon.g == pytest.approx(
         receipt.energy.gross_j / 3.6e6 * receipt.carbon.intensity_g_per_kwh
     )
+
+
+def test_a_graph_opened_ahead_is_the_one_that_is_opened_when_asked_for(bundle):
+    role = next(iter(bundle.graphs))
+    ahead, asked = Session(bundle, threads=1), Session(bundle, threads=1)
+    ahead.open_ahead(role)
+    names = [[given.name for given in s.graph(role).get_inputs()] for s in (ahead, asked)]
+    assert names[0] == names[1]
+    assert (ahead.kernels, ahead.reasons) == (asked.kernels, asked.reasons)
+    assert ahead.graph(role) is ahead.graph(role)
+
+
+def test_what_fails_ahead_is_raised_when_the_graph_is_asked_for(bundle, tmp_path):
+    shutil.copytree(bundle.path, tmp_path / "damaged")
+    damaged = open_bundle(tmp_path / "damaged")
+    role = next(iter(damaged.graphs))
+    damaged.graph(role).write_bytes(b"no graph")
+    session = Session(damaged, threads=1, kernels="ort")
+    session.open_ahead(role)
+    with pytest.raises(BundleError, match="cannot load"):
+        session.graph(role)

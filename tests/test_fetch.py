@@ -10,7 +10,8 @@ from store_fakes import PAYLOAD, build_wheel
 
 from leangen.bundle import sha256_file
 from leangen.errors import ChecksumError, DependencyError, SourceError, StorageError
-from leangen.fetch import fetch_wheel, size_of
+from leangen.fetch import fetch_wheel
+from leangen.files import size_of
 
 
 @pytest.fixture

@@ -65,6 +65,11 @@ def rtn(path, **options):
     return nbits(path, **{"bits": 4, "block_size": 32, "is_symmetric": True, **options})
 
 
+def pair(path, **options):
+    """DequantizeLinear and MatMul, as the quantizer leaves them when asked for QDQ."""
+    return nbits(path, bits=4, block_size=32, quant_format=QuantFormat.QDQ, **options)
+
+
 def coarse(path):
     """The `rtn` algorithm, which onnxruntime-genai's builder uses too."""
     config = matmul_nbits_quantizer.RTNWeightOnlyQuantConfig()
@@ -169,6 +174,8 @@ CASES = {
     "accuracy-level, none at 8 bits": (lambda path: nbits(path, bits=8, block_size=128), 0.03),
     "accuracy-level, fp16 at 2 bits": (lambda path: rtn(path, bits=2, accuracy_level=2), 0.03),
     "bnb4-on-cpu": (bnb4, None),
+    "blockwise-pair, zero points": (lambda path: pair(path, is_symmetric=False), EXACT),
+    "blockwise-pair, symmetric": (lambda path: pair(path, is_symmetric=True), EXACT),
     "coarse-step": (coarse, None),
     "float-zero-points, HQQ": (hqq, EXACT),
     "float-zero-points, whole": (float_points, EXACT),
@@ -384,6 +391,16 @@ def test_bad_files(tmp_path, capsys, content, message):
     assert main(["lint", str(path)]) == 2
     assert message in capsys.readouterr().err
     assert main(["lint", str(path), "--fix"]) == 2
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_4_bit_weights_in_a_file_of_their_own(symmetric, tmp_path):
+    path = pair(tmp_path / "m.onnx", is_symmetric=symmetric)
+    onnx.save(onnx.load(path), path, save_as_external_data=True, location="w", size_threshold=0)
+    Graph(path).save(tmp_path / "copy.onnx")
+    lint.fix_file(path, tmp_path / "mended.onnx")
+    for other in ("copy.onnx", "mended.onnx"):
+        np.testing.assert_allclose(run(tmp_path / other)[0], run(path)[0], rtol=1e-5, atol=1e-4)
 
 
 def test_missing_weights_are_named(tmp_path, capsys):

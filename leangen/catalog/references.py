@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -71,6 +70,8 @@ def parse_ref(text: str, catalog: Iterable[str] = CATALOG) -> Ref:
         raise UnknownModelError(
             f"{text!r} is a file: make a bundle of it with `leangen export {text} -o DIR`"
         )
+    import difflib  # only to be told of a mistake
+
     wanted = text.split(":")[0].lower()
     near = difflib.get_close_matches(wanted, names, n=3, cutoff=0.5)
     near += [name for name in names if wanted and wanted in name and name not in near]

@@ -35,7 +35,6 @@ def run(args: argparse.Namespace) -> int:
     """Stream the text, save what else came, and print the receipt."""
     from leangen import api, media, report
     from leangen.families import properties
-    from leangen.pipeline import PipelineResult
     from leangen.preview import Preview
 
     prompt, options = request(args)
@@ -71,6 +70,8 @@ def run(args: argparse.Namespace) -> int:
         suffix = media.SUFFIXES[result.output.media][0]
         saved = result.save(_unused(engine.name, suffix))
     if args.json:
+        from leangen.pipeline import PipelineResult
+
         document: dict[str, Any] = {"text": result.text}
         if "samples" in result.output.extra:
             document["samples"] = [reply.to_json() for reply in result.output.extra["samples"]]

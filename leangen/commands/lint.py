@@ -89,8 +89,9 @@ def _lines(found: Sequence[Finding]) -> list[str]:
         costs = [one.cost for one in group if one.cost is not None]
         if costs:
             before, after = sum(c.before_s for c in costs), sum(c.after_s for c in costs)
+            of = "opening" if group[0].rule.at_opening else "a run"
             lines.append(
-                f"  here {si(before, None, 's')} now, {si(after, None, 's')} fixed "
+                f"  {of} takes {si(before, None, 's')} here, {si(after, None, 's')} fixed "
                 f"({before / after:.3g}x, {len(costs)} of {len(group)} timed one by one; output "
                 f"moves by {max(c.difference for c in costs):.1g} of its largest)"
             )

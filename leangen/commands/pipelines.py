@@ -21,7 +21,7 @@ def declare(add: Callable[..., argparse.ArgumentParser]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """List them; nothing is loaded."""
-    from leangen.pipeline.spec import read, shipped
+    from leangen.pipeline import read, shipped
 
     specs = [(path, read(path)) for path in shipped().values()]
     if args.json:

@@ -54,6 +54,7 @@ class Finding:
             "changes": self.rule.changes if self.fixable else None,
             "remedy": self.rule.remedy or None,
             "cost": None if self.cost is None else self.cost.to_json(),
+            "cost_of": "opening" if self.rule.at_opening else "run",
         }
 
 

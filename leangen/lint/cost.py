@@ -32,7 +32,7 @@ Tensors = dict[str, tuple[int, tuple[int, ...]]]
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Medians of one run of the pattern."""
+    """Medians of one run of the pattern, or of opening it where the rule says so."""
 
     before_s: float
     after_s: float
@@ -89,7 +89,7 @@ def measure(graph: Graph, hit: Hit, rule: Rule, known: Tensors) -> Cost | None:
         tidy(small)
         small.save(after)
         try:
-            return _time(before, after, feeds)
+            return _time(before, after, feeds, rule.at_opening)
         except _Failed:  # a pattern cut out of its surroundings need not run alone
             return None
 
@@ -153,15 +153,18 @@ def _shape(
     return known.get(name)
 
 
-def _time(before: Path, after: Path, feeds: dict[str, Array]) -> Cost:
+def _time(before: Path, after: Path, feeds: dict[str, Array], opening: bool) -> Cost:
     sessions = [_open(path) for path in (before, after)]
     outputs = [_run(session, feeds) for session in sessions]  # also a warm-up
     spent: list[list[float]] = [[], []]
     end_ns = clock.monotonic_ns() + round(BUDGET_S * 1e9)
     while clock.monotonic_ns() < end_ns or len(spent[0]) < LEAST_RUNS:
-        for session, times in zip(sessions, spent, strict=True):
+        for path, session, times in zip((before, after), sessions, spent, strict=True):
             begin_ns = clock.monotonic_ns()
-            session.run(None, feeds)
+            if opening:
+                _open(path)
+            else:
+                session.run(None, feeds)
             times.append((clock.monotonic_ns() - begin_ns) / 1e9)
     return Cost(float(np.median(spent[0])), float(np.median(spent[1])), _difference(*outputs))
 

@@ -5,12 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-from onnx import NodeProto, helper
+from onnx import NodeProto, TensorProto, helper
 
 from leangen.graph_edit import Array, Graph
-from leangen.lint.rules import MICROSOFT, Hit, Rule, changed, constant, make, option, optional
+from leangen.lint.rules import (
+    MICROSOFT,
+    Hit,
+    Rule,
+    Uses,
+    changed,
+    constant,
+    make,
+    option,
+    optional,
+)
 
 _ZERO_POINTS, _GROUPS = 3, 4
+_BITS = 4
 _INT8 = 4
 """The accuracy_level that computes with int8 activations; all others compute in fp32 on a CPU."""
 LEVEL = "accuracy-level"
@@ -44,6 +55,57 @@ def pack(codes: Array, bits: int) -> Array:
     codes = codes.astype(np.uint8).reshape(*codes.shape[:-1], -1, per_byte)
     shifts = np.arange(per_byte, dtype=np.uint8) * bits
     return np.asarray(np.bitwise_or.reduce(codes << shifts, axis=-1))
+
+
+def _pairs(graph: Graph) -> Iterator[Hit]:
+    """Weights in blocks along their first axis; those that a MatMulNBits can hold."""
+    uses = Uses(graph)
+    for node in graph.nodes:
+        unpack = (
+            uses.made_by(node.input[1], "DequantizeLinear") if node.op_type == "MatMul" else None
+        )
+        size = option(unpack, "block_size", 0) if unpack is not None else 0
+        if unpack is None or size < 16 or size & (size - 1):
+            continue
+        weight, scale, point = (optional(unpack, index) for index in range(3))
+        if all(graph.has(name) for name in (weight, scale, point) if name) and (
+            graph.dtype(weight) in (TensorProto.INT4, TensorProto.UINT4)
+            and graph.dtype(scale) == TensorProto.FLOAT
+            and len(graph.shape(weight)) == 2
+            and option(unpack, "axis", 1) in (0, -2)
+        ):
+            yield Hit((node, unpack), f"4-bit DequantizeLinear in blocks of {size} and a MatMul")
+
+
+def _merge(graph: Graph, hit: Hit) -> None:
+    """The MatMulNBits that ONNX Runtime would make of the pair."""
+    node, unpack_node = hit.nodes
+    weight, scale, point = (optional(unpack_node, index) for index in range(3))
+    (k, n), size = graph.shape(weight), option(unpack_node, "block_size", 0)
+    blocks = -(-k // size)
+    middle = 8 if graph.dtype(weight) == TensorProto.INT4 else 0
+
+    def rows(name: str, length: int) -> Array:
+        codes = np.asarray(graph.array(name), np.int16).T + middle
+        return np.pad(codes, [(0, 0), (0, length - codes.shape[1])]).astype(np.uint8)
+
+    label = node.name or node.output[0]
+    inputs = [
+        node.input[0],
+        graph.add(
+            f"{label}/codes", pack(rows(weight, blocks * size), _BITS).reshape(n, blocks, -1)
+        ),
+        graph.add(f"{label}/steps", np.ascontiguousarray(graph.array(scale).T).reshape(-1)),
+    ]
+    if point or not middle:  # without one, a code of 0 is the weight 0
+        points = rows(point, blocks) if point else np.zeros((n, blocks), np.uint8)
+        inputs.append(graph.add(f"{label}/points", pack(points, _BITS).reshape(-1)))
+    merged = helper.make_node(
+        "MatMulNBits", inputs, list(node.output), label, domain=MICROSOFT,
+        K=k, N=n, bits=_BITS, block_size=size, accuracy_level=_INT8,
+    )  # fmt: skip
+    graph.require(MICROSOFT)
+    graph.replace({node.name: [merged]})
 
 
 def _other_level(graph: Graph) -> Iterator[Hit]:
@@ -177,6 +239,14 @@ def _coarse(graph: Graph) -> Iterator[Hit]:
 
 
 RULES = (
+    Rule(
+        "blockwise-pair",
+        "ONNX Runtime makes a MatMulNBits of the pair, anew at every opening: runs are as fast",
+        None,
+        _pairs,
+        _merge,
+        at_opening=True,
+    ),
     Rule(
         "float-zero-points",
         "MatMulNBits with float zero points skips prepacking: 30 to 100 times slower",

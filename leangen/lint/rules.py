@@ -43,6 +43,8 @@ class Rule:
     fix: Callable[[Graph, Hit], None] | None = None
     remedy: str = ""
     """What to do where the rule has no fix."""
+    at_opening: bool = False
+    """It costs time when the model is opened, not when it runs."""
 
 
 class Uses:

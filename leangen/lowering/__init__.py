@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING
 
 import leangen_kernels
 import onnxruntime as ort
-from leangen_kernels.cuda import driver
 
 from leangen.bundle import Bundle
 from leangen.errors import StorageError
@@ -92,6 +91,8 @@ def find(
         return None, f"ONNX Runtime's own: {why}"
     on_card = device == "cuda"
     if on_card:
+        from leangen_kernels.cuda import driver
+
         if not (library.parent / "cuda" / driver.PTX).exists():
             return None, "ONNX Runtime's own: the kernels for a card were not built"
         variant, why, kv = device, "on a card", "fp16" if kv == "fp32" else kv

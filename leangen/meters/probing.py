@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import statistics
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -59,7 +58,7 @@ def probe(meter: Meter, *, edges: int = EDGES, clock: Clock = system_clock) -> M
             seconds=tick_s,
             how=f"probed: mean of {len(gaps_s)} moves" + _against_power(meter, clock),
             # A gap strays by both of its ticks.
-            jitter_s=math.sqrt(statistics.fmean((gap - tick_s) ** 2 for gap in gaps_s) / 2),
+            jitter_s=math.sqrt(math.fsum((gap - tick_s) ** 2 for gap in gaps_s) / len(gaps_s) / 2),
             lag_s=meter.tick.lag_s,
         ),
     )

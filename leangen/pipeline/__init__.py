@@ -26,14 +26,18 @@ its joules are shared among the parts, which add up to the whole exactly (`accou
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from leangen.engine import Engine
 from leangen.errors import LeangenError
-from leangen.pipeline.atoms import Atom, Runner
-from leangen.pipeline.retrieval import Retriever
-from leangen.pipeline.running import Pipeline, PipelineResult, PipelineStream
-from leangen.pipeline.spec import Spec, find, read, shipped
+from leangen.pipeline.finding import find, shipped
+
+if TYPE_CHECKING:
+    from leangen.engine import Engine
+    from leangen.pipeline.atoms import Runner
+    from leangen.pipeline.running import Pipeline, PipelineResult, PipelineStream
+    from leangen.pipeline.spec import Spec, read
 
 __all__ = [
     "Pipeline",
@@ -46,6 +50,21 @@ __all__ = [
     "shipped",
 ]
 
+_HOMES = {
+    "Pipeline": "leangen.pipeline.running",
+    "PipelineResult": "leangen.pipeline.running",
+    "PipelineStream": "leangen.pipeline.running",
+    "Spec": "leangen.pipeline.spec",
+    "read": "leangen.pipeline.spec",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # On use: `leangen.load` only asks whether a name is a pipeline's, and mostly it is a model's.
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'leangen.pipeline' has no attribute {name!r}")
+
 
 def load(path: Path, open_model: Callable[[str], Engine]) -> Pipeline:
     """The pipeline in a file, its models opened by `open_model`, one part after the other.
@@ -53,6 +72,11 @@ def load(path: Path, open_model: Callable[[str], Engine]) -> Pipeline:
     Raises RequestError for a file that is not right and for parts that do not fit, and what
     `open_model` raises, with the part's name before it.
     """
+    from leangen.pipeline.atoms import Atom
+    from leangen.pipeline.retrieval import Retriever
+    from leangen.pipeline.running import Pipeline
+    from leangen.pipeline.spec import read
+
     spec = read(path)
     atoms: dict[str, Runner] = {}
     engines: dict[str, Engine] = {}  # parts that are of one model share it

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from leangen.errors import RequestError, UnknownModelError
+from leangen.errors import RequestError
 from leangen.pipeline import template
 from leangen.pipeline.template import INPUT
 
-FOLDER = Path(__file__).parent.parent / "assets" / "pipelines"
 _NAME = re.compile(r"[A-Za-z][\w-]*")
 _KEYS = {"summary", "inputs", "parts"}
 _PART_KEYS = {"model", "bundle", "request", "retrieve"}
@@ -52,25 +51,6 @@ class Spec:
     summary: str
     inputs: Mapping[str, Input]
     parts: tuple[Part, ...]
-
-
-def shipped() -> dict[str, Path]:
-    """The pipelines that come with leangen, by name."""
-    return {path.stem: path for path in sorted(FOLDER.glob("*.toml"))}
-
-
-def find(ref: str | Path) -> Path | None:
-    """The file of a pipeline, by path or by a shipped one's name; None for a model."""
-    text = str(ref)
-    if text.endswith(".toml"):
-        path = Path(text).expanduser()
-        if not path.is_file():
-            raise UnknownModelError(
-                f"there is no pipeline at {text!r}: expected a .toml file, or one of "
-                f"{', '.join(shipped())}"
-            )
-        return path
-    return shipped().get(text)
 
 
 def read(path: Path) -> Spec:
