@@ -24,16 +24,23 @@ def loaded(code):
     return set(done.stdout.split("\n")[-2].split())
 
 
+PARSER = "import leangen.cli; leangen.cli._parser()"
+
+
 @pytest.mark.parametrize(
     "code",
     [
         "import leangen",
         "import leangen.records, leangen.ledger",
-        "import leangen.cli; leangen.cli._parser()",
+        PARSER,
     ],
 )
 def test_reading_an_account_loads_nothing_heavy(code):
     assert not loaded(code) & LIGHT
+
+
+def test_help_waits_for_no_dataclass():
+    assert not loaded(PARSER) & {"dataclasses", "leangen.charts", "leangen.records"}
 
 
 def test_running_loads_no_export_dependency():
