@@ -3,6 +3,8 @@
 import json
 import math
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -105,6 +107,24 @@ def test_a_stream_that_is_closed_early_is_accounted_for(engine):
     stream.close()
     assert engine.ledger.entries()[0]["id"] == stream.receipt.id
     assert same(*(engine.generate(**options_of(engine)).output for _ in range(2)))
+
+
+def test_a_stream_that_the_process_leaves_open_is_accounted_for(tmp_path):
+    code = f"""
+from pathlib import Path
+from leangen.bundle import open_bundle
+from leangen.engine import Engine
+from leangen.ledger import Ledger
+from leangen.session import Session
+bundle = open_bundle(Path({str(BUILDERS["language"](tmp_path / "bundle").path)!r}))
+engine = Engine(Session(bundle), ledger=Ledger(Path({str(tmp_path / "ledger.sqlite")!r})))
+stream = engine.stream("a", max_new_tokens=3, ignore_eos=True)
+next(stream)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    (kept,) = Ledger(tmp_path / "ledger.sqlite").entries()
+    assert kept["units"]["count"] == 1
 
 
 def test_an_interrupt_is_accounted_for(engine):
