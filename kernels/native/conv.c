@@ -374,10 +374,9 @@ static void multiply_strip(void *given, int64_t part, int64_t thread) {
              job->groups * (split + 1) / job->splits);
 }
 
-/* The layout of a strip's image. Rows are padded; but those that would leave lanes empty adjoin. */
+/* The rows of a strip's image. They are padded; but those that would leave lanes empty adjoin. */
 static void lay_out(Job *job) {
   const Conv *op = job->op;
-  int64_t down = op->dilations[0] * (op->kernel[0] - 1);
   int64_t along = op->dilations[1] * (op->kernel[1] - 1);
   int whole = job->rows == 1 || job->columns % LANES == 0;
   job->lead = 0, job->copies = 1, job->pitch = job->strip_columns + along;
@@ -389,11 +388,6 @@ static void lay_out(Job *job) {
     job->pitch = up_to(job->pitch, LANES);
   }
   job->aligned = whole || job->pitch == job->columns;
-  job->copy = up_to((job->strip_rows + down) * job->pitch + job->lead, LANES);
-  /* An odd number of cache lines: channels do not fall on each other. What the last vector of a
-   * strip reads past its end is in the line that is left over. */
-  job->plane = job->copies * job->copy + LANES;
-  if (job->plane / LANES % 2 == 0) job->plane += LANES;
 }
 
 /* How the work is cut up: by strips, and by outputs where there would be few. */
@@ -411,15 +405,21 @@ static void cut(Job *job) {
     int64_t each = up_to(job->columns, strips) / strips;
     job->strip_columns = smaller(up_to(each, TILE), job->columns);
     job->strips = up_to(job->columns, job->strip_columns) / job->strip_columns;
+    lay_out(job);
   } else {
-    int64_t most = larger(held / (job->columns + along) - down, 1);
+    lay_out(job);
+    int64_t most = larger(held / (job->copies * job->pitch) - down, 1);
     strips = larger(strips, up_to(job->rows, most) / most);
     job->strip_rows = up_to(job->rows, strips) / strips;
     job->strips = up_to(job->rows, job->strip_rows) / job->strip_rows;
   }
   job->splits = wanted / (job->strips * larger(job->batch, 1));
   job->splits = larger(smaller(job->groups / SPLIT_GROUPS, job->splits), 1);
-  lay_out(job);
+  job->copy = up_to((job->strip_rows + down) * job->pitch + job->lead, LANES);
+  /* An odd number of cache lines: channels do not fall on each other. What the last vector of a
+   * strip reads past its end is in the line that is left over. */
+  job->plane = job->copies * job->copy + LANES;
+  if (job->plane / LANES % 2 == 0) job->plane += LANES;
   job->tiles = up_to(job->strip_rows * job->pitch, TILE) / TILE;
   job->work_bytes = 4 * ((job->channels + 2) * job->plane + 2 * TILE +
                          OUTPUTS * job->groups * TILE + TILE * job->fours);
