@@ -93,3 +93,15 @@ def test_your_own_settings_of_libraries_stay(monkeypatch):
     code = "import os, leangen; print(os.environ['ORT_DISABLE_TELEMETRY'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "0\n"
+
+
+@pytest.mark.parametrize("given", ["", "gc.disable()", "gc.freeze()"])
+def test_importing_leaves_garbage_collection_as_it_was(given):
+    code = f"""
+import gc, leangen
+{given}
+before = gc.isenabled(), gc.get_freeze_count() > 0
+leangen.load
+assert (gc.isenabled(), gc.get_freeze_count() > 0) == before
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -33,12 +33,13 @@ def declare(add: Callable[..., argparse.ArgumentParser]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Stream the text, save what else came, and print the receipt."""
-    from leangen import api, media, report
+    import leangen as lg
+    from leangen import media, report
     from leangen.families import properties
     from leangen.preview import Preview
 
     prompt, options = request(args)
-    engine = api.load(
+    engine = lg.load(
         args.model,
         threads=args.threads,
         region=args.region,
