@@ -226,8 +226,6 @@ class Engine:
     ) -> None:
         """`selection`: meters that are in use already, in place of `meter`."""
         self.session = session
-        if len(session.bundle.graphs) == 1:  # of several some may never be needed
-            session.open_ahead(*session.bundle.graphs)
         self.family = families.of(session.bundle)
         self.ledger = ledger
         self.footprint = footprint or carbon.footprint()
