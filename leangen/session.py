@@ -89,8 +89,9 @@ class Session:
         The first use of a bundle on this machine lowers it, once. Raises BundleError when ORT
         cannot load it.
         """
-        if (thread := self._opening.pop(role, None)) is not None:
-            thread.join()
+        if (thread := self._opening.get(role)) is not None:
+            thread.join()  # whoever asks waits
+            self._opening.pop(role, None)
         if role not in self._graphs:
             self._open(role)
         return self._graphs[role]
@@ -101,6 +102,8 @@ class Session:
         ORT loads without Python's lock, so the caller can import and read other things meanwhile.
         What goes wrong is raised by `graph`, which tries again.
         """
+        if role in self._graphs or role in self._opening:
+            return
         if self._lower:
             self._find(role)  # lowering takes long, and Ctrl-C reaches only this thread
 
