@@ -111,8 +111,10 @@ class Session:
             with suppress(Exception):
                 self._open(role)
 
-        self._opening[role] = threading.Thread(target=quietly, name=f"leangen-open-{role}")
-        self._opening[role].start()
+        thread = threading.Thread(target=quietly, name=f"leangen-open-{role}")
+        with suppress(RuntimeError):  # there is no memory for a thread: `graph` does without
+            thread.start()
+            self._opening[role] = thread
 
     def _open(self, role: str) -> None:
         graph = self._open_lowered(role) or self._open_own(role)

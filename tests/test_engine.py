@@ -169,6 +169,17 @@ def test_a_graph_opened_ahead_is_the_one_that_is_opened_when_asked_for(bundle):
     assert ahead.graph(role) is opened
 
 
+def test_without_memory_for_a_thread_the_graph_opens_when_asked_for(bundle, monkeypatch):
+    def refused(thread):
+        raise RuntimeError("can't start new thread")
+
+    session, role = Session(bundle, threads=1), next(iter(bundle.graphs))
+    with monkeypatch.context() as patched:
+        patched.setattr("threading.Thread.start", refused)
+        session.open_ahead(role)
+    assert session.graph(role).get_inputs()
+
+
 def test_what_fails_ahead_is_raised_when_the_graph_is_asked_for(bundle, tmp_path):
     shutil.copytree(bundle.path, tmp_path / "damaged")
     damaged = open_bundle(tmp_path / "damaged")
