@@ -26,6 +26,7 @@ import random
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,10 @@ def environment() -> dict[str, str]:
 def run(command: list[str], env: dict[str, str]) -> dict[str, Any]:
     """Start a process, wait for its first line and its end; what that took."""
     start = time.perf_counter()
-    with subprocess.Popen(command, stdout=subprocess.PIPE, env=env) as process:
+    # Elsewhere: `python -c` looks for modules in the current folder first.
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, env=env, cwd=tempfile.gettempdir()
+    ) as process:
         assert process.stdout is not None
         line = process.stdout.readline()
         first = time.perf_counter()

@@ -88,6 +88,8 @@ def load_model(
     session = Session(
         bundle, threads=threads, activations=activations, kernels=kernels, kv=kv, device=device
     )
+    if len(bundle.graphs) == 1:  # of several some may never be needed
+        session.open_ahead(*bundle.graphs)
     book = Ledger(store.ledger_path)
     budgets = (budget,) if isinstance(budget, Budget) else tuple(budget)
     return Engine(

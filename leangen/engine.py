@@ -6,10 +6,14 @@ and hands back the output with its receipt. It never asks which family it runs.
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
+import os
 import uuid
+import weakref
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +74,8 @@ class Result:
 class Stream(Iterator[Step]):
     """The steps of one generation as they are done; `result` once they are all taken.
 
-    Closing it early (or an exception inside it) still accounts for what was spent: the receipt
-    goes to the ledger and to `receipt`.
+    Closing it early (or an exception inside it, or the end of the process) still accounts for
+    what was spent: the receipt goes to the ledger and to `receipt`.
     """
 
     def __init__(
@@ -81,6 +85,7 @@ class Stream(Iterator[Step]):
         self._ticket: Ticket | None = None
         self._output: Output | None = None
         self._steps = self._run(engine, request, repeats, aligned)
+        close_at_exit(self)
 
     def __iter__(self) -> Iterator[Step]:
         return self
@@ -151,6 +156,25 @@ class Stream(Iterator[Step]):
                 )
                 self.receipt = engine.receipt(request, self._output, measured)
                 self._ticket = engine.keep(self.receipt)
+
+
+_streams: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def close_at_exit(stream: Any) -> None:
+    """Have `stream.close()` called before the process ends, if it is still there."""
+    _streams.add(stream)
+
+
+@atexit.register
+def _close_streams() -> None:
+    # Later, when Python drops them, nothing can be imported or read any more.
+    for stream in list(_streams):
+        with suppress(ValueError):  # another thread is inside it
+            stream.close()
+
+
+os.register_at_fork(after_in_child=_streams.clear)  # they are the parent's
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

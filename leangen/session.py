@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
@@ -78,6 +80,7 @@ class Session:
         self._lower = kernels == "auto"
         self._kernel_reasons: dict[str, str] = {}
         self._graphs: dict[str, ort.InferenceSession] = {}
+        self._opening: dict[str, threading.Thread] = {}
         self._kept: dict[str, Any] = {}
 
     def graph(self, role: str) -> ort.InferenceSession:
@@ -86,19 +89,49 @@ class Session:
         The first use of a bundle on this machine lowers it, once. Raises BundleError when ORT
         cannot load it.
         """
+        if (thread := self._opening.get(role)) is not None:
+            thread.join()  # whoever asks waits
+            self._opening.pop(role, None)
         if role not in self._graphs:
-            self._graphs[role] = self._open_lowered(role) or self._open_own(role)
-            self._tell_kv(self._graphs[role])
+            self._open(role)
         return self._graphs[role]
+
+    def open_ahead(self, role: str) -> None:
+        """Begin to open a graph that `graph` will be asked for, in a thread of its own.
+
+        ORT loads without Python's lock, so the caller can import and read other things meanwhile.
+        What goes wrong is raised by `graph`, which tries again.
+        """
+        if role in self._graphs or role in self._opening:
+            return
+        if self._lower:
+            self._find(role)  # lowering takes long, and Ctrl-C reaches only this thread
+
+        def quietly() -> None:
+            with suppress(Exception):
+                self._open(role)
+
+        thread = threading.Thread(target=quietly, name=f"leangen-open-{role}")
+        with suppress(RuntimeError):  # there is no memory for a thread: `graph` does without
+            thread.start()
+            self._opening[role] = thread
+
+    def _open(self, role: str) -> None:
+        graph = self._open_lowered(role) or self._open_own(role)
+        self._tell_kv(graph)
+        self._graphs[role] = graph
+
+    def _find(self, role: str) -> tuple[lowering.Lowered | None, str]:
+        fp32 = self.activations == "fp32"
+        return lowering.find(
+            self.bundle, role, fp32_activations=fp32, kv=self._kv, device=self.device.kind
+        )
 
     def _open_lowered(self, role: str) -> ort.InferenceSession | None:
         """The graph on leangen's kernels; None where ORT is to run it, and the reason says why."""
         if not self._lower:
             return None
-        fp32 = self.activations == "fp32"
-        lowered, why = lowering.find(
-            self.bundle, role, fp32_activations=fp32, kv=self._kv, device=self.device.kind
-        )
+        lowered, why = self._find(role)
         graph = None
         if lowered is not None:
             options = self._options()

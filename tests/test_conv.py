@@ -62,9 +62,46 @@ def check_tile(machine, rng):
     assert np.abs(y - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
+def check_attention_tile(machine, rng):
+    """Attention of 32 pixels to 19 others, kernel by kernel."""
+    width, keys, scale = 5, 19, 0.3
+    q, k, v = (rng.standard_normal((width, n)).astype(np.float32) for n in (32, keys, keys))
+    offsets, taps = np.zeros(8, np.int32), np.zeros(1, np.int32)
+    offsets[:width] = np.arange(width) * 64
+    patches, scales = np.zeros((2, 2, 64), np.uint8), np.zeros((2, 2, 16), np.float32)
+    for i, some in enumerate(np.split(q, 2, 1)):
+        low, high = np.minimum(some.min(0), 0), np.maximum(some.max(0), 0)
+        packed, numbers = patches[:, i].copy(), scales[i].copy()
+        given = (np.ascontiguousarray(some), low, high, offsets, 2, taps, 1)
+        machine.call("pack_patches", *given, packed, 64, numbers)
+        patches[:, i], scales[i] = packed, numbers
+    codes, numbers = np.zeros(2 * 2 * 64, np.uint8), np.zeros(2 * 32, np.float32)
+    machine.call("round_keys", k, 4 * keys, width, keys, codes, numbers, scale)
+    scores, peak = np.zeros((20, 32), np.float32), np.zeros(32, np.float32)
+    machine.call("scores", patches, scales, codes, numbers, 2, keys, scores, peak)
+    queries, steps = reference.round_patches(q)
+    expected = scale * reference.symmetric(k.T, width) @ queries
+    assert np.abs(scores[:keys] * scales[:, 0].reshape(-1) - expected).max() < 1e-5
+    assert np.array_equal(peak, scores[:keys].max(0)) and (scores[keys:] == -1e30).all()
+    shares = np.zeros((5, 2, 16, 4), np.uint8)
+    machine.call("shares", scores, peak, scales, 5, shares)
+    zeros = scales[:, 1, :, None]
+    signed = shares if zeros.flat[0] == 2 else shares.view(np.int8)
+    found = ((signed - zeros) * scales[:, 0, :, None]).transpose(0, 3, 1, 2).reshape(20, 32)
+    exact = np.exp(expected - expected.max(0))
+    assert np.abs(found[:keys] - exact / exact.sum(0)).max() <= 0.51 / 252
+    assert not found[keys:].any()
+    size, rest = layout.conv_bytes(8, width, keys, 32)
+    codes, numbers, room = (np.zeros(count, np.uint8) for count in (size, rest, 32))
+    machine.call("round_values", v, 4 * keys, width, keys, codes, numbers, room)
+    got, step = layout.unpack_conv(8, np.concatenate([codes, numbers]), width, keys, 32)
+    assert np.allclose(got * step, reference.symmetric(v, 32), atol=1e-6)
+
+
 @pytest.mark.parametrize("variant", here())
 def test_kernels_of_one_tile(variant, rng):
     check_tile(Here(variant), rng)
+    check_attention_tile(Here(variant), rng)
 
 
 @pytest.mark.slow
@@ -72,6 +109,7 @@ def test_kernels_of_one_tile(variant, rng):
 def test_kernels_on_emulated_arm(variant, rng, tmp_path_factory):
     with Emulated(variant, tmp_path_factory.getbasetemp()) as machine:
         check_tile(machine, rng)
+        check_attention_tile(machine, rng)
 
 
 def test_weights_pack_and_unpack_without_loss(rng):
@@ -165,7 +203,7 @@ def test_wrong_inputs_are_an_error(rng, shape, changes, message):
 
 @needs_kernels
 def test_any_number_of_threads_gives_the_same_bits(rng):
-    n, c = 48, 32
+    n, c = 96, 96
     _, packed, block = conv_cases.weights(rng, 8, n, 9 * c, 32)
     gain = rng.random(c).astype(np.float32)
     proto = conv_cases.model(
@@ -173,7 +211,7 @@ def test_any_number_of_threads_gives_the_same_bits(rng):
         n=n, bits=8, block=block, kernel_shape=[3, 3], pads=[1] * 4, norm_groups=8,
     )  # fmt: skip
     attention = conv_cases.model("PixelAttention", ["x"], {}, heads=2, scale=0.3)
-    for size in (8, 40, 64):
+    for size in (8, 16, 40, 64):
         x = rng.standard_normal((1, c, size, size)).astype(np.float32)
         qkv = rng.standard_normal((1, 48, size, 3)).astype(np.float32)
         for model, given in ((proto, x), (attention, qkv)):

@@ -2,14 +2,18 @@
 
 import json
 import math
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from tiny_bundles import BUILDERS, OPTIONS
 
 from leangen import carbon, families
+from leangen.bundle import open_bundle
 from leangen.engine import Engine
-from leangen.errors import RequestError
+from leangen.errors import BundleError, RequestError
 from leangen.ledger import Ledger
 from leangen.session import Session
 
@@ -105,6 +109,24 @@ def test_a_stream_that_is_closed_early_is_accounted_for(engine):
     assert same(*(engine.generate(**options_of(engine)).output for _ in range(2)))
 
 
+def test_a_stream_that_the_process_leaves_open_is_accounted_for(tmp_path):
+    code = f"""
+from pathlib import Path
+from leangen.bundle import open_bundle
+from leangen.engine import Engine
+from leangen.ledger import Ledger
+from leangen.session import Session
+bundle = open_bundle(Path({str(BUILDERS["language"](tmp_path / "bundle").path)!r}))
+engine = Engine(Session(bundle), ledger=Ledger(Path({str(tmp_path / "ledger.sqlite")!r})))
+stream = engine.stream("a", max_new_tokens=3, ignore_eos=True)
+next(stream)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    (kept,) = Ledger(tmp_path / "ledger.sqlite").entries()
+    assert kept["units"]["count"] == 1
+
+
 def test_an_interrupt_is_accounted_for(engine):
     stream = engine.stream(**options_of(engine))
     with pytest.raises(KeyboardInterrupt):
@@ -133,3 +155,37 @@ def test_a_region_changes_the_carbon_and_nothing_else(bundle):
     assert receipt.carbon.g == pytest.approx(
         receipt.energy.gross_j / 3.6e6 * receipt.carbon.intensity_g_per_kwh
     )
+
+
+def test_a_graph_opened_ahead_is_the_one_that_is_opened_when_asked_for(bundle):
+    role = next(iter(bundle.graphs))
+    ahead, asked = Session(bundle, threads=1), Session(bundle, threads=1)
+    ahead.open_ahead(role)
+    names = [[given.name for given in s.graph(role).get_inputs()] for s in (ahead, asked)]
+    assert names[0] == names[1]
+    assert (ahead.kernels, ahead.reasons) == (asked.kernels, asked.reasons)
+    opened = ahead.graph(role)
+    ahead.open_ahead(role)
+    assert ahead.graph(role) is opened
+
+
+def test_without_memory_for_a_thread_the_graph_opens_when_asked_for(bundle, monkeypatch):
+    def refused(thread):
+        raise RuntimeError("can't start new thread")
+
+    session, role = Session(bundle, threads=1), next(iter(bundle.graphs))
+    with monkeypatch.context() as patched:
+        patched.setattr("threading.Thread.start", refused)
+        session.open_ahead(role)
+    assert session.graph(role).get_inputs()
+
+
+def test_what_fails_ahead_is_raised_when_the_graph_is_asked_for(bundle, tmp_path):
+    shutil.copytree(bundle.path, tmp_path / "damaged")
+    damaged = open_bundle(tmp_path / "damaged")
+    role = next(iter(damaged.graphs))
+    damaged.graph(role).write_bytes(b"no graph")
+    session = Session(damaged, threads=1, kernels="ort")
+    session.open_ahead(role)
+    with pytest.raises(BundleError, match="cannot load"):
+        session.graph(role)

@@ -1,5 +1,6 @@
 """What each command may load: a ledger needs no ONNX Runtime, a warm start needs no onnx."""
 
+import os
 import subprocess
 import sys
 
@@ -23,16 +24,23 @@ def loaded(code):
     return set(done.stdout.split("\n")[-2].split())
 
 
+PARSER = "import leangen.cli; leangen.cli._parser()"
+
+
 @pytest.mark.parametrize(
     "code",
     [
         "import leangen",
         "import leangen.records, leangen.ledger",
-        "import leangen.cli; leangen.cli._parser()",
+        PARSER,
     ],
 )
 def test_reading_an_account_loads_nothing_heavy(code):
     assert not loaded(code) & LIGHT
+
+
+def test_help_waits_for_no_dataclass():
+    assert not loaded(PARSER) & {"dataclasses", "leangen.charts", "leangen.records"}
 
 
 def test_running_loads_no_export_dependency():
@@ -58,3 +66,42 @@ def test_the_public_names_are_there():
         assert getattr(lg, name).__module__.startswith("leangen.")
     with pytest.raises(AttributeError, match="no attribute 'lode'"):
         lg.lode  # noqa: B018
+
+
+QUIET = """
+import time, leangen.api
+time.sleep(0.05)
+before = time.process_time()
+time.sleep(0.1)
+print(time.process_time() - before < 0.05)
+"""
+
+
+def test_importing_leaves_no_thread_spinning_and_nobody_is_told(tmp_path):
+    env = {**os.environ, "HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    for name in ("CI", "ORT_RUNNING_UNIT_TESTS", "ORT_DISABLE_TELEMETRY"):
+        env.pop(name, None)
+    done = subprocess.run(
+        [sys.executable, "-c", QUIET], env=env, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "True\n"
+    assert list(tmp_path.iterdir()) == []  # ONNX Runtime's usage data would be kept there
+
+
+def test_your_own_settings_of_libraries_stay(monkeypatch):
+    monkeypatch.setenv("ORT_DISABLE_TELEMETRY", "0")
+    code = "import os, leangen; print(os.environ['ORT_DISABLE_TELEMETRY'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "0\n"
+
+
+@pytest.mark.parametrize("given", ["", "gc.disable()", "gc.freeze()"])
+def test_importing_leaves_garbage_collection_as_it_was(given):
+    code = f"""
+import gc, leangen
+{given}
+before = gc.isenabled(), gc.get_freeze_count() > 0
+leangen.load
+assert (gc.isenabled(), gc.get_freeze_count() > 0) == before
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

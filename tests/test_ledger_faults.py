@@ -7,6 +7,7 @@ import random
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -199,3 +200,51 @@ def test_a_failure_that_nobody_waited_for_is_said_at_the_end(tmp_path):
     _, err = child.communicate(timeout=60)
     assert err.startswith("leangen: error: ") and "is not a ledger" in err
     assert "Traceback" not in err
+
+
+def test_a_server_needs_no_new_thread_to_write(tmp_path, monkeypatch):
+    ledger = Ledger(tmp_path / "ledger.db")
+
+    def no_thread(_):
+        raise AssertionError("a thread that cannot begin may be waited for for ever")
+
+    with ledger.writing():
+        monkeypatch.setattr(threading.Thread, "start", no_thread)
+        for number in range(5):
+            ledger.append(receipt(number)).wait(10)
+            time.sleep(0.02)  # nothing left to write
+        assert threading.active_count() > 1
+    monkeypatch.undo()
+    ledger.append(receipt("after")).wait(10)
+    assert len(ledger.entries()) == 6
+
+
+def test_without_memory_a_receipt_is_refused_and_the_next_is_written(tmp_path, monkeypatch):
+    ledger = Ledger(tmp_path / "ledger.db")
+
+    def no_memory(*_):
+        raise MemoryError
+
+    with ledger.writing():
+        monkeypatch.setattr(ledger._committer, "_commit", no_memory)
+        with pytest.raises(StorageError, match="no memory"):
+            ledger.append(receipt("lost")).wait(10)
+        monkeypatch.undo()
+        ledger.append(receipt("kept")).wait(10)
+    monkeypatch.setattr(threading.Thread, "start", no_memory)
+    ledger.append(receipt("by the caller")).wait(10)
+    assert {entry["id"] for entry in ledger.entries()} == {"rkept", "rby the caller"}
+
+
+def test_a_process_that_ends_while_a_thread_is_kept_ends(tmp_path):
+    code = """
+import sys, ledger_fakes
+from leangen.ledger import Ledger
+ledger = Ledger(sys.argv[1])
+with ledger.writing():
+    ledger.append(ledger_fakes.receipt("last"))
+    sys.exit(3)
+"""
+    ended = python(code, tmp_path / "ledger.db")
+    assert ended.wait(30) == 3, ended.stderr.read()
+    assert [entry["id"] for entry in Ledger(tmp_path / "ledger.db").entries()] == ["rlast"]

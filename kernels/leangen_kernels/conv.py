@@ -18,6 +18,7 @@ from leangen_kernels.conv_simd import (
     ROUNDER,
     activation_dot,
     centered,
+    exponential_of_2,
     join_codes,
     smaller,
     store_bytes,
@@ -26,7 +27,6 @@ from leangen_kernels.dots import high_nibbles, low_nibbles
 from leangen_kernels.layout import CONV_OUTPUTS, ROWS
 from leangen_kernels.rows import TINY
 from leangen_kernels.simd import (
-    exponential,
     larger,
     load_bytes,
     load_first_floats,
@@ -34,6 +34,8 @@ from leangen_kernels.simd import (
     load_for_all,
     load_int,
     multiply_add,
+    only_first,
+    prefetch,
     splat,
     splat_int,
     square_root,
@@ -49,28 +51,32 @@ from leangen_kernels.unroll import registers, static, unrolled
 SILU = False
 VECTORS = 0
 
+LOG2_E = 1.4426950408889634
 LEVELS = 252.0
 """Steps of an 8-bit patch from its lowest to its highest value."""
 
 
 def moments(x: int, n: int, out: int, epsilon: float) -> None:
     """Two floats: the mean of n floats, and 1 / sqrt(their variance + epsilon)."""
-    whole = n // ROWS * ROWS
-    total = splat(0.0)
-    for i in range(0, whole, ROWS):
-        total = total + load_floats(x + 4 * i, 0)
-    if whole < n:
-        total = total + load_first_floats(x + 4 * whole, n - whole)
-    mean = sum_floats(total) / n
-    squares, middle = splat(0.0), splat(mean)
-    for i in range(0, whole, ROWS):
-        off = load_floats(x + 4 * i, 0) - middle
-        squares = multiply_add(off, off, squares)
-    variance = sum_floats(squares)
-    if whole < n:
-        for i in range(whole, n):
-            one = load_for_all(x + 4 * i, 0) - middle
-            variance += sum_floats(one * one) / ROWS
+    total, squares = registers(), registers()
+    for i in static(4):
+        total[i] = squares[i] = splat(0.0)
+    whole = n // (4 * ROWS) * 4 * ROWS
+    for at in range(x, x + 4 * whole, 16 * ROWS):
+        for i in static(4):
+            total[i] = total[i] + load_floats(at, 4 * ROWS * i)
+    for i in range(whole, n, ROWS):
+        total[0] = total[0] + load_first_floats(x + 4 * i, n - i)
+    mean = sum_floats((total[0] + total[1]) + (total[2] + total[3])) / n
+    middle = splat(mean)
+    for at in range(x, x + 4 * whole, 16 * ROWS):
+        for i in static(4):
+            off = load_floats(at, 4 * ROWS * i) - middle
+            squares[i] = multiply_add(off, off, squares[i])
+    for i in range(whole, n, ROWS):
+        off = only_first(load_first_floats(x + 4 * i, n - i) - middle, n - i)
+        squares[0] = multiply_add(off, off, squares[0])
+    variance = sum_floats((squares[0] + squares[1]) + (squares[2] + squares[3]))
     store_float(out, mean)
     store_float(out + 4, 1.0 / square_root(variance / n + epsilon))
 
@@ -90,9 +96,11 @@ def activate(
         x_at, y_at, gain_at = x + 4 * i, y + 4 * i, gains
         for _ in range(channels):
             value = load_floats(x_at, 0) if left >= ROWS else load_first_floats(x_at, left)
+            prefetch(x_at, 4 * ROWS)  # a channel's next line, which no machine foresees
             value = multiply_add(value, load_for_all(gain_at, 0), load_for_all(gain_at, 4))
             if SILU:
-                value = value / (splat(1.0) + exponential(splat(0.0) - value))
+                power = smaller(value * splat(-LOG2_E), splat(126.0))
+                value = value / (splat(1.0) + exponential_of_2(power))
             else:
                 value = larger(value, value * splat(slope))
             least, most = smaller(value, least), larger(value, most)
@@ -117,6 +125,7 @@ def pack_patches(
     where the weights' elements are from there, in bytes, and `taps` int32 [count] the same within
     `low` and `high`. `scales` gets the 16 scales and the 16 codes that stand for zero, less CENTER.
     """
+    code = registers()
     least, most = splat(0.0), splat(0.0)
     for _ in range(count):
         offset = load_int(taps, 0)
@@ -130,11 +139,9 @@ def pack_patches(
     store_floats(scales, kept * splat(1.0 / LEVELS))
     store_floats(scales + 4 * ROWS, zero - splat(ROUNDER + CENTER))
     for _ in range(fours):
-        first = load_floats(image, load_int(offsets, 0)) * inverse
-        second = load_floats(image, load_int(offsets, 4)) * inverse
-        third = load_floats(image, load_int(offsets, 8)) * inverse
-        fourth = load_floats(image, load_int(offsets, 12)) * inverse
-        store_bytes(out, join_codes(first + zero, second + zero, third + zero, fourth + zero))
+        for i in static(4):
+            code[i] = multiply_add(load_floats(image, load_int(offsets, 4 * i)), inverse, zero)
+        store_bytes(out, join_codes(code[0], code[1], code[2], code[3]))
         offsets += 16
         out += out_stride
 
@@ -143,54 +150,72 @@ def multiply(
     patches: int, scales: int, codes: int, numbers: int, fours: int, block: int, y: int,
     y_stride: int, pixels: int, outputs: int, bias: int, residual: int,
 ) -> None:  # fmt: skip
-    """A tile of CONV_OUTPUTS outputs by VECTORS times 16 pixels.
+    """A tile of `outputs` outputs by VECTORS times 16 pixels, of which `pixels` are stored.
 
     `patches` and `scales` are as `pack_patches` left them, a vector after the other; `codes` and
-    `numbers` a group of weights as layout.py says, with `block` fours to a scale. Of the tile,
-    `outputs` rows of `pixels` are stored; `residual`, at the same places as `y`, is added unless 0.
+    `numbers` groups of weights as layout.py says, with `block` fours to a scale. `residual`, at the
+    same places as `y`, is added unless 0.
     """
     total, part, four = registers(), registers(), registers()
-    for o in static(CONV_OUTPUTS):
-        for v in static(VECTORS):
-            total[o, v] = splat(0.0)
-    left = fours
-    while left > 0:
+    ahead = residual
+    while outputs > 0:
+        if residual != 0:  # the next group's, and the first one's too: rows are far apart
+            while ahead <= residual + CONV_OUTPUTS * y_stride:
+                for o in static(CONV_OUTPUTS):
+                    for v in static(VECTORS):
+                        prefetch(ahead + o * y_stride, 4 * ROWS * v)
+                ahead += CONV_OUTPUTS * y_stride
         for o in static(CONV_OUTPUTS):
             for v in static(VECTORS):
-                part[o, v] = splat_int(0)
-        for _ in range(min(block, left)):
-            for v in static(VECTORS):
-                four[v] = load_bytes(patches, 4 * ROWS * v)
+                total[o, v] = splat(0.0)
+        at, left = patches, fours
+        while left > 0:
             for o in static(CONV_OUTPUTS):
                 for v in static(VECTORS):
-                    part[o, v] = activation_dot(part[o, v], four[v], codes, 4 * o)
-            patches += 4 * ROWS * VECTORS
-            codes += 4 * CONV_OUTPUTS
+                    part[o, v] = splat_int(0)
+            for _ in range(min(block, left)):
+                for v in static(VECTORS):
+                    four[v] = load_bytes(at, 4 * ROWS * v)
+                for o in static(CONV_OUTPUTS):
+                    for v in static(VECTORS):
+                        part[o, v] = activation_dot(part[o, v], four[v], codes, 4 * o)
+                at += 4 * ROWS * VECTORS
+                codes += 4 * CONV_OUTPUTS
+            for o in static(CONV_OUTPUTS):
+                scale = load_for_all(numbers, 4 * o)
+                for v in static(VECTORS):
+                    total[o, v] = multiply_add(to_floats(part[o, v]), scale, total[o, v])
+            numbers += 4 * CONV_OUTPUTS
+            left -= block
+        for v in static(VECTORS):
+            scale, zero = (
+                load_floats(scales, 8 * ROWS * v),
+                load_floats(scales, 8 * ROWS * v + 4 * ROWS),
+            )
+            for o in static(CONV_OUTPUTS):
+                value = total[o, v] - zero * load_for_all(numbers, 4 * o)
+                total[o, v] = multiply_add(value, scale, load_for_all(bias, 4 * o))
+        whole = pixels >= ROWS * VECTORS
         for o in static(CONV_OUTPUTS):
-            scale = load_for_all(numbers, 4 * o)
-            for v in static(VECTORS):
-                total[o, v] = multiply_add(to_floats(part[o, v]), scale, total[o, v])
-        numbers += 4 * CONV_OUTPUTS
-        left -= block
-    for o in static(CONV_OUTPUTS):
-        if o < outputs:
-            weights = load_for_all(numbers, 4 * o)
-            more = load_for_all(bias, 4 * o)
-            for v in static(VECTORS):
-                rest = pixels - ROWS * v
-                if rest > 0:
-                    scale = load_floats(scales, 8 * ROWS * v)
-                    zero = load_floats(scales, 8 * ROWS * v + 4 * ROWS)
-                    value = multiply_add(total[o, v] - zero * weights, scale, more)
-                    at = o * y_stride + 4 * ROWS * v
-                    if rest >= ROWS:
-                        if residual != 0:
-                            value = value + load_floats(residual, at)
-                        store_floats(y + at, value)
+            if o < outputs:
+                for v in static(VECTORS):
+                    to, rest = o * y_stride + 4 * ROWS * v, pixels - ROWS * v
+                    if residual != 0:
+                        if whole:
+                            more = load_floats(residual, to)
+                        else:
+                            more = load_first_floats(residual + to, rest)
+                        total[o, v] = total[o, v] + more
+                    if whole:
+                        store_floats(y + to, total[o, v])
                     else:
-                        if residual != 0:
-                            value = value + load_first_floats(residual + at, rest)
-                        store_first_floats(y + at, value, rest)
+                        store_first_floats(y + to, total[o, v], rest)
+        numbers += 4 * CONV_OUTPUTS
+        bias += 4 * CONV_OUTPUTS
+        y += CONV_OUTPUTS * y_stride
+        if residual != 0:
+            residual += CONV_OUTPUTS * y_stride
+        outputs -= CONV_OUTPUTS
 
 
 def unpack_nibbles(packed: int, codes: int, chunks: int) -> None:
@@ -205,7 +230,7 @@ def unpack_nibbles(packed: int, codes: int, chunks: int) -> None:
 
 def kernels() -> dict[str, tuple[Callable[..., Any], str]]:
     """Name of each kernel -> what makes its function, and the C types of its arguments."""
-    fixed = {"ROWS": ROWS, "CONV_OUTPUTS": CONV_OUTPUTS}
+    fixed = {"ROWS": ROWS, "CONV_OUTPUTS": CONV_OUTPUTS, "LOG2_E": LOG2_E}
     found: dict[str, tuple[Callable[..., Any], str]] = {
         "moments": (partial(unrolled, moments, **fixed), "iiid"),
         "activate_linear": (partial(unrolled, activate, SILU=False, **fixed), "i" * 9 + "d"),

@@ -232,7 +232,7 @@ def round_patches(patches: Array) -> tuple[Array, Array]:
     span = np.maximum((high - low).astype(np.float32), TINY)
     inverse = np.float32(252) / span
     zero = np.rint(2 - (low * inverse).astype(np.float64))
-    codes = np.rint((patches * inverse).astype(np.float64) + zero)
+    codes = np.rint(patches.astype(np.float64) * inverse + zero)
     scales = span.astype(np.float64) / 252
     return (codes - zero) * scales, scales
 
@@ -303,15 +303,15 @@ def pixel_attention(qkv: Array, heads: int, scale: float) -> Array:
     for b, head in np.ndindex(batch, heads):
         q, k, v = parts[b, :, head]
         queries, _ = round_patches(q)
-        keys = _symmetric(k.T, width).T
+        keys = symmetric(k.T, width).T
         scores = (keys.T @ queries) * scale
         shares = np.exp(scores - scores.max(0))
         rounded = np.rint(shares * 252) / 252
-        y[b, head] = _symmetric(v, BLOCK) @ rounded / shares.sum(0)
+        y[b, head] = symmetric(v, BLOCK) @ rounded / shares.sum(0)
     return y.reshape(batch, heads * width, pixels)
 
 
-def _symmetric(x: Array, block: int) -> Array:
+def symmetric(x: Array, block: int) -> Array:
     """Rows rounded to int8 in blocks of columns, as what the codes stand for."""
     rounded = []
     for at in range(0, x.shape[1], block):

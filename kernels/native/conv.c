@@ -15,21 +15,22 @@
  * are those of a convolution with n * stride outputs, see layout.transposed_weights.
  *
  * A part of the output, a strip of rows or a stretch of samples, is one thread's work at a time;
- * conv.py says what is done to it. */
-#include <stdatomic.h>
+ * conv.py says what is done to it. Where strips are few, several threads share one: its patches are
+ * kept, and each makes some of the outputs of them. */
 #include <stdlib.h>
 #include <string.h>
 
 #include "kernels.h"
 #include "op.h"
 
-enum { LANES = 16, OUTPUTS = 4, VECTORS = 2, MAX_PARTS = 64, UNIT = 128 };
+enum { LANES = 16, OUTPUTS = 4, VECTORS = 2, TILE = LANES * VECTORS, UNIT = 128 };
 
-/* A part's padded image: small enough to stay in a second-level cache, as rows at its edge are made
- * twice. Parts with fewer multiplications than PART_WORK cost more to hand out than to run; images
- * with fewer pixels than STRIP_PIXELS are cut by outputs rather than by rows. */
-enum { IMAGE_BYTES = 512 << 10, PART_WORK = 1 << 20, STRIP_PIXELS = 512, SPLIT_GROUPS = 12 };
+/* A strip's padded image: small enough to stay in a second-level cache, as rows at its edge are
+ * made twice. Strips with fewer multiplications than STRIP_WORK cost more to hand out than to run;
+ * those with fewer than STRIP_PIXELS make many rows twice, so the outputs of two are cut instead. */
+enum { IMAGE_BYTES = 512 << 10, STRIP_WORK = 1 << 20, STRIP_PIXELS = 512, SPLIT_GROUPS = 12 };
 enum { NORM_WORK = 64 << 10 }; /* floats */
+enum { UNPACK_WORK = 256 };    /* units */
 
 enum { X, WEIGHTS, BIAS, RESIDUAL, GAIN, SHIFT, FILM, INPUTS };
 
@@ -51,18 +52,20 @@ typedef struct {
 typedef struct {
   const Conv *op;
   const float *x, *bias, *residual, *gain, *shift, *film, *numbers;
-  const char *codes;
-  float *y, *biases, *moments, *gains;
+  const char *codes, *nibbles;
+  float *y, *biases, *moments, *gains, *kept_scales;
   int32_t *offsets, *taps;
-  char *work;
+  char *work, *kept, *unpacked;
   int64_t batch, channels, h, w;      /* of x */
   int64_t rows, columns, y_w;         /* of the convolution; of y, which has as many rows */
   int64_t residual_step;              /* from one batch to the next */
   int64_t n, fours, blocks, groups;   /* of the weights; n counts phases */
-  int64_t strip_rows, strip_columns, strips, splits, norm_parts, first;
-  int64_t pitch, plane, work_bytes;   /* of a part's image, in floats; of all that a part needs */
+  int64_t units;                      /* of the codes */
+  int64_t strip_rows, strip_columns, strips, splits, norm_parts, unpack_parts;
+  int64_t lead, pitch, copy, copies, plane; /* of a strip's image, in floats */
+  int64_t tiles;                      /* of a strip */
+  int64_t work_bytes;                 /* all that a thread needs */
   int aligned;                        /* 16 pixels side by side never lie in two rows */
-  _Atomic uint64_t busy;              /* which pieces of work are in use */
 } Job;
 
 static Status read_shape(Conv *op, Options from, int transposed) {
@@ -128,195 +131,298 @@ static Status create(const CustomOp *self, const void *api, const void *info, vo
   return NULL;
 }
 
-/* Means and deviations of some groups of channels. */
-static void norm(void *given, size_t part) {
-  Job *job = given;
-  int64_t all = job->batch * job->op->norm_groups;
-  int64_t each = job->channels / job->op->norm_groups * job->h * job->w;
-  int64_t last = all * ((int64_t)part + 1) / job->norm_parts;
-  for (int64_t i = all * (int64_t)part / job->norm_parts; i < last; i++)
-    CALL_KERNEL(job->op->moments, (int64_t)(job->x + i * each), each,
-                (int64_t)(job->moments + 2 * i), job->op->epsilon);
-}
-
-/* What each channel is multiplied with, and what is added, before the activation. */
-static void make_gains(Job *job) {
-  for (int64_t i = 0; i < job->batch * job->channels; i++) {
-    int64_t c = i % job->channels, b = i / job->channels;
+/* What each channel of a group is multiplied with, and what is added, before the activation. */
+static void make_gains(const Job *job, int64_t group) {
+  int64_t groups = job->gain ? job->op->norm_groups : 1, each = job->channels / groups;
+  int64_t b = group / groups, first = group % groups * each;
+  float *gains = job->gains + 2 * (b * job->channels + first), *moments = job->moments + 2 * group;
+  if (job->gain)
+    CALL_KERNEL(job->op->moments,
+                (int64_t)(job->x + (b * job->channels + first) * job->h * job->w),
+                each * job->h * job->w, (int64_t)moments, job->op->epsilon);
+  for (int64_t c = first; c < first + each; c++, gains += 2) {
     float gain = 1, shift = 0;
     if (job->gain) {
-      int64_t group = b * job->op->norm_groups + c / (job->channels / job->op->norm_groups);
-      gain = job->gain[c] * job->moments[2 * group + 1];
-      shift = job->shift[c] - gain * job->moments[2 * group];
+      gain = job->gain[c] * moments[1];
+      shift = job->shift[c] - gain * moments[0];
     }
     if (job->film) {
       const float *film = job->film + 2 * b * job->channels + c;
       gain *= 1 + film[0];
       shift = shift * (1 + film[0]) + film[job->channels];
     }
-    job->gains[2 * i] = gain;
-    job->gains[2 * i + 1] = shift;
+    gains[0] = gain, gains[1] = shift;
   }
+}
+
+/* What strips need: some groups of channels' gains, or some of the weights unpacked. */
+static void prepare(void *given, int64_t part, int64_t thread) {
+  const Job *job = given;
+  (void)thread;
+  if (part < job->norm_parts) {
+    int64_t all = job->batch * (job->gain ? job->op->norm_groups : 1);
+    for (int64_t i = all * part / job->norm_parts; i < all * (part + 1) / job->norm_parts; i++)
+      make_gains(job, i);
+    return;
+  }
+  part -= job->norm_parts;
+  int64_t first = job->units * part / job->unpack_parts;
+  int64_t last = job->units * (part + 1) / job->unpack_parts;
+  CALL_KERNEL(job->op->unpack, (int64_t)(job->nibbles + first * UNIT / 2),
+              (int64_t)(job->unpacked + first * UNIT), last - first);
 }
 
 /* Where the weights' elements are from a pixel's place in the image, in bytes. */
 static void make_offsets(Job *job) {
   const Conv *op = job->op;
-  int64_t k = 0, tap = 0;
+  int64_t k = 0, taps = op->kernel[0] * op->kernel[1];
+  for (int64_t i = 0, tap = 0; i < op->kernel[0]; i++)
+    for (int64_t j = 0; j < op->kernel[1]; j++) {
+      int64_t at = i * op->dilations[0] * job->pitch;
+      at += job->copies > 1 ? j * job->copy : j * op->dilations[1];
+      job->taps[tap++] = (int32_t)(4 * at);
+    }
   for (int64_t c = 0; c < job->channels; c++)
-    for (int64_t i = 0; i < op->kernel[0]; i++)
-      for (int64_t j = 0; j < op->kernel[1]; j++) {
-        int64_t at = i * op->dilations[0] * job->pitch + j * op->dilations[1];
-        job->offsets[k++] = (int32_t)(4 * (c * job->plane + at));
-        if (c == 0) job->taps[tap++] = (int32_t)(4 * at);
-      }
+    for (int64_t tap = 0; tap < taps; tap++)
+      job->offsets[k++] = (int32_t)(4 * c * job->plane) + job->taps[tap];
   while (k < 4 * job->fours) job->offsets[k++] = 0; /* these weights are zero */
 }
 
+/* What a thread works with: the padded image [channels, copies, rows, pitch] behind a strip, each
+ * pixel's range over the channels in two more planes, and one tile of patches and of outputs. */
 typedef struct {
   float *image, *low, *high, *scales, *tile;
   char *patches;
 } Work;
 
-static Work work_at(const Job *job, int64_t slot) {
-  Work work = {.image = (float *)(job->work + slot * job->work_bytes)};
+static Work work_at(const Job *job, int64_t thread) {
+  Work work = {.image = (float *)(job->work + thread * job->work_bytes)};
   work.low = work.image + job->channels * job->plane;
   work.high = work.low + job->plane;
   work.scales = work.high + job->plane;
-  work.tile = work.scales + 2 * LANES * VECTORS;
-  work.patches = (char *)(work.tile + OUTPUTS * LANES * VECTORS);
+  work.tile = work.scales + 2 * TILE;
+  work.patches = (char *)(work.tile + OUTPUTS * job->groups * TILE);
   return work;
 }
 
-/* The padded image behind a strip of outputs, from row `top` and column `left` of x. */
-static void fill_image(const Job *job, const Work *work, int64_t b, int64_t top, int64_t left,
-                       int64_t rows, int64_t columns) {
+/* Part of the output: `rows` from `top` of image b by `columns` from `left`. */
+typedef struct {
+  int64_t b, top, left, rows, columns, pixels; /* pixels: places in the image from first to last */
+} Strip;
+
+static Strip strip_at(const Job *job, int64_t number) {
+  int64_t across = up_to(job->columns, job->strip_columns) / job->strip_columns;
+  Strip strip = {.b = number / job->strips, .left = number % across * job->strip_columns,
+                 .top = number % job->strips / across * job->strip_rows};
+  strip.rows = smaller(job->strip_rows, job->rows - strip.top);
+  strip.columns = smaller(job->strip_columns, job->columns - strip.left);
+  strip.pixels = job->aligned ? strip.rows * strip.columns
+                              : (strip.rows - 1) * job->pitch + strip.columns;
+  return strip;
+}
+
+/* Pixels from row y and column x on, through norm and activation, to a place in the image. */
+static void activate(const Job *job, const Work *work, int64_t b, int64_t y, int64_t x,
+                     int64_t pixels, int64_t place) {
+  CALL_KERNEL(job->op->activate, (int64_t)(job->x + (b * job->channels * job->h + y) * job->w + x),
+              4 * job->h * job->w, (int64_t)(work->image + place), 4 * job->plane,
+              (int64_t)(work->low + place), (int64_t)(work->high + place), pixels, job->channels,
+              (int64_t)(job->gains + 2 * b * job->channels), job->op->slope);
+}
+
+/* An image whose rows are padded. */
+static void fill_padded(const Job *job, const Work *work, const Strip *strip) {
+  const Conv *op = job->op;
+  int64_t top = strip->top - op->before[0], left = strip->left - op->before[1];
+  int64_t rows = strip->rows + op->dilations[0] * (op->kernel[0] - 1);
+  int64_t columns = strip->columns + op->dilations[1] * (op->kernel[1] - 1);
   int64_t before = smaller(larger(-left, 0), columns), from = left + before;
   int64_t known = larger(smaller(job->w - from, columns - before), 0);
   for (int64_t row = 0; row < rows; row++) {
     int64_t y = top + row, inside = y >= 0 && y < job->h ? known : 0;
-    float *line = work->image + row * job->pitch;
+    int64_t place = job->lead + row * job->pitch;
     for (int64_t c = 0; c < job->channels + 2; c++) { /* low and high follow the image */
-      float *one = line + c * job->plane;
-      memset(one, 0, (size_t)before * sizeof *one);
-      memset(one + before + inside, 0, (size_t)(columns - before - inside) * sizeof *one);
+      float *one = work->image + c * job->plane + place;
+      for (int64_t i = 0; i < before; i++) one[i] = 0;
+      for (int64_t i = before + inside; i < columns; i++) one[i] = 0;
     }
-    if (!inside) continue;
-    int64_t low = row * job->pitch + before;
-    CALL_KERNEL(job->op->activate,
-                (int64_t)(job->x + (b * job->channels * job->h + y) * job->w + from),
-                4 * job->h * job->w, (int64_t)(line + before), 4 * job->plane,
-                (int64_t)(work->low + low), (int64_t)(work->high + low), inside, job->channels,
-                (int64_t)(job->gains + 2 * b * job->channels), job->op->slope);
+    if (inside) activate(job, work, strip->b, y, from, inside, place + before);
   }
 }
 
+/* An image for each column of the kernel, shifted by it, whose rows adjoin. */
+static void fill_copies(const Job *job, const Work *work, const Strip *strip) {
+  const Conv *op = job->op;
+  int64_t top = strip->top - op->before[0], w = job->w;
+  int64_t rows = strip->rows + op->dilations[0] * (op->kernel[0] - 1);
+  int64_t above = smaller(larger(-top, 0), rows);
+  int64_t inside = larger(smaller(job->h - top, rows) - above, 0), all = rows * w;
+  int64_t here = op->before[1] / op->dilations[1] * job->copy; /* that which is not shifted */
+  if (inside) activate(job, work, strip->b, top + above, 0, inside * w, here + above * w);
+  for (int64_t c = 0; c < job->channels + 2; c++) { /* low and high follow the image */
+    const float *from = work->image + c * job->plane + here;
+    memset((float *)from, 0, (size_t)(above * w) * sizeof *from);
+    memset((float *)from + (above + inside) * w, 0,
+           (size_t)(all - (above + inside) * w) * sizeof *from);
+    for (int64_t j = 0; j < job->copies; j++) {
+      float *to = work->image + c * job->plane + j * job->copy;
+      int64_t shift = j * op->dilations[1] - op->before[1], off = shift < 0 ? -shift : shift;
+      if (!shift) continue;
+      off = smaller(off, w);
+      if (off < w)
+        memcpy(shift < 0 ? to + off : to, shift < 0 ? from : from + off,
+               (size_t)(all - off) * sizeof *to);
+      for (float *row = shift < 0 ? to : to + w - off; row < to + all; row += w)
+        for (int64_t i = 0; i < off; i++) row[i] = 0;
+    }
+  }
+}
+
+static void fill(const Job *job, const Work *work, const Strip *strip) {
+  if (job->copies > 1)
+    fill_copies(job, work, strip);
+  else
+    fill_padded(job, work, strip);
+}
+
+/* Patches of a tile, from pixel `at` of a strip; how many vectors they are. */
+static int64_t pack(const Job *job, const Work *work, const Strip *strip, int64_t at,
+                    char *patches, float *scales) {
+  int64_t vectors = up_to(smaller(strip->pixels - at, TILE), LANES) / LANES;
+  for (int64_t v = 0; v < vectors; v++) {
+    int64_t first = at + LANES * v;
+    if (job->aligned) first = first / strip->columns * job->pitch + first % strip->columns;
+    first += job->lead;
+    CALL_KERNEL(job->op->pack, (int64_t)(work->image + first), (int64_t)(work->low + first),
+                (int64_t)(work->high + first), (int64_t)job->offsets, job->fours,
+                (int64_t)job->taps, job->op->kernel[0] * job->op->kernel[1],
+                (int64_t)(patches + 4 * LANES * v), 4 * LANES * vectors,
+                (int64_t)(scales + 2 * LANES * v));
+  }
+  return vectors;
+}
+
 /* From a tile to y: past the pixels between rows, and each phase of a transposed convolution to its
- * place. The tile is `outputs` of `pixels` from place `at` of the image. */
-static void scatter(const Job *job, const float *tile, int64_t b, int64_t top, int64_t left,
-                    int64_t columns, int64_t at, int64_t output, int64_t outputs, int64_t pixels) {
-  int64_t stride = job->op->stride, image = job->op->n * job->rows * job->y_w;
+ * place. The tile is `outputs` of `pixels` from place `at` of the strip's image. */
+static void scatter(const Job *job, const float *tile, const Strip *strip, int64_t at,
+                    int64_t output, int64_t outputs, int64_t pixels) {
+  int64_t stride = job->op->stride, image = job->op->n * job->rows * job->y_w, b = strip->b;
   const float *residual = job->residual ? job->residual + b * (job->residual_step - image) : NULL;
-  for (int64_t o = output; o < output + outputs; o++, tile += LANES * VECTORS) {
-    int64_t first = (b * job->op->n + o / stride) * job->rows + top;
+  for (int64_t o = output; o < output + outputs; o++, tile += TILE) {
+    int64_t first = (b * job->op->n + o / stride) * job->rows + strip->top;
     for (int64_t i = 0; i < pixels; i++) {
       int64_t row = (at + i) / job->pitch, column = (at + i) % job->pitch;
-      int64_t to = (left + column) * stride + o % stride - job->op->crop;
-      if (column >= columns || to < 0 || to >= job->y_w) continue;
+      int64_t to = (strip->left + column) * stride + o % stride - job->op->crop;
+      if (column >= strip->columns || to < 0 || to >= job->y_w) continue;
       to += (first + row) * job->y_w;
       job->y[to] = tile[i] + (residual ? residual[to] : 0);
     }
   }
 }
 
-static int64_t take_slot(Job *job) {
-  uint64_t busy = atomic_load(&job->busy);
-  int slot;
-  do slot = __builtin_ctzll(~busy);
-  while (!atomic_compare_exchange_weak(&job->busy, &busy, busy | 1ull << slot));
-  return slot;
+/* Outputs of the groups from `first` to `last` of a tile of patches. */
+static void multiply(const Job *job, const Work *work, const Strip *strip, int64_t at,
+                     const char *patches, const float *scales, int64_t first, int64_t last) {
+  const Conv *op = job->op;
+  int64_t pixels = smaller(strip->pixels - at, TILE), vectors = up_to(pixels, LANES) / LANES;
+  int64_t output = OUTPUTS * first, outputs = smaller(OUTPUTS * last, job->n) - output;
+  int64_t to = ((strip->b * job->n + output) * job->rows + strip->top) * job->y_w + strip->left + at;
+  int direct = job->aligned && op->stride == 1;
+  const float *residual = direct ? job->residual : NULL;
+  if (residual) residual += strip->b * (job->residual_step - op->n * job->rows * job->y_w) + to;
+  CALL_KERNEL(op->multiply[vectors - 1], (int64_t)patches, (int64_t)scales,
+              (int64_t)(job->codes + first * job->fours * 4 * OUTPUTS),
+              (int64_t)(job->numbers + first * (job->blocks + 1) * OUTPUTS), job->fours,
+              op->block / 4, (int64_t)(direct ? job->y + to : work->tile),
+              direct ? 4 * job->rows * job->y_w : 4 * TILE, pixels, outputs,
+              (int64_t)(job->biases + output), (int64_t)residual);
+  if (!direct) scatter(job, work->tile, strip, at, output, outputs, pixels);
+}
+
+/* All of one strip, a tile's patches being used at once. */
+static void convolve(void *given, int64_t part, int64_t thread) {
+  const Job *job = given;
+  Strip strip = strip_at(job, part);
+  Work work = work_at(job, thread);
+  fill(job, &work, &strip);
+  for (int64_t at = 0; at < strip.pixels; at += TILE) {
+    pack(job, &work, &strip, at, work.patches, work.scales);
+    multiply(job, &work, &strip, at, work.patches, work.scales, 0, job->groups);
+  }
+}
+
+/* The patches of one strip, kept. */
+static void pack_strip(void *given, int64_t part, int64_t thread) {
+  const Job *job = given;
+  Strip strip = strip_at(job, part);
+  Work work = work_at(job, thread);
+  fill(job, &work, &strip);
+  for (int64_t at = 0, tile = part * job->tiles; at < strip.pixels; at += TILE, tile++)
+    pack(job, &work, &strip, at, job->kept + tile * 4 * TILE * job->fours,
+         job->kept_scales + tile * 2 * TILE);
 }
 
 /* Some outputs of one strip. */
-static void convolve(void *given, size_t part) {
-  Job *job = given;
-  const Conv *op = job->op;
-  int64_t piece = job->first + (int64_t)part, split = piece % job->splits;
-  int64_t strip = piece / job->splits;
-  int64_t across = up_to(job->columns, job->strip_columns) / job->strip_columns;
-  int64_t b = strip / job->strips, left = strip % across * job->strip_columns;
-  int64_t top = strip % job->strips / across * job->strip_rows;
-  int64_t rows = smaller(job->strip_rows, job->rows - top);
-  int64_t columns = smaller(job->strip_columns, job->columns - left);
-  int64_t slot = take_slot(job);
-  Work work = work_at(job, slot);
-  fill_image(job, &work, b, top - op->before[0], left - op->before[1],
-             rows + op->dilations[0] * (op->kernel[0] - 1),
-             columns + op->dilations[1] * (op->kernel[1] - 1));
-  int64_t end = job->aligned ? rows * columns : (rows - 1) * job->pitch + columns;
-  int direct = job->aligned && op->stride == 1;
-  int64_t y_stride = 4 * job->rows * job->y_w;
-  const float *residual = job->residual;
-  if (residual) residual += b * (job->residual_step - op->n * job->rows * job->y_w);
-  for (int64_t at = 0; at < end; at += LANES * VECTORS) {
-    int64_t pixels = smaller(end - at, LANES * VECTORS), vectors = up_to(pixels, LANES) / LANES;
-    for (int64_t v = 0; v < vectors; v++) {
-      int64_t first = at + LANES * v;
-      if (job->aligned) first = first / columns * job->pitch + first % columns;
-      CALL_KERNEL(op->pack, (int64_t)(work.image + first), (int64_t)(work.low + first),
-                  (int64_t)(work.high + first), (int64_t)job->offsets, job->fours,
-                  (int64_t)job->taps, op->kernel[0] * op->kernel[1],
-                  (int64_t)(work.patches + 4 * LANES * v), 4 * LANES * vectors,
-                  (int64_t)(work.scales + 2 * LANES * v));
-    }
-    for (int64_t group = job->groups * split / job->splits;
-         group < job->groups * (split + 1) / job->splits; group++) {
-      int64_t output = OUTPUTS * group, outputs = smaller(OUTPUTS, job->n - output);
-      int64_t to = ((b * job->n + output) * job->rows + top) * job->y_w + left + at;
-      CALL_KERNEL(op->multiply[vectors - 1], (int64_t)work.patches, (int64_t)work.scales,
-                  (int64_t)(job->codes + group * job->fours * 4 * OUTPUTS),
-                  (int64_t)(job->numbers + group * (job->blocks + 1) * OUTPUTS), job->fours,
-                  op->block / 4, (int64_t)(direct ? job->y + to : work.tile),
-                  direct ? y_stride : 4 * LANES * VECTORS, pixels, outputs,
-                  (int64_t)(job->biases + output),
-                  direct && residual ? (int64_t)(residual + to) : (int64_t)0);
-      if (!direct)
-        scatter(job, work.tile, b, top, left, columns, at, output, outputs, pixels);
-    }
-  }
-  atomic_fetch_and(&job->busy, ~(1ull << slot));
+static void multiply_strip(void *given, int64_t part, int64_t thread) {
+  const Job *job = given;
+  int64_t number = part / job->splits, split = part % job->splits;
+  Strip strip = strip_at(job, number);
+  Work work = work_at(job, thread);
+  for (int64_t at = 0, tile = number * job->tiles; at < strip.pixels; at += TILE, tile++)
+    multiply(job, &work, &strip, at, job->kept + tile * 4 * TILE * job->fours,
+             job->kept_scales + tile * 2 * TILE, job->groups * split / job->splits,
+             job->groups * (split + 1) / job->splits);
 }
 
-/* How the work is cut up: by strips, and by outputs where the image is too small for that. */
+/* The rows of a strip's image. They are padded; but those that would leave lanes empty adjoin. */
+static void lay_out(Job *job) {
+  const Conv *op = job->op;
+  int64_t along = op->dilations[1] * (op->kernel[1] - 1);
+  int whole = job->rows == 1 || job->columns % LANES == 0;
+  job->lead = 0, job->copies = 1, job->pitch = job->strip_columns + along;
+  if (!whole && job->columns == job->w && op->before[1] % op->dilations[1] == 0 &&
+      op->before[1] <= along) {
+    job->copies = op->kernel[1], job->pitch = job->columns;
+  } else if (whole && job->rows > 1) { /* rows begin a cache line where they are read most often */
+    job->lead = (up_to(op->before[1], LANES) - op->before[1]) % LANES;
+    job->pitch = up_to(job->pitch, LANES);
+  }
+  job->aligned = whole || job->pitch == job->columns;
+}
+
+/* How the work is cut up: by strips, and by outputs where there would be few. */
 static void cut(Job *job) {
   const Conv *op = job->op;
   int64_t down = op->dilations[0] * (op->kernel[0] - 1);
   int64_t along = op->dilations[1] * (op->kernel[1] - 1), pixels = job->rows * job->columns;
-  int64_t wanted = smaller(larger(job->n * job->fours * 4 * pixels / PART_WORK, 1), 8);
+  int64_t wanted = smaller(larger(job->n * job->fours * 4 * pixels / STRIP_WORK, 1), 8);
   int64_t held = IMAGE_BYTES / 4 / (job->channels + 2);
-  int64_t strips = larger(smaller(wanted, pixels / STRIP_PIXELS), 1);
+  int64_t strips = smaller(wanted, larger(pixels / STRIP_PIXELS, 2));
   job->strip_rows = job->rows, job->strip_columns = job->columns;
   if (job->rows == 1) {
-    int64_t most = larger(held - along, LANES * VECTORS);
+    int64_t most = larger(held - along, TILE);
     strips = larger(strips, up_to(job->columns, most) / most);
     int64_t each = up_to(job->columns, strips) / strips;
-    job->strip_columns = smaller(up_to(each, LANES * VECTORS), job->columns);
+    job->strip_columns = smaller(up_to(each, TILE), job->columns);
     job->strips = up_to(job->columns, job->strip_columns) / job->strip_columns;
+    lay_out(job);
   } else {
-    int64_t most = larger(held / (job->columns + along) - down, 1);
+    lay_out(job);
+    int64_t most = larger(held / (job->copies * job->pitch) - down, 1);
     strips = larger(strips, up_to(job->rows, most) / most);
     job->strip_rows = up_to(job->rows, strips) / strips;
     job->strips = up_to(job->rows, job->strip_rows) / job->strip_rows;
   }
   job->splits = wanted / (job->strips * larger(job->batch, 1));
-  job->splits = smaller(job->groups / SPLIT_GROUPS, job->splits);
-  job->splits = larger(job->splits, 1);
-  job->pitch = job->strip_columns + along;
-  /* An odd number of cache lines: channels do not fall on each other. */
-  job->plane = ((job->strip_rows + down) * job->pitch + LANES) / LANES * LANES;
+  job->splits = larger(smaller(job->groups / SPLIT_GROUPS, job->splits), 1);
+  job->copy = up_to((job->strip_rows + down) * job->pitch + job->lead, LANES);
+  /* An odd number of cache lines: channels do not fall on each other. What the last vector of a
+   * strip reads past its end is in the line that is left over. */
+  job->plane = job->copies * job->copy + LANES;
   if (job->plane / LANES % 2 == 0) job->plane += LANES;
-  job->work_bytes = 4 * ((job->channels + 2) * job->plane + 2 * LANES * VECTORS +
-                         OUTPUTS * LANES * VECTORS + LANES * VECTORS * job->fours);
+  job->tiles = up_to(job->strip_rows * job->pitch, TILE) / TILE;
+  job->work_bytes = 4 * ((job->channels + 2) * job->plane + 2 * TILE +
+                         OUTPUTS * job->groups * TILE + TILE * job->fours);
   job->work_bytes = up_to(job->work_bytes + 64, 64);
 }
 
@@ -382,8 +488,8 @@ static Status measure(Job *job, const Tensor *x, const Tensor *residual, int64_t
     return fail("%s: residual is not shaped as the output, [%lld, %lld, ...]", op->name,
                 (long long)dims[0], (long long)dims[1]);
   cut(job);
-  job->aligned = job->rows == 1 || job->columns % LANES == 0;
-  if (4 * (job->channels + 2) * job->plane > INT32_MAX)
+  if (4 * (job->channels + 2) * job->plane > INT32_MAX ||
+      job->batch * job->strips * job->splits > MOST_PARTS)
     return fail("%s: rows of %lld pixels of %lld channels are too long", op->name,
                 (long long)job->columns, (long long)job->channels);
   return NULL;
@@ -402,40 +508,39 @@ static Status compute(void *self, void *context) {
   TRY(get_output(context, 0, dims, in[X].rank, (void **)&job.y));
   if (!job.batch) return NULL;
 
-  int64_t parts = job.batch * job.strips * job.splits, slots = smaller(parts, MAX_PARTS);
-  int64_t code_bytes = up_to(job.groups * job.fours * 4 * OUTPUTS, UNIT);
-  int64_t biases = up_to(4 * OUTPUTS * job.groups, 64), codes = op->bits == 4 ? code_bytes : 0;
-  int64_t moments = up_to(8 * job.batch * larger(op->norm_groups, 1), 64);
-  int64_t gains = up_to(8 * job.batch * job.channels, 64), offsets = up_to(16 * job.fours, 64);
+  int64_t strips = job.batch * job.strips, all = job.batch * (job.gain ? op->norm_groups : 1);
+  job.units = up_to(job.groups * job.fours * 4 * OUTPUTS, UNIT) / UNIT;
+  int64_t biases = up_to(4 * OUTPUTS * job.groups, 64), codes = op->bits == 4 ? job.units * UNIT : 0;
+  int64_t moments = up_to(8 * all, 64), gains = up_to(8 * job.batch * job.channels, 64);
+  int64_t offsets = up_to(16 * job.fours, 64);
   int64_t taps = up_to(4 * op->kernel[0] * op->kernel[1], 64);
-  char *memory = scratch((size_t)(biases + codes + moments + gains + offsets + taps +
-                                  slots * job.work_bytes));
+  int64_t tiles = job.splits > 1 ? strips * job.tiles : 0, kept = tiles * 4 * TILE * job.fours;
+  char *memory = scratch((size_t)(biases + codes + moments + gains + offsets + taps + kept +
+                                  tiles * 8 * TILE + MOST_THREADS * job.work_bytes));
   if (!memory) return fail("%s: out of memory", op->name);
   job.biases = (float *)memory, memory += biases;
-  if (codes) {
-    CALL_KERNEL(op->unpack, (int64_t)in[WEIGHTS].data, (int64_t)memory, codes / UNIT);
-    job.codes = memory, memory += codes;
-  }
-  job.numbers = (const float *)((char *)in[WEIGHTS].data + code_bytes * op->bits / 8);
+  job.nibbles = in[WEIGHTS].data;
+  job.numbers = (const float *)(job.nibbles + job.units * UNIT * op->bits / 8);
+  if (codes) job.codes = job.unpacked = memory, memory += codes;
   job.moments = (float *)memory, memory += moments;
   job.gains = (float *)memory, memory += gains;
   job.offsets = (int32_t *)memory, memory += offsets;
   job.taps = (int32_t *)memory, memory += taps;
+  job.kept = memory, memory += kept;
+  job.kept_scales = (float *)memory, memory += tiles * 8 * TILE;
   job.work = memory;
   for (int64_t i = 0; i < OUTPUTS * job.groups; i++)
     job.biases[i] = job.bias && i < job.n ? job.bias[i / op->stride] : 0;
   make_offsets(&job);
-  if (job.gain) {
-    int64_t all = job.batch * op->norm_groups;
-    job.norm_parts = larger(smaller(smaller(all, 8), in[X].count / NORM_WORK), 1);
-    TRY(run_parts(context, norm, job.norm_parts, &job));
-  }
-  make_gains(&job);
-  for (int64_t first = 0; first < parts; first += MAX_PARTS) {
-    job.first = first;
-    TRY(run_parts(context, convolve, smaller(parts - first, MAX_PARTS), &job));
-  }
-  return NULL;
+  job.norm_parts = job.gain ? larger(smaller(smaller(all, 8), in[X].count / NORM_WORK), 1) : 1;
+  job.unpack_parts = codes ? larger(smaller(job.units / UNPACK_WORK, 8), 1) : 0;
+  Phase phases[] = {
+      {.part = prepare, .job = &job, .parts = (int32_t)(job.norm_parts + job.unpack_parts)},
+      {.part = convolve, .job = &job, .parts = (int32_t)strips},
+      {.part = multiply_strip, .job = &job, .parts = (int32_t)(strips * job.splits)},
+  };
+  if (job.splits > 1) phases[1].part = pack_strip;
+  return run_phases(context, phases, job.splits > 1 ? 3 : 2);
 }
 
 static Status infer(const CustomOp *self, void *context) {

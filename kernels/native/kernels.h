@@ -45,6 +45,14 @@ typedef int (*pack_patches_fn)(void *, void **, int64_t image, int64_t low, int6
 typedef int (*conv_fn)(void *, void **, int64_t patches, int64_t scales, int64_t codes,
                        int64_t numbers, int64_t fours, int64_t block, int64_t y, int64_t y_stride,
                        int64_t pixels, int64_t outputs, int64_t bias, int64_t residual);
+typedef int (*round_keys_fn)(void *, void **, int64_t x, int64_t x_stride, int64_t width,
+                             int64_t keys, int64_t codes, int64_t numbers, double factor);
+typedef int (*round_values_fn)(void *, void **, int64_t x, int64_t x_stride, int64_t width,
+                               int64_t keys, int64_t codes, int64_t numbers, int64_t room);
+typedef int (*scores_fn)(void *, void **, int64_t queries, int64_t scales, int64_t codes,
+                         int64_t numbers, int64_t fours, int64_t keys, int64_t y, int64_t peak);
+typedef int (*shares_fn)(void *, void **, int64_t scores, int64_t peak, int64_t scales,
+                         int64_t fours, int64_t out);
 
 /* Name of the variant in use, and why; NULL with the reason when there is none. Decided once. */
 EXPORT const char *leangen_kernels_variant(const char **reason);

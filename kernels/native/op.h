@@ -70,7 +70,7 @@ Status run_parts(void *context, void (*part)(void *, size_t), int64_t parts, voi
 /* Work that begins when that of the phase before has ended: part(job, i, thread) for each i below
  * `parts`, by any thread and in any order. Neighbours are mostly run by one thread, in order.
  * `thread` is below MOST_THREADS and no other part runs with it meanwhile. */
-enum { MOST_THREADS = 64 };
+enum { MOST_THREADS = 64, MOST_PARTS = 1 << 27 };
 typedef struct {
   void (*part)(void *job, int64_t i, int64_t thread);
   void (*ask)(const void *job, int64_t i); /* for what part i will miss in the cache; or NULL */

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from collections.abc import Callable
 
 from leangen.console import print_json, say
@@ -62,7 +61,9 @@ def run(args: argparse.Namespace) -> int:
     states = [budgets.spent(limit, book, now) for limit in kept if limit.per != "request"]
     requests = [limit for limit in kept if limit.per == "request"]
     if args.json:
-        rows = [{"name": limit.name, "budget": dataclasses.asdict(limit)} for limit in requests]
+        from dataclasses import asdict
+
+        rows = [{"name": limit.name, "budget": asdict(limit)} for limit in requests]
         print_json([state.to_json() for state in states] + rows)
         return 0
     for state in states:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +64,8 @@ def _option(text: str) -> tuple[str, Any]:
 
 def run(args: argparse.Namespace) -> int:
     """Export, and compare with torch when asked; 2 where they differ."""
+    from dataclasses import asdict
+
     from leangen import exporters, host, probe
 
     given = {name: getattr(args, name) for name in ("form", "family", "weights")}

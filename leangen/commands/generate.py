@@ -33,13 +33,13 @@ def declare(add: Callable[..., argparse.ArgumentParser]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Stream the text, save what else came, and print the receipt."""
-    from leangen import api, media, report
-    from leangen.engine import Engine
+    import leangen as lg
+    from leangen import media, report
     from leangen.families import properties
     from leangen.preview import Preview
 
     prompt, options = request(args)
-    engine = api.load(
+    engine = lg.load(
         args.model,
         threads=args.threads,
         region=args.region,
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
         media.suffix_for(kind, args.output)  # before the work, not after it
     stream = engine.stream(prompt, **options)
     sample, seen, made_s = 0, Preview(sys.stderr), 0.0
-    sound = isinstance(engine, Engine) and engine.family.UNIT == "audio-second"
+    sound = isinstance(engine, lg.Engine) and engine.family.UNIT == "audio-second"
     for step in stream:
         if step.picture is not None:
             seen.show(step.picture)

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from leangen.charts import si
 from leangen.console import print_json, progress_bar, say
 from leangen.errors import RequestError
 
@@ -74,6 +73,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _lines(found: Sequence[Finding]) -> list[str]:
     """Findings that are alike together: what, where, cost, remedy."""
+    from leangen.charts import si
+
     if not found:
         return ["no trap found"]
     alike: dict[tuple[str, str, str], list[Finding]] = defaultdict(list)

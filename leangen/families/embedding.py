@@ -65,8 +65,8 @@ class Request:
 
 def prepare(session: Session) -> None:
     """Open the graph and read the tokenizer."""
+    tokenizer(session)  # first: the graph may be opening meanwhile, see Session.open_ahead
     session.graph("model")
-    tokenizer(session)
 
 
 def run(session: Session, request: Request) -> Generator[Step, None, Output]:

@@ -49,8 +49,8 @@ CONFIG_KEYS = (
 
 def prepare(session: Session) -> None:
     """Open the graph and read the tokenizer."""
+    tokenizer(session)  # first: the graph may be opening meanwhile, see Session.open_ahead
     session.graph("model")
-    tokenizer(session)
 
 
 def run(session: Session, request: Request) -> Generator[Step, None, Output]:

@@ -27,7 +27,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +108,13 @@ class Ledger:
         except (ValueError, TypeError) as error:
             raise RequestError(f"receipt {receipt.id} cannot be kept: {error}") from error
         return self._committer.submit(ticket)
+
+    def writing(self) -> AbstractContextManager[None]:
+        """Keep the thread that writes; without it there is one while there is something to write.
+
+        What serves for long does so: a thread may not begin when memory is short.
+        """
+        return self._committer.held()
 
     def flush(self) -> None:
         """Wait until all that was appended is on the disk.

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
+from leangen import clock
 from leangen.errors import LeangenError, StorageError
 from leangen.ledger.rows import Row, Window
 
 STOPPED = StorageError("the ledger's writer stopped unexpectedly")
+NO_MEMORY = StorageError("the ledger had no memory to write a receipt: it is lost")
+NO_MEMORY_S = 0.05
+"""How long the thread waits for some."""
 
 
 class Ticket:
@@ -53,9 +58,9 @@ class Ticket:
 class Committer:
     """Hands queued tickets in groups to `commit`, which writes and settles them.
 
-    The thread lives while there is something to write. It is no daemon, so an interpreter that ends
-    waits for it: what was queued is written also when nobody waits. A fork's child leaves to its
-    parent what the parent queued.
+    The thread lives while there is something to write, or as long as `held`. It is no daemon, so an
+    interpreter that ends waits for it: what was queued is written also when nobody waits. A fork's
+    child leaves to its parent what the parent queued.
     """
 
     def __init__(self, commit: Callable[[Sequence[Ticket]], None]) -> None:
@@ -65,27 +70,49 @@ class Committer:
     def forget(self) -> None:
         """Start empty, as a fork's child must."""
         self._lock = threading.Lock()
-        self._idle = threading.Condition(self._lock)
+        self._changed = threading.Condition(self._lock)
         self._queue: list[Ticket] = []
         self._failed: list[Ticket] = []
-        self._busy = False
+        self._held = self._running = self._writing = False
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep one thread meanwhile.
+
+        For servers: when memory is short, Python may wait for ever for a thread that could not
+        begin.
+        """
+        with self._lock:
+            start, self._held, self._running = not self._running, True, True
+        try:
+            if start:
+                self._start()
+            yield
+        finally:
+            with self._lock:
+                self._held = False
+                self._changed.notify_all()
 
     def submit(self, ticket: Ticket) -> Ticket:
         """Queue a receipt."""
         with self._lock:
             self._queue.append(ticket)
-            start, self._busy = not self._busy, True
+            start, self._running = not self._running, True
+            self._changed.notify_all()
         if start:
             try:
-                threading.Thread(target=self._run, name="leangen-ledger").start()
-            except RuntimeError:  # the interpreter is ending and starts no more threads
+                self._start()
+            except (RuntimeError, MemoryError):  # the interpreter is ending, or there is no thread
                 self._run()
         return ticket
 
+    def _start(self) -> None:
+        threading.Thread(target=self._run, name="leangen-ledger").start()
+
     def drain(self) -> None:
         """Wait until nothing is queued or being written; failures stay with their tickets."""
-        with self._idle:
-            self._idle.wait_for(lambda: not self._busy)
+        with self._changed:
+            self._changed.wait_for(lambda: not self._queue and not self._writing)
 
     def flush(self) -> None:
         """Wait as `drain` does, then raise the first failure that nobody has met yet."""
@@ -101,33 +128,41 @@ class Committer:
 
     def _run(self) -> None:
         try:
-            while self._write_group():
-                pass
+            while True:
+                try:
+                    if not self._write_group():
+                        return
+                except MemoryError:  # there may be some again in a moment
+                    clock.sleep(NO_MEMORY_S)
         except BaseException:  # a mistake in leangen: nobody may wait for ever because of it
             with self._lock:
-                self._busy = False
+                self._running = False
                 for ticket in self._queue:
                     ticket.settle(STOPPED)
                 self._queue.clear()
-                self._idle.notify_all()
+                self._changed.notify_all()
             raise
 
     def _write_group(self) -> bool:
-        """Write what is queued; False when that was nothing."""
-        with self._lock:
+        """Write what is queued, wait for it while held; False when there is nothing."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._queue or not self._held)
             group, self._queue = self._queue, []
-            if not group:
-                self._busy = False
-                self._idle.notify_all()
-                return False
+            self._writing = self._running = bool(group)
+        if not group:
+            return False
         error: LeangenError = STOPPED
         try:
             self._commit(group)
         except LeangenError as known:
             error = known
+        except MemoryError:
+            error = NO_MEMORY
         finally:
             for ticket in group:
                 ticket.settle(error)  # those that `commit` has settled stay as they are
             with self._lock:
                 self._failed += [ticket for ticket in group if ticket.untold is not None]
+                self._writing = False
+                self._changed.notify_all()
         return True

@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any
 
 from leangen import clock, energy, meters
-from leangen.engine import Result
+from leangen.engine import Result, close_at_exit
 from leangen.errors import RequestError
 from leangen.ledger import Ticket
 from leangen.pipeline import accounts, ports, template
@@ -128,6 +128,7 @@ class PipelineStream(Iterator[Step]):
         self._legs: list[Leg] = []
         self._tickets: list[Ticket | None] = []
         self._steps = self._run(pipeline, inputs)
+        close_at_exit(self)
 
     def __iter__(self) -> Iterator[Step]:
         return self

@@ -33,11 +33,12 @@ def create(server: Server) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        server.models.start()
-        await _start_helpers()
-        yield
-        await asyncio.to_thread(server.models.stop, server.options.grace_s)
-        await asyncio.to_thread(server.ledger.flush)
+        with server.ledger.writing():
+            server.models.start()
+            await _start_helpers()
+            yield
+            await asyncio.to_thread(server.models.stop, server.options.grace_s)
+            await asyncio.to_thread(server.ledger.flush)
 
     app = FastAPI(
         title="leangen",
