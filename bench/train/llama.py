@@ -122,23 +122,28 @@ class Llama(nn.Module):
     @torch.no_grad()
     def draw(self, count: int, longest: int) -> list[list[int]]:
         """Sequences between two tokens 0, at temperature 1; what has not ended by then is cut."""
-        token = torch.zeros(count, 1, dtype=torch.int64, device=self.cos.device)
+        weight = self.token_embd.weight
+        rows: list[list[int]] = [[] for _ in range(count)]
+        going = torch.arange(count, device=weight.device)
+        token = torch.zeros_like(going)
         pasts: list[list[Tensor]] = [[] for _ in self.blk]
-        drawn, mask = [], torch.zeros(1, 1, device=token.device)
+        mask = torch.zeros(1, 1, dtype=weight.dtype, device=weight.device)
         for place in range(longest):
-            x = self.token_embd(token)
-            if torch.is_autocast_enabled(x.device.type):
-                x = x.bfloat16()
+            x = self.token_embd(token[:, None])
             cos, sin = (table[place : place + 1].to(x.dtype) for table in (self.cos, self.sin))
             for layer, past in zip(self.blk, pasts, strict=True):
-                x = layer(x, cos, sin, mask.to(x.dtype), past)
-            logits = F.linear(self.output_norm(x), self.token_embd.weight)[:, 0].float()
-            token = torch.multinomial(logits.softmax(-1), 1)
-            drawn.append(token)
-            if bool((torch.cat(drawn, 1) == 0).any(1).all()):
+                x = layer(x, cos, sin, mask, past)
+            logits = F.linear(self.output_norm(x), weight)[:, 0].float()
+            token = torch.multinomial(logits.softmax(-1), 1)[:, 0]
+            kept = token.nonzero()[:, 0]
+            if len(kept) < len(token):  # those that ended cost nothing more
+                going, token = going[kept], token[kept]
+                pasts = [[each[kept] for each in past] for past in pasts]
+            if not len(going):
                 break
-        rows = torch.cat(drawn, 1).tolist()
-        return [row[: row.index(0)] if 0 in row else row for row in rows]
+            for i, chosen in zip(going.tolist(), token.tolist(), strict=True):
+                rows[i].append(chosen)
+        return rows
 
     def forward(self, tokens: Tensor) -> Tensor:
         return F.linear(self.hidden(tokens), self.token_embd.weight)

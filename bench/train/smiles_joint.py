@@ -29,20 +29,18 @@ from llama import Llama
 from rdkit import Chem
 from rdkit.Chem import QED, Crippen
 from shared import DEVICE, packed_size, parameters, write_card
-from smiles_lm import (
+from smiles_gguf import read_gguf, write_gguf
+from smiles_shared import (
     NOTHING,
     SHAPE,
     Tokens,
     batches,
     encode,
     molecules,
-    muon_and_adam,
     nats_per_molecule,
     padded,
-    read_gguf,
     train,
     train_tokenizer,
-    write_gguf,
 )
 from torch import Tensor
 from torch.nn import functional as F
@@ -50,7 +48,7 @@ from torch.nn import functional as F
 from leangen.catalog import CATALOG, Packaged
 from leangen.console import say
 
-JUDGED = 500
+JUDGED, FITTED, RATE = 500, 10_000, 3e-4
 PROPERTIES = {"logP": Crippen.MolLogP, "QED": QED.qed}
 PLACES = [SHAPE.vocab + i for i in range(len(PROPERTIES))]
 WEIGHT = 0.2
@@ -163,7 +161,7 @@ def main() -> None:
         begun.write_bytes(lzma.decompress(source.path.read_bytes()))
     read_gguf(begun, model)
     before = nats_per_molecule(model, asked)
-    fit(model, rows, wanted)
+    fit(model, rows[:FITTED], wanted[:FITTED])
     drawn = batches(np.array([len(row) for row in rows]), 0)
     skipped = 0
 
@@ -179,7 +177,7 @@ def main() -> None:
 
     curve = train(
         model,
-        muon_and_adam(model, share=0.3),
+        torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.1),
         loss_at,
         lambda share: 1 - share,
         args.steps,

@@ -12,8 +12,8 @@ ENTRIES = (
         summary="molecules as SMILES, 5.6M parameters, trained by bench/train/smiles_lm.py",
         source=Packaged(
             filename="smiles-lm.gguf.xz",
-            sha256="76f04bb5150bfc4c808b2e156cc5a6443814036a8c7fb5346944dedc754c7811",
-            size_bytes=10_161_052,
+            sha256="84d0d3701291e2274909cda6a097016b9bfd4b52ed405fd5aae532779bbdc8db",
+            size_bytes=10_158_704,
             licence="MIT (weights; data MOSES, MIT)",
         ),
         exporter="gguf",
