@@ -72,6 +72,7 @@ ZOO = Show(
             name: (name, {"count": 2, "seed": 1, "conditions": {"label": label}})
             for name, label in (("fashion-gpt", 8), ("fashion-pixelcnn", 7))
         },
+        "prompts-wavenet": ("prompts-wavenet", {"seconds": 1.0, "seed": 1}),
         "cascade": ("cascade", {"label": "sandal", "count": 4, "seed": 1}),
         "draw": ("draw", {"text": "a pair of trousers", "count": 4, "seed": 1}),
         "smiles-lm": (

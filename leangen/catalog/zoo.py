@@ -49,4 +49,18 @@ ENTRIES = (
             "fp32": {"family": "autoregressive", "conditions": {"label": LABEL}, "range": PIXELS}
         },
     ),
+    Entry(
+        name="prompts-wavenet",
+        family="autoregressive",
+        summary="WaveNet, babble in one voice at 8 kHz, no text; bench/train/prompts_wavenet.py",
+        source=Packaged(
+            filename="prompts-wavenet.tar.xz",
+            sha256="5888afa71a57f6fd7b3c8ea641470d40fc5312f6265a9b113259cd69571a2038",
+            size_bytes=924_888,
+            licence="CC BY-SA 3.0 (weights; data Asterisk's prompts, spoken by Allison Smith)",
+            distribution="leangen-zoo",
+        ),
+        exporter="wavenet",
+        forms={"fp32": {}},
+    ),
 )
