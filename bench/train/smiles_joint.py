@@ -6,9 +6,9 @@ All weights go on from smiles-lm's, on the language model's loss and the squared
 A GGUF: the rows are control tokens whose logits are read, never drawn; their scale stands in the
 key `leangen.properties`.
 
-It is not in the catalog: 30 steps of an older recipe (Muon, 6,000 molecules) reached R2 0.41 of logP
-and 0.19 of QED, less than a regression on letter counts (0.75, 0.23), and cost a nat a molecule.
-Longer runs were not made.
+It is not in the catalog: 30 steps of an older recipe (Muon, 6,000 molecules) reached R2 0.41 of
+logP and 0.19 of QED, less than a regression on letter counts (0.75, 0.23), and cost a nat a
+molecule. Longer runs were not made.
 Needs `pip install 'leangen[export]' rdkit`.
 """
 
