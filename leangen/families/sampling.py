@@ -147,18 +147,14 @@ class Chooser:
     def choose(self, logits: Floats) -> Choice:
         """The next token from logits [vocab], which are left as they are."""
         options = self._sampling
-        adjusted = self._adjusted(logits)
-        if self._rng is None:
-            token = int(adjusted.argmax())
-        else:
-            token = sample(
-                adjusted,
-                self._rng,
-                temperature=options.temperature,
-                top_k=options.top_k,
-                top_p=options.top_p,
-                min_p=options.min_p,
-            )
+        token = sample(
+            self._adjusted(logits),
+            self._rng,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            min_p=options.min_p,
+        )
         self._seen.add(token)
         self._counts[token] += 1
         if self._constraint is not None:
@@ -207,7 +203,7 @@ def discourage(
 
 def sample(
     logits: Floats,
-    rng: np.random.Generator,
+    rng: np.random.Generator | None,
     *,
     temperature: float = 1.0,
     top_k: int = 0,
@@ -218,10 +214,11 @@ def sample(
 
     `top_k` keeps that many tokens (0: all); `top_p` then keeps the fewest likeliest tokens that
     hold this much probability (nucleus sampling, 1904.09751), `min_p` those at least this share as
-    likely as the likeliest (2407.01082). Temperature 0 is greedy.
+    likely as the likeliest (2407.01082). Temperature 0 is greedy and needs no `rng`.
     """
     if temperature == 0:
         return int(logits.argmax())
+    assert rng is not None
     kept = _likeliest(logits, top_k) if top_k else np.arange(len(logits))
     # Colder than this is greedy to any float32, and would overflow.
     weights = np.exp((logits[kept] - logits.max()) / np.float32(max(temperature, 1e-6)))

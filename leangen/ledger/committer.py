@@ -162,7 +162,7 @@ class Committer:
             for ticket in group:
                 ticket.settle(error)  # those that `commit` has settled stay as they are
             with self._lock:
-                self._failed += [ticket for ticket in group if ticket.untold is not None]
-                self._writing = False
+                self._writing = False  # first: the list below may find no memory
                 self._changed.notify_all()
+                self._failed += [ticket for ticket in group if ticket.untold is not None]
         return True

@@ -89,7 +89,7 @@ def _merge(graph: Graph, hit: Hit) -> None:
         codes = np.asarray(graph.array(name), np.int16).T + middle
         return np.pad(codes, [(0, 0), (0, length - codes.shape[1])]).astype(np.uint8)
 
-    label = node.name or node.output[0]
+    label = node.name
     inputs = [
         node.input[0],
         graph.add(
