@@ -249,7 +249,7 @@ def test_python_threads_share_sessions(rng):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"form": "q5"}, "form 'q5' is unknown"),
+        ({"form": "q3"}, "form 'q3' is unknown"),
         ({"activations": "int4"}, "activations 'int4', expected int8 or fp32"),
         ({"n": 0}, "n 0, k 64, expected 1 to"),
         ({"n": 48, "gated": 1}, "gated with n 48, expected a multiple of 32"),
