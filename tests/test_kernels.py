@@ -140,8 +140,9 @@ def test_not_a_number_is_not_hidden(machine, rng):
         assert not np.isfinite(product(machine, form, packed, 16, x, "int8", 1)).any()
 
 
-def test_tiles_and_parts_give_the_same_bits(machine, rng):
-    form = layout.FORMS["q4_min"]
+@pytest.mark.parametrize("name", ["q4_min", "q5", "q5_min", "q6_g16", "q8"])
+def test_tiles_and_parts_give_the_same_bits(machine, name, rng):
+    form = layout.FORMS[name]
     packed = weights(rng, form, 80, 160)
     x = rng.standard_normal((9, 160)).astype(np.float32)
     first = product(machine, form, packed, 80, x, "int8", 1)

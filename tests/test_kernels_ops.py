@@ -212,8 +212,9 @@ def test_shapes_are_inferred(rng):
     assert session(proto).get_outputs()[0].shape == ["batch", "new", 32]
 
 
-def test_any_number_of_threads_gives_the_same_bits(rng):
-    form = layout.FORMS["q4_min"]
+@pytest.mark.parametrize("name", ["q4_min", "q5", "q6_g16"])
+def test_any_number_of_threads_gives_the_same_bits(name, rng):
+    form = layout.FORMS[name]
     n, k = 3072, 576
     gain = rng.random(k).astype(np.float32)
     proto = model(form, n, k, packed(rng, form, n, k), gain=gain, gated=1)
