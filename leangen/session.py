@@ -131,17 +131,22 @@ class Session:
         """The graph on leangen's kernels; None where ORT is to run it, and the reason says why."""
         if not self._lower:
             return None
-        lowered, why = self._find(role)
         graph = None
-        if lowered is not None:
+        # One that does not open is damaged, or another version of leangen has just replaced it.
+        for _ in range(2):
+            lowered, why = self._find(role)
+            if lowered is None:
+                break
             options = self._options()
             options.register_custom_ops_library(str(lowered.library))
             try:
                 graph = self._load(str(lowered.path), options, lowered.path)
-                self.kernels = lowered.variant
             except BundleError as error:
                 lowered.discard()
-                why = f"ONNX Runtime's own: the lowered graph is damaged ({error})"
+                why = f"ONNX Runtime's own: the lowered graph does not open ({error})"
+            else:
+                self.kernels = lowered.variant
+                break
         self._kernel_reasons[role] = why
         told = dict.fromkeys(self._kernel_reasons.values())
         by_role = [f"{role}: {reason}" for role, reason in self._kernel_reasons.items()]
