@@ -27,7 +27,7 @@ from memory_stream import Stream
 from onnx import TensorProto, helper, numpy_helper
 
 SHAPES = ((960, 576), (576, 576), (3072, 576), (576, 1536), (32768, 2048), (49152, 576))
-FORMS = ("q4", "q4_min", "q8")
+FORMS = ("q4", "q4_min", "q5", "q8")
 TOKENS = (1, 4, 8, 256)
 
 # outputs, channels, size, kernel: what terrain and piper-joe spend most of their time on
@@ -61,7 +61,7 @@ def session(own: bool, form: layout.Form, n: int, k: int, threads: int) -> ort.I
         if form.bits == 4:
             blocks = blocks[:, :, 0::2] | (blocks[:, :, 1::2] << 4)
         constants = {"w": blocks, "s": scales}
-        attributes = {"domain": "com.microsoft", "N": n, "K": k, "bits": form.bits,
+        attributes = {"domain": "com.microsoft", "N": n, "K": k, "bits": 4 if form.bits == 4 else 8,
                       "block_size": 32, "accuracy_level": 4}  # fmt: skip
     name = "Linear" if own else "MatMulNBits"
     node = helper.make_node(name, ["x", *constants], ["y"], **attributes)

@@ -250,6 +250,20 @@ def test_lowering_for_a_card_keeps_the_weights(tmp_path, scheme):
             np.testing.assert_array_equal(mine, theirs)
 
 
+def test_a_card_holds_five_bits_in_eight(tmp_path):
+    source = write(tmp_path / "t.gguf", Tiny(head_dim=64, default_type="Q5_0"))
+    graph = Draft(gguf.export(source, tmp_path / "gguf", form="gguf").graph("model"))
+    assert linear.rewrite(graph) and language.rewrite(graph)
+    before = weights(graph, "Linear", layout.unpack)
+    assert max(codes.max() for codes, _, _ in before.values()) == 31
+    assert on_card.rewrite(graph) is None
+    after = weights(graph, "CudaLinear", tiles.unpack)
+    assert {attributes(node)["form"] for node in graph.all("CudaLinear")} == {b"q8"}
+    for name, (codes, scales, _) in before.items():
+        np.testing.assert_array_equal(after[name][0].astype(int) - 128, codes.astype(int) - 16)
+        np.testing.assert_array_equal(after[name][1], scales)
+
+
 def test_a_graph_that_a_card_cannot_take_stays_whole(tmp_path, monkeypatch):
     assert "heads of 16, not of 64 or 128" in on_card.rewrite(lowered(tmp_path, "int4"))
     (tmp_path / "kernels" / "cuda").mkdir(parents=True)

@@ -61,18 +61,39 @@ def test_with_fp32_activations_logits_are_those_of_ort(tmp_path, variant):
         sequence.feed(tokens[:17])
         fed = [sequence.feed([tokens[i]]).copy() for i in range(17, len(tokens))]
     assert_same_logits(np.array(fed), expected[17:])
-    if variant != "Q6_K" or ours.kernels != "ort":  # scales of 16 weights have no layout yet
-        assert "Linear" in ops(ours) and ours.kernels == leangen_kernels.status()[0]
+    assert "Linear" in ops(ours) and ours.kernels == leangen_kernels.status()[0]
     assert (
         stock.kernels == "ort" and stock.reasons["kernels"] == "ONNX Runtime's own were asked for"
     )
 
 
-@pytest.mark.parametrize("variant", ["Q4_0", "Q4_1", "Q8_0", "untied", "biases", "Q4_K"])
+@pytest.mark.parametrize(
+    ("variant", "form"),
+    {
+        "Q4_0": "q4",
+        "Q4_1": "q4_min",
+        "Q5_0": "q5",
+        "Q5_1": "q5_min",
+        "Q8_0": "q8",
+        "Q4_K": "q4_min_wide",
+        "Q5_K": "q5_min_wide",
+        "Q6_K": "q6_g16_wide",
+    }.items(),
+)
+def test_weights_keep_their_bits(tmp_path, variant, form):
+    session = Session(export(tmp_path, LOW_BIT[variant]), threads=1)
+    lowered, _ = lowering.find(session.bundle, "model")
+    assert set(lowered_graphs.forms(lowered.path)) == {form}
+
+
+@pytest.mark.parametrize(
+    "variant", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "untied", "biases", "Q4_K", "Q5_K"]
+)
 def test_logits_are_those_of_the_numpy_twin(tmp_path, variant):
     tiny = LOW_BIT[variant]
     session = Session(export(tmp_path, tiny), threads=1)
-    twin = Twin(tmp_path / "tiny.gguf", exact_last_mlp=variant != "Q8_0")
+    exact = variant not in ("Q5_0", "Q5_1", "Q5_K", "Q8_0")
+    twin = Twin(tmp_path / "tiny.gguf", exact_last_mlp=exact)
     # An activation that falls between two int8 codes may go either way in fp32 and float64, and
     # then all that follows differs a little: short texts, of which a few may differ.
     texts = [some_tokens(tiny, 3) for _ in range(20)]
