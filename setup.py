@@ -1,6 +1,6 @@
 """Builds the kernel library into `leangen_kernels`, or leaves a note there of why it could not.
 
-LEANGEN_BUILD_CUDA=1 adds those for NVIDIA cards, for which no card and no driver is needed.
+LEANGEN_BUILD_CUDA=1 adds those for NVIDIA cards, or fails; no card and no driver is needed.
 LEANGEN_BUILD_KERNELS=0 leaves it out: the wheel is then for any platform.
 LEANGEN_KERNELS_MACHINE=aarch64 with CC=aarch64-linux-gnu-gcc builds for another machine.
 """
@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent
 PACKAGE = "leangen_kernels"
 GPU_FILES = "leangen_cuda.*"
 LIBRARY, NOTE = "libleangen_kernels.so", "libleangen_kernels.txt"
+FOR_CARDS = os.environ.get("LEANGEN_BUILD_CUDA") == "1"
 MACHINE = os.environ.get("LEANGEN_KERNELS_MACHINE") or platform.machine()
 
 
@@ -28,11 +29,11 @@ class BuildKernels(build_ext):
     """Compiles the library where an extension module would go."""
 
     def build_extension(self, ext: Extension) -> None:
-        """Write the library or the note; never fail, as leangen runs without it."""
+        """Write the library or the note; leangen runs without it, so only a wish for more fails."""
         folder = Path(self.build_lib) / PACKAGE
         folder.mkdir(parents=True, exist_ok=True)
-        for name in (LIBRARY, NOTE):
-            (folder / name).unlink(missing_ok=True)
+        for stale in (folder / LIBRARY, folder / NOTE, *folder.glob(f"cuda/{GPU_FILES}")):
+            stale.unlink(missing_ok=True)
         sys.path.insert(0, str(ROOT / "kernels"))
         from leangen_kernels import build
 
@@ -42,9 +43,11 @@ class BuildKernels(build_ext):
             build.build(folder, native, cache, machine=MACHINE, say=_say)
         except build.BuildError as error:
             _say(f"no library: {error}")
+            if FOR_CARDS:
+                raise SystemExit(f"LEANGEN_BUILD_CUDA=1: {error}") from error
             (folder / NOTE).write_text(f"{error}\n", encoding="utf-8")
         else:
-            if os.environ.get("LEANGEN_BUILD_CUDA") == "1":
+            if FOR_CARDS:
                 _build_cuda(folder / "cuda", cache)
         finally:
             sys.path.remove(str(ROOT / "kernels"))
@@ -56,8 +59,11 @@ class BuildKernels(build_ext):
             beside.unlink(missing_ok=True)
             if built.exists():
                 shutil.copy2(built, beside)
+        cards = ROOT / "kernels" / PACKAGE / "cuda"
+        for stale in cards.glob(GPU_FILES):  # for a library of another day
+            stale.unlink()
         for built in (Path(self.build_lib) / PACKAGE / "cuda").glob(GPU_FILES):
-            shutil.copy2(built, ROOT / "kernels" / PACKAGE / "cuda")
+            shutil.copy2(built, cards)
 
     def get_ext_filename(self, fullname: str) -> str:
         """Not named after a Python version: it is no extension module."""
@@ -75,13 +81,16 @@ class BuildKernels(build_ext):
 
 
 def _build_cuda(folder: Path, cache: Path) -> None:
-    """The kernels for NVIDIA cards; like the library they may be missing, and the rest goes on."""
+    """The kernels for NVIDIA cards; who asks for them and cannot have them is to know."""
+    # NVIDIA's loader looks in site-packages, then in CUDA_HOME; pip's build environment is neither.
+    for root in (place for path in sys.path for place in Path(path).glob("nvidia/cu[0-9]*")):
+        os.environ.setdefault("CUDA_HOME", str(root))
     from leangen_kernels.cuda import build
 
     try:
         build.build(folder, cache, _say)
     except build.BuildError as error:
-        _say(f"no GPU kernels: {error}")
+        raise SystemExit(f"LEANGEN_BUILD_CUDA=1: {error}") from error
 
 
 def _say(line: str) -> None:

@@ -17,17 +17,17 @@ import math
 import statistics
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 import leangen_kernels
 import numpy as np
 import onnx
 import onnxruntime as ort
 from leangen_kernels import layout
+from memory_stream import Stream
 from onnx import TensorProto, helper, numpy_helper
 
 SHAPES = ((960, 576), (576, 576), (3072, 576), (576, 1536), (32768, 2048), (49152, 576))
-FORMS = ("q4", "q4_min", "q8")
+FORMS = ("q4", "q4_min", "q5", "q8")
 TOKENS = (1, 4, 8, 256)
 
 # outputs, channels, size, kernel: what terrain and piper-joe spend most of their time on
@@ -61,7 +61,7 @@ def session(own: bool, form: layout.Form, n: int, k: int, threads: int) -> ort.I
         if form.bits == 4:
             blocks = blocks[:, :, 0::2] | (blocks[:, :, 1::2] << 4)
         constants = {"w": blocks, "s": scales}
-        attributes = {"domain": "com.microsoft", "N": n, "K": k, "bits": form.bits,
+        attributes = {"domain": "com.microsoft", "N": n, "K": k, "bits": 4 if form.bits == 4 else 8,
                       "block_size": 32, "accuracy_level": 4}  # fmt: skip
     name = "Linear" if own else "MatMulNBits"
     node = helper.make_node(name, ["x", *constants], ["y"], **attributes)
@@ -88,6 +88,8 @@ def opened(proto: onnx.ModelProto, threads: int) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
+    # Else the threads of the side that has just run are in the way of the other's.
+    options.add_session_config_entry("session.intra_op.spin_duration_us", "200")
     options.register_custom_ops_library(str(leangen_kernels.library()))
     return ort.InferenceSession(proto.SerializeToString(), options)
 
@@ -226,14 +228,8 @@ def alternate(sides: list, feeds: dict, seconds: float) -> list[float]:
 
 def stream_gb_per_s(threads: int, size: int = 1 << 28) -> float:
     """How fast `threads` threads read `size` bytes from memory."""
-    parts = np.array_split(np.ones(size // 8), threads)
-    with ThreadPoolExecutor(threads) as pool:
-        times = []
-        for _ in range(9):
-            start = time.perf_counter()
-            list(pool.map(np.sum, parts))
-            times.append(time.perf_counter() - start)
-    return size / min(times) / 1e9
+    with Stream(size, threads) as stream:
+        return size / min(stream.seconds() for _ in range(9)) / 1e9
 
 
 def main() -> None:

@@ -14,7 +14,6 @@ import json
 import statistics
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import leangen_kernels
@@ -22,6 +21,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 from leangen_kernels import layout
+from memory_stream import Stream
 from onnx import TensorProto, helper, numpy_helper
 
 from leangen.lowering import chain
@@ -113,13 +113,6 @@ class Decoder:
         return time.perf_counter() - start
 
 
-def stream_s(parts: list[np.ndarray], pool: ThreadPoolExecutor) -> float:
-    """Seconds of reading all parts at once."""
-    start = time.perf_counter()
-    list(pool.map(np.max, parts))
-    return time.perf_counter() - start
-
-
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -135,24 +128,23 @@ def main() -> None:
         path = Path(folder) / "large.onnx"
         size = write(path, capacity)
         decoder = Decoder(path, args.threads, capacity, args.context)
-        parts = np.array_split(np.ones(size // 8, np.int64), args.threads)
         decoder.token_s()  # brings the weights in
         tokens, streams = [], []
-        with ThreadPoolExecutor(args.threads) as pool:
+        with Stream(size, args.threads) as stream:
             for _ in range(args.rounds):
                 tokens += [decoder.token_s() for _ in range(3)]
-                streams += [stream_s(parts, pool) for _ in range(3)]
-    token, stream = statistics.median(tokens), statistics.median(streams)
+                streams += [stream.seconds() for _ in range(3)]
+    token, read = statistics.median(tokens), statistics.median(streams)
     found = {
         "weight_bytes": size, "threads": args.threads, "context": args.context,
-        "token_s": token, "stream_s": stream, "share_of_stream": stream / token,
+        "token_s": token, "stream_s": read, "share_of_stream": read / token,
     }  # fmt: skip
     if args.json:
         print(json.dumps(found))
         return
     print(
         f"{size / 1e6:.0f} MB: {1 / token:.1f} tokens/s ({size / token / 1e9:.1f} GB/s), streamed "
-        f"at {size / stream / 1e9:.1f} GB/s: {stream / token:.0%}"
+        f"at {size / read / 1e9:.1f} GB/s: {read / token:.0%}"
     )
 
 

@@ -11,6 +11,9 @@ that is not installed or does not take the file is left out, and why is told.
     python bench/peers.py model.gguf --form Q4_K_M       (the file requantized by llama.cpp first)
     python bench/peers.py model.gguf --engines leangen llama.cpp
 
+The file's weights are streamed from memory in turn with the engines: the roof over decoding, which
+reads them once a token.
+
 Joules are those of the whole package during an engine's rounds, where a counter can be read.
 """
 
@@ -28,10 +31,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from memory_stream import Stream
 from peer_engines import ENGINES, READS_GGUF, LeftOut, import_llama
 
 FORMS = ("Q4_0", "Q4_1", "Q4_K_M", "Q8_0")
 SEED = 0
+READS = 24
+"""Of the weights in a round, for nothing but to see how long memory takes to give them."""
 
 
 def serve(engine: str, model: str, threads: int, context: int) -> None:
@@ -71,6 +77,16 @@ def peak_rss_bytes() -> int | None:
     status = Path("/proc/self/status")
     found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.exists() else None
     return int(found[1]) * 1024 if found else None
+
+
+def bytes_a_token(model: Path) -> int:
+    """Of the weights that a token needs; of the embedding one row, unless it is the head too."""
+    from leangen.exporters.gguf_checkpoint import GgufFile
+
+    sizes = {name: tensor.n_bytes for name, tensor in GgufFile(model).tensors.items()}
+    if "output.weight" in sizes:
+        del sizes["token_embd.weight"]
+    return int(sum(sizes.values()))
 
 
 class Engine:
@@ -147,7 +163,11 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         load_before = os.getloadavg()[0]
         counters = meters.select()
         rounds: dict[str, list[dict[str, Any]]] = {engine.name: [] for engine in engines}
+        size = bytes_a_token(model)
+        stream = Stream(size, args.threads)
+        reads_per_s = []
         for number in range(args.rounds + 1):
+            reads_per_s.append(READS / sum(stream.seconds() for _ in range(READS)))
             for engine in engines if number % 2 else engines[::-1]:
                 window = meters.begin(counters, aligned=True)
                 answer = engine.round(prompt, args.new_tokens)
@@ -179,9 +199,16 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         "load_average_before": load_before,
         "left_out": {e.name: e.left_out for e in started if e.left_out is not None},
         "joules": counters.reason or counters.source,
+        "bytes_a_token": size,
+        "reads_per_s": middle(reads_per_s),
         "engines": results,
         "leangen_over": ratios,
     }
+
+
+def middle(values: list[float]) -> dict[str, float]:
+    """Median and range."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def summary(rounds: list[dict[str, Any]], args: argparse.Namespace) -> dict[str, Any]:
@@ -191,10 +218,7 @@ def summary(rounds: list[dict[str, Any]], args: argparse.Namespace) -> dict[str,
         "prefill_tokens_per_s": [args.prompt_tokens / r["prefill_s"] for r in rounds],
     }
     return {
-        **{
-            key: {"median": statistics.median(each), "min": min(each), "max": max(each)}
-            for key, each in speeds.items()
-        },
+        **{key: middle(each) for key, each in speeds.items()},
         "joules": None
         if rounds[0]["joules"] is None
         else statistics.median(each["joules"] for each in rounds),
@@ -216,6 +240,12 @@ def table(result: dict[str, Any]) -> str:
         memory = "unknown" if peak is None else f"{peak / 1e6:.0f}"
         energy = "unknown" if joules is None else f"{joules:.1f}"
         lines.append(f"{name:15} {cells[0]:>24} {cells[1]:>24} {energy:>8} {memory:>12}")
+    reads = result["reads_per_s"]
+    lines.append(
+        "weights read alone {median:.1f} ({min:.1f}-{max:.1f}) times a second: ".format(**reads)
+        + f"{result['bytes_a_token'] / 1e6:.0f} MB at "
+        f"{result['bytes_a_token'] * reads['median'] / 1e9:.1f} GB/s"
+    )
     lines += [f"left out: {name}: {reason}" for name, reason in result["left_out"].items()]
     return "\n".join(lines)
 

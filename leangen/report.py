@@ -18,7 +18,7 @@ from leangen.charts import si
 from leangen.console import human_bytes, table, with_u
 from leangen.errors import RequestError
 from leangen.ledger import Ledger, Sum, total
-from leangen.records import Receipt, joules
+from leangen.records import Receipt, Units, joules
 
 SOURCES = ("measured", "integrated", "estimated", "unavailable")
 MOST_DAYS = 92
@@ -73,7 +73,7 @@ def summary(receipt: Receipt) -> str:
     """One line: units, seconds, joules with their error bar and how they were got, carbon."""
     energy, latency, units = receipt.energy, receipt.latency, receipt.units
     parts = [
-        f"{units.count:.4g} {units.kind}s in {latency.total_s:.2f} s",
+        f"{_amount(units)} in {latency.total_s:.2f} s",
         *(f"{count} {name}" for name, count in units.counts.items() if count),
         f"first after {latency.ttft_s:.2f} s" if latency.ttft_s is not None else "",
         f"{with_u(energy.gross_j, energy.u_j, 'J')} ({energy.source})",
@@ -94,12 +94,18 @@ def summary(receipt: Receipt) -> str:
     return "\n".join([*lines, *([energy.reason or ""] if energy.source != "measured" else [])])
 
 
+def _amount(units: Units) -> str:
+    """`1 image`, `128 tokens`, `1.25 seconds`."""
+    count = f"{units.count:.0f}" if units.count == int(units.count) else f"{units.count:.4g}"
+    return f"{count} {units.kind}{'' if count == '1' else 's'}"
+
+
 def _work(receipt: Receipt) -> str:
     """One part of a pipeline: units, seconds, joules."""
-    energy, units = receipt.energy, receipt.units
+    energy = receipt.energy
     return " · ".join(
         [
-            f"{units.count:.4g} {units.kind}s in {receipt.latency.total_s:.2f} s",
+            f"{_amount(receipt.units)} in {receipt.latency.total_s:.2f} s",
             with_u(energy.gross_j, energy.u_j, "J"),
         ]
     )

@@ -236,6 +236,9 @@ CASES = {
     "linear gated": linear("q4", 64, 128, 9, gated=True, norm="rms"),
     "linear gated gelu": linear("q4", 32, 64, 1, gated=True, curve="gelu_tanh"),
     "linear many tokens": linear("q8", 40, 60, 18, residual=True),
+    "linear many rows": linear("q4", 144, 160, 1, group=64),
+    "linear long rows a8": linear("q4", 16, 1056, 1, norm="rms"),
+    "linear long rows a16": linear("q8", 16, 1056, 1, norm="layer", activations="fp32"),
     "linear nf4": linear("nf4_wide", 16, 128, 2),
     "linear fp4": linear("fp4_wide", 17, 64, 3),
     "dequantize q4": dequantize("q4", 17, 130),
@@ -245,6 +248,15 @@ CASES = {
     "attention fp16": attention("fp16", 64, 3, 1, 1, 70, normed=True),
     "attention int8": attention("int8", 64, 2, 2, 2, 14),
     "attention window": attention("fp16", 128, 2, 1, 3, 20, window=9),
+    "attention int8 128": attention("int8", 128, 4, 2, 1, 130),
+    "attention in parts": attention("fp16", 64, 2, 1, 1, 150),
     "group norm": group_norm(8, 2, 64, True),
     "group norm, tail": group_norm(3, 3, 20, False),
+    "group norm in parts": group_norm(2, 1, 8196, True),
 }
+for tokens, k in ((9, 130), (18, 60)):
+    for form, group in (("q4", 128), ("q4_min_wide", 64), ("q8", 128), ("nf4_wide", 64)):
+        for activations in ("fp32",) if form == "nf4_wide" else ("fp32", "int8"):
+            CASES[f"linear {form} {activations} {tokens} tokens"] = linear(
+                form, 33, k, tokens, group, activations=activations
+            )

@@ -19,3 +19,13 @@ def nodes(path):
 def operators(path):
     """The operators alone."""
     return [operator for _, operator in nodes(path)]
+
+
+def forms(path):
+    """How the weights of each `Linear` are packed."""
+    return [
+        helper.get_attribute_value(option).decode()
+        for node in onnx.load(path, load_external_data=False).graph.node
+        for option in node.attribute
+        if option.name == "form" or option.name.startswith("form_")
+    ]

@@ -10,18 +10,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cuda_cases import CASES
 from leangen_kernels import layout
 from leangen_kernels.cuda import launches, tiles
 
 TESTS = Path(__file__).parent
-CASES = re.findall(r'^    "(.+)": ', (TESTS / "cuda_cases.py").read_text(), re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
 def simulated():
     """What each case says in the simulator, which a process chooses before it imports Numba."""
-    if importlib.util.find_spec("numba") is None:
-        pytest.skip("Numba, whose simulator runs the kernels, is not installed")
+    for name in ("numba", "greenlet"):
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"{name}, with which the simulator runs the kernels, is not installed")
     done = subprocess.run(
         [sys.executable, TESTS / "cuda_simulated.py"],
         env={**os.environ, "NUMBA_ENABLE_CUDASIM": "1"},
@@ -36,6 +37,11 @@ def simulated():
 @pytest.mark.parametrize("case", CASES)
 def test_every_kernel_is_its_twin(simulated, case):
     assert simulated[case].startswith("ok ")
+
+
+@pytest.mark.parametrize("check", ["races show", "absent lanes show", "all kernels ran"])
+def test_the_simulator_can_tell(simulated, check):
+    assert simulated[check] == "ok"
 
 
 @pytest.mark.parametrize("form", [f for f in layout.FORMS.values() if tiles.holds(f)])

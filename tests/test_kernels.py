@@ -104,7 +104,7 @@ def test_linear(machine, form, rng):
 def test_linear_at_the_extremes_of_codes_and_activations(machine, form):
     n, k = 16, 64
     blocks = k // form.block
-    for code in (0, form.center, (1 << form.bits) - 1):
+    for code in {0, form.center, (1 << form.bits) - 1}:
         for sign in (-1, 1):
             codes = np.full((n, k), code, np.uint8)
             ones = np.ones((n, blocks), np.float32)
@@ -140,8 +140,9 @@ def test_not_a_number_is_not_hidden(machine, rng):
         assert not np.isfinite(product(machine, form, packed, 16, x, "int8", 1)).any()
 
 
-def test_tiles_and_parts_give_the_same_bits(machine, rng):
-    form = layout.FORMS["q4_min"]
+@pytest.mark.parametrize("name", ["q4_min", "q5", "q5_min", "q6_g16", "q8"])
+def test_tiles_and_parts_give_the_same_bits(machine, name, rng):
+    form = layout.FORMS[name]
     packed = weights(rng, form, 80, 160)
     x = rng.standard_normal((9, 160)).astype(np.float32)
     first = product(machine, form, packed, 80, x, "int8", 1)
@@ -156,7 +157,7 @@ def check_quantize(machine, rng):
         padded = np.zeros((3, scales.shape[1] * block), np.int8)
         padded[:, :k] = codes
         sums = padded.reshape(3, -1, block).sum(-1, dtype=np.int32)
-        for center in (0, 8, 128):
+        for center in (0, 8, 16, 32, 128):
             rows = activations(machine, "quantize", x, 1, center, block)[:, :, 0]
             assert np.array_equal(rows[:, :, :block].copy().view(np.int8).reshape(3, -1), padded)
             found = rows[:, :, block : block + 4].copy().view(np.float32)[..., 0]
@@ -353,7 +354,11 @@ def test_the_smallest_form_without_loss_is_chosen():
     assert layout.form_for(8, half).name == "q8"
     assert layout.form_for(8, half, block=16).name == "q8_g16"
     assert layout.form_for(8, half, half).name == "q8_min"
+    assert layout.form_for(5, half, half).name == "q5_min"
+    assert layout.form_for(6, half, block=16).name == "q6_g16"
     with pytest.raises(ValueError, match="no layout holds 8 bits with minima for 16 weights"):
         layout.form_for(8, half, half, block=16)
+    with pytest.raises(ValueError, match="no layout holds 6 bits without minima for 32 weights"):
+        layout.form_for(6, half)
     with pytest.raises(ValueError, match="do not fit 16 rows"):
         layout.pack(layout.FORMS["q4"], np.zeros((16, 96), np.uint8), np.ones((16, 5), np.float32))

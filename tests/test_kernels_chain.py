@@ -204,7 +204,7 @@ def changed(model, **attributes):
             "input 1 of step 0 is value 99, expected one below",
         ),
         ({"inputs_1": [-1] * 8}, "input 0 of step 1 is value -1"),
-        ({"form_2": "q5"}, "form 'q5' is unknown"),
+        ({"form_2": "q3"}, "form 'q3' is unknown"),
         ({"cache_1": "fp8"}, "cache 'fp8', expected fp32, fp16 or int8"),
         ({"results": [77, 9]}, "a result of step 77, expected one of 10"),
     ],

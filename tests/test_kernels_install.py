@@ -113,6 +113,16 @@ def test_without_a_compiler_the_reason_is_left(tmp_path):
     assert status(tmp_path) == f"None no kernel library: {note}"
 
 
+def test_kernels_for_cards_that_were_asked_for_are_there_or_the_build_fails(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(tmp_path)],
+        cwd=ROOT, env={**BUILD, "PATH": "", "CC": "no-such-compiler", "LEANGEN_BUILD_CUDA": "1"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "LEANGEN_BUILD_CUDA=1: no C compiler: no-such-compiler is not on" in done.stderr
+
+
 def test_a_library_that_was_never_built_is_told_from_one_that_failed(tmp_path):
     (tmp_path / "leangen_kernels").mkdir()
     source = ROOT / "kernels" / "leangen_kernels" / "__init__.py"
@@ -195,6 +205,20 @@ def test_pip_installs_where_numba_is_missing(environment, sources):
 def test_kernels_may_be_left_out(environment, sources):
     said = install(environment, sources, PATH=os.environ["PATH"], LEANGEN_BUILD_KERNELS="0")
     assert "it was not built" in said
+
+
+@pytest.mark.slow
+def test_a_wheel_with_the_kernels_for_cards(tmp_path):
+    """From pip's own build environment, which NVIDIA's loader of libraries does not know of."""
+    if (reason := toolchain.why_not()) is not None:
+        pytest.skip(reason)
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(tmp_path), "."]
+    subprocess.run(command, cwd=ROOT, check=True, env={**BUILD, "LEANGEN_BUILD_CUDA": "1"})
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        listed = archive.read("leangen_kernels/cuda/leangen_cuda.txt").decode().splitlines()
+        ptx = archive.read("leangen_kernels/cuda/leangen_cuda.ptx").decode()
+    assert ptx.count(".visible .entry leangen_") == len(listed) > 30
 
 
 @pytest.mark.slow

@@ -212,8 +212,9 @@ def test_shapes_are_inferred(rng):
     assert session(proto).get_outputs()[0].shape == ["batch", "new", 32]
 
 
-def test_any_number_of_threads_gives_the_same_bits(rng):
-    form = layout.FORMS["q4_min"]
+@pytest.mark.parametrize("name", ["q4_min", "q5", "q6_g16"])
+def test_any_number_of_threads_gives_the_same_bits(name, rng):
+    form = layout.FORMS[name]
     n, k = 3072, 576
     gain = rng.random(k).astype(np.float32)
     proto = model(form, n, k, packed(rng, form, n, k), gain=gain, gated=1)
@@ -249,7 +250,7 @@ def test_python_threads_share_sessions(rng):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"form": "q5"}, "form 'q5' is unknown"),
+        ({"form": "q3"}, "form 'q3' is unknown"),
         ({"activations": "int4"}, "activations 'int4', expected int8 or fp32"),
         ({"n": 0}, "n 0, k 64, expected 1 to"),
         ({"n": 48, "gated": 1}, "gated with n 48, expected a multiple of 32"),

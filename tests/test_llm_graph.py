@@ -114,7 +114,7 @@ def transformers_logits(path, tokens):
 
 
 def assert_same_logits(got, expected):
-    """Both [n, vocab] to fp32's rounding; a random model's near tie may amplify that at a position."""
+    """[n, vocab] to fp32's rounding, which a random model's near tie amplifies here and there."""
     worst = np.abs(got - expected).max(axis=1) / np.std(expected)
     assert np.median(worst) < 1e-4
     assert worst.max() < 1e-2

@@ -57,6 +57,15 @@ def busy(ledger):
     return ledger
 
 
+@pytest.mark.parametrize(
+    "units, unit, said",
+    [(1, "image", "1 image in"), (12345, "token", "12345 tokens in")]
+    + [(3.2, "audio-second", "3.2 audio-seconds in"), (0, "token", "0 tokens in")],
+)
+def test_a_line_counts_units_as_people_do(units, unit, said):
+    assert report.summary(receipt("a", unit=unit, units=units)).startswith(said)
+
+
 class Page(HTMLParser):
     """What a test asks of a page: elements, figures by row, text."""
 

@@ -12,11 +12,13 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 
+from leangen_kernels.layout import VECTOR, Pieces
 from leangen_kernels.vectors import (
     BYTES,
     FLOATS,
     I16,
     I32,
+    I64,
     INTS,
     ROWS,
     SHORTS,
@@ -40,6 +42,26 @@ def four_for_all(b: Any, address: Any, offset: Any) -> Any:
 def signed(b: Any, codes: Any) -> Any:
     """Codes 0 to 255, less 128."""
     return b.xor(codes, filled(BYTES.llvm, -128))
+
+
+def chunk_loader(pieces: Pieces) -> Any:
+    """Loads the codes of a chunk from the vectors at an address."""
+
+    @operation(BYTES, types.int64)
+    def load_chunk(b: Any, address: Any) -> Any:
+        # A shift of 16 bits brings in bits of the byte beside, which the mask takes away.
+        codes = None
+        for vector, shift, mask in pieces:
+            part = load(b, b.add(address, I64(VECTOR * vector)), BYTES.llvm)
+            if shift:
+                wide = b.lshr(b.bitcast(part, SHORTS.llvm), filled(SHORTS.llvm, shift))
+                part = b.bitcast(wide, BYTES.llvm)
+            if mask != 255:
+                part = b.and_(part, filled(BYTES.llvm, mask))
+            codes = part if codes is None else b.or_(codes, part)
+        return codes
+
+    return load_chunk
 
 
 @operation(BYTES, BYTES)
@@ -92,8 +114,8 @@ def table_values(table: tuple[float, ...]) -> list[Any]:
     return [value(shift) for shift in (0, 8, 16, 24)]
 
 
-# Dot products of four bytes, unsigned by signed, per row. A sum is SHORTS while it still fits
-# 16 bits (eight products of a nibble and a byte do: 8 * 2 * 15 * 127 < 2**15), else INTS.
+# Dot products of four bytes, unsigned by signed, per row. A sum of codes below 8 bits is SHORTS
+# where that is faster, for as long as it fits 16 bits, see `sums`; else it is INTS.
 
 
 def _bytes_in_shorts(b: Any, x: Any, extend: Callable[[Any, Any], Any]) -> tuple[Any, Any]:
@@ -187,14 +209,14 @@ SUMS = SHORTS if _SHORT_SUMS else INTS
 
 
 @operation(SUMS, types.int32)
-def nibble_start(b: Any, start: Any) -> Any:
+def few_bits_begin(b: Any, start: Any) -> Any:
     """A sum of products that ends up `start` higher."""
     return filled(SHORTS.llvm, 0) if _SHORT_SUMS else repeated(b, start, ROWS)
 
 
 @operation(SUMS, SUMS, BYTES, types.int64, types.int64)
-def nibble_dot(b: Any, total: Any, codes: Any, address: Any, offset: Any) -> Any:
-    """Add four products per row, codes 0 to 15, at most eight times per sum.
+def few_bits_dot(b: Any, total: Any, codes: Any, address: Any, offset: Any) -> Any:
+    """Add four products per row, codes 0 to 63, at most so often per sum as `sums` says.
 
     The four activations, from memory, are the same for every row.
     """
@@ -209,12 +231,12 @@ def nibble_dot(b: Any, total: Any, codes: Any, address: Any, offset: Any) -> Any
 
 
 @operation(INTS, SUMS, types.int32)
-def nibble_finish(b: Any, total: Any, start: Any) -> Any:
+def few_bits_end(b: Any, total: Any, start: Any) -> Any:
     return b.add(_TO_INTS(b, total), repeated(b, start, ROWS)) if _SHORT_SUMS else total
 
 
 @operation(INTS, types.int32)
-def byte_start(b: Any, start: Any) -> Any:
+def byte_begin(b: Any, start: Any) -> Any:
     """A sum of products of (code - 128); `start` is -128 times the sum of the activations."""
     return repeated(b, start, ROWS) if UNSIGNED else filled(INTS.llvm, 0)
 
@@ -224,3 +246,19 @@ def byte_dot(b: Any, total: Any, codes: Any, address: Any, offset: Any) -> Any:
     """Add four products per row, codes 0 to 255, of activations from memory."""
     weights = codes if UNSIGNED else signed(b, codes)
     return DOT(b, total, weights, four_for_all(b, address, offset))
+
+
+@operation(INTS, INTS, types.int32)
+def byte_end(b: Any, total: Any, start: Any) -> Any:
+    return total
+
+
+def sums(bits: int, dots: int) -> tuple[int, Any, Any, Any]:
+    """How `dots` dot products of codes are summed: so many at a time, and begin, dot and end.
+
+    A dot product is two products in each lane of 16 bits.
+    """
+    if bits == 8:
+        return dots, byte_begin, byte_dot, byte_end
+    most = (2**15 - 1) // (2 * 127 * ((1 << bits) - 1)) if _SHORT_SUMS else dots
+    return min(most, dots), few_bits_begin, few_bits_dot, few_bits_end

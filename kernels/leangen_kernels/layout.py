@@ -3,15 +3,16 @@
 **Weights** [n, k] stand in groups of 16 rows, each group in blocks of 32 (or 16) weights along k,
 one block after the other, so that a group is one sequential stream. A block holds
 
-- the codes, four consecutive weights of each of the 16 rows (64 bytes), then the next four:
-  at 8 bits, 8 (or 4) such chunks; at 4 bits, 4 (or 2) chunks whose low nibbles are weights
-  8j..8j+3 and whose high nibbles are 8j+4..8j+7;
+- the codes, in vectors of 64 bytes. A chunk, four consecutive weights of each of the 16 rows,
+  fills one at 8 bits. Of fewer bits, some chunks are the low bits of a vector, and the bits above
+  make up the others: `_CHUNKS` says which. At 4 bits, low nibbles are weights 8j..8j+3 and high
+  nibbles 8j+4..8j+7; at 5 bits, eight chunks fill five vectors, at 6 bits four fill three;
 - the scales of the 16 rows, fp16 or fp32;
 - with a minimum, the minima of the 16 rows in the same type.
 
-A weight is `scale * (code - center)` with center 8 or 128, or that plus a minimum with center 0 or
-128, or `scale * table[code]` with the 16 values of nf4 or fp4. Rows and columns are padded to whole
-groups and blocks with weights that are zero.
+A weight is `scale * (code - center)` with center 2**(bits - 1), or that plus a minimum with center
+0, at 8 bits 128, or `scale * table[code]` with the 16 values of nf4 or fp4. Rows and columns are
+padded to whole groups and blocks with weights that are zero.
 
 **Activation rows** are padded to whole blocks with zeros. With int8 activations a block is 32 (or
 16) signed bytes, their scale (fp32) and what their sum amounts to: without a center the sum times
@@ -35,7 +36,24 @@ import numpy as np
 ROWS = 16
 BLOCK = 32
 BLOCKS = (16, BLOCK)
+VECTOR = 4 * ROWS
+"""Bytes of a vector of codes: four of each row."""
 Array = np.ndarray[Any, Any]
+
+Pieces = tuple[tuple[int, int, int], ...]
+"""Where the codes of a chunk stand: the union of (vector >> shift) & mask, by vector's number."""
+
+_CHUNKS: dict[int, tuple[Pieces, ...]] = {
+    4: (((0, 0, 15),), ((0, 4, 15),)),
+    5: (
+        ((0, 0, 31),), ((1, 0, 31),), ((0, 5, 7), (1, 3, 24)),
+        ((2, 0, 31),), ((3, 0, 31),), ((2, 5, 7), (3, 3, 24)),
+        ((4, 0, 31),), ((4, 5, 7), (1, 2, 8), (3, 1, 16)),
+    ),
+    6: (((0, 0, 63),), ((1, 0, 63),), ((2, 0, 63),), ((0, 6, 3), (1, 4, 12), (2, 2, 48))),
+    8: (((0, 0, 255),),),
+}  # fmt: skip
+"""By bits: the fewest chunks that fill whole vectors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +77,19 @@ class Form:
 
     @property
     def center(self) -> int:
-        """The code that stands for zero, or for the minimum; 0 at 4 bits with one, or a table."""
-        return 0 if self.table or (self.minimum and self.bits == 4) else 1 << (self.bits - 1)
+        """The code that stands for zero or the minimum; 0 with a table, or minima below 8 bits."""
+        return 0 if self.table or (self.minimum and self.bits < 8) else 1 << (self.bits - 1)
+
+    @property
+    def chunks(self) -> tuple[Pieces, ...]:
+        """Where each chunk of a block stands in its vectors."""
+        chunks = _CHUNKS[self.bits]
+        vectors = len(chunks) * self.bits // 8
+        return tuple(
+            tuple((vectors * i + vector, shift, mask) for vector, shift, mask in pieces)
+            for i in range(self.block // 4 // len(chunks))
+            for pieces in chunks
+        )
 
     @property
     def int8_block_bytes(self) -> int:
@@ -110,6 +139,10 @@ FORMS = {
         Form("q4_wide", 4, False, True),
         Form("q4_min", 4, True, False),
         Form("q4_min_wide", 4, True, True),
+        Form("q5", 5, False, False),
+        Form("q5_wide", 5, False, True),
+        Form("q5_min", 5, True, False),
+        Form("q5_min_wide", 5, True, True),
         Form("q8", 8, False, False),
         Form("q8_wide", 8, False, True),
         Form("q8_min", 8, True, False),
@@ -118,6 +151,8 @@ FORMS = {
         Form("q4_g16_wide", 4, False, True, 16),
         Form("q4_min_g16", 4, True, False, 16),
         Form("q4_min_g16_wide", 4, True, True, 16),
+        Form("q6_g16", 6, False, False, 16),
+        Form("q6_g16_wide", 6, False, True, 16),
         Form("q8_g16", 8, False, False, 16),
         Form("q8_g16_wide", 8, False, True, 16),
         Form("nf4_wide", 4, False, True, table=NF4),
@@ -129,7 +164,7 @@ FORMS = {
 def form_for(bits: int, scales: Array, minima: Array | None = None, block: int = BLOCK) -> Form:
     """The smallest form that holds these scales and minima, one for `block` weights, losslessly.
 
-    Raises ValueError when there is none: 8 bits with minima for 16, or neither 4 nor 8 bits.
+    Raises ValueError when there is none: 5 bits for 16, 6 bits for 32, minima for 16 above 4 bits.
     """
     held = [scales] if minima is None else [scales, minima]
     wide = not all(_fits_half(values) for values in held)
@@ -138,7 +173,8 @@ def form_for(bits: int, scales: Array, minima: Array | None = None, block: int =
         if (form.bits, form.minimum, form.wide, form.block, form.table) == wanted:
             return form
     given = f"{bits} bits {'with' if minima is not None else 'without'} minima for {block} weights"
-    raise ValueError(f"no layout holds {given}: expected 4 or 8 bits for 32, or 16 without minima")
+    expected = "4, 5 or 8 bits for 32, or 4, 6 or 8 without minima for 16"
+    raise ValueError(f"no layout holds {given}: expected {expected}")
 
 
 def _fits_half(values: Array) -> bool:
@@ -171,10 +207,18 @@ def _zero_code(form: Form) -> int:
 def _interleave(form: Form, codes: Array) -> Array:
     """[groups, blocks, code_bytes]"""
     groups, blocks = codes.shape[0] // ROWS, codes.shape[1] // form.block
-    chunks = codes.reshape(groups, ROWS, blocks, form.block // 4, 4).transpose(0, 2, 3, 1, 4)
-    if form.bits == 4:
-        chunks = chunks[:, :, 0::2] | (chunks[:, :, 1::2] << 4)
-    return chunks.reshape(groups, blocks, form.code_bytes)
+    rows = codes.view(np.uint32).reshape(groups, ROWS, blocks, form.block // 4)
+    chunks = np.ascontiguousarray(rows.transpose(0, 2, 3, 1))
+    vectors = np.zeros((groups, blocks, form.code_bytes // VECTOR, ROWS), np.uint32)
+    for at, pieces in enumerate(form.chunks):
+        for vector, shift, mask in pieces:
+            vectors[:, :, vector] |= (chunks[:, :, at] & _in_four(mask)) << np.uint32(shift)
+    return vectors.view(np.uint8).reshape(groups, blocks, form.code_bytes)
+
+
+def _in_four(mask: int) -> np.uint32:
+    """A mask of a byte for four side by side: codes are moved as words."""
+    return np.uint32(0x01010101 * mask)
 
 
 def _per_block(form: Form, values: Array, n: int, k: int) -> Array:
@@ -196,16 +240,18 @@ def unpack(form: Form, packed: Array, n: int, k: int) -> tuple[Array, Array, Arr
     """What `pack` was given: codes uint8 [n, k], scales and minima fp32 [n, ceil(k / block)]."""
     blocks = -(-k // form.block)
     body = packed.reshape(-1, blocks, form.block_bytes)
-    chunks = body[:, :, : form.code_bytes]
-    if form.bits == 4:
-        pairs = chunks.reshape(-1, blocks, form.block // 8, 1, ROWS * 4)
-        chunks = np.concatenate([pairs & 15, pairs >> 4], axis=3)
-    codes = chunks.reshape(-1, blocks, form.block // 4, ROWS, 4).transpose(0, 3, 1, 2, 4)
-    codes = codes.reshape(-1, blocks * form.block)[:n, :k]
+    vectors = np.ascontiguousarray(body[:, :, : form.code_bytes]).view(np.uint32)
+    vectors = vectors.reshape(len(body), blocks, -1, ROWS)
+    chunks = np.zeros((len(body), blocks, form.block // 4, ROWS), np.uint32)
+    for at, pieces in enumerate(form.chunks):
+        for vector, shift, mask in pieces:
+            chunks[:, :, at] |= (vectors[:, :, vector] >> np.uint32(shift)) & _in_four(mask)
+    rows = np.ascontiguousarray(chunks.transpose(0, 3, 1, 2)).view(np.uint8)
+    codes = rows.reshape(-1, blocks * form.block)[:n, :k]
     numbers = body[:, :, form.code_bytes :].copy().view(np.float32 if form.wide else np.float16)
     numbers = numbers.reshape(-1, blocks, 2 if form.minimum else 1, ROWS).transpose(2, 0, 3, 1)
-    rows = numbers.reshape(numbers.shape[0], -1, blocks)[:, :n].astype(np.float32)
-    return codes, rows[0], rows[1] if form.minimum else None
+    held = numbers.reshape(numbers.shape[0], -1, blocks)[:, :n].astype(np.float32)
+    return codes, held[0], held[1] if form.minimum else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,22 +12,16 @@ from functools import partial
 from typing import Any
 
 from leangen_kernels.dots import (
-    byte_dot,
-    byte_start,
+    chunk_loader,
     code_0,
     code_1,
     code_2,
     code_3,
-    high_nibbles,
-    low_nibbles,
-    nibble_dot,
-    nibble_finish,
-    nibble_start,
+    sums,
     table_values,
 )
 from leangen_kernels.layout import FORMS, ROWS
 from leangen_kernels.simd import (
-    load_bytes,
     load_floats,
     load_for_all,
     load_halves,
@@ -45,21 +39,33 @@ from leangen_kernels.unroll import registers, static, unrolled
 from leangen_kernels.vectors import VARIANT
 
 _MANY_REGISTERS = VARIANT.dot == "vnni512"
-# One row or two take their weights from memory as one stream: four at once took twice as long.
-INT8_TILES = ((1, 1), (2, 1), (4, 4)) if _MANY_REGISTERS else ((1, 1), (2, 1), (4, 1), (8, 1))
 FP32_TILES = ((1, 1), (4, 1))
 """Tokens and groups of a tile. The caller chooses the tile, and need not fill the last one."""
+
+
+def int8_tiles(bits: int) -> tuple[tuple[int, int], ...]:
+    """The same for int8 activations."""
+    if not _MANY_REGISTERS:
+        return (1, 1), (2, 1), (4, 1), (8, 1)
+    # One row or two take their weights from memory as one stream: four at once took twice as long.
+    # Codes that lie across vectors take registers to put together that four groups do not leave.
+    return (1, 1), (2, 1), (4, 1 if 8 % bits else 4)
+
 
 # How far ahead of the codes being used to ask for more. One row of activations is over so fast
 # that the prefetcher of older hardware does not keep memory busy; that of newer one does better.
 _AHEAD = 1536
 _PREFETCH = not _MANY_REGISTERS
-# A tile of several groups is several streams: while it meets its first rows, ask for the next one.
+# A tile of many rows is long over its weights: while it meets its first rows, ask for the next one.
 _PREFETCH_TILE = _MANY_REGISTERS
 
-# What a form and a tile fix, see `_specialized`.
-BITS = CENTER = CODE_BYTES = BLOCK = BLOCK_BYTES = TOKENS = GROUPS = 0
+# What a form and a tile fix, see `kernels`.
+CENTER = CODE_BYTES = BLOCK = BLOCK_BYTES = SPAN = DOTS = TOKENS = GROUPS = 0
 MINIMUM = False
+load_chunk: Any = None
+begin_sum: Any = None
+dot: Any = None
+end_sum: Any = None
 
 
 def int8(
@@ -71,8 +77,9 @@ def int8(
     `x` is the address of packed tiles of TOKENS rows, `w` that of the whole packed matrix, `y` that
     of output [0, 0]; `y_stride` is in bytes. `wide` is 1 where scales are fp32, else 0.
     """
-    at, total, partial, start, scale, minimum = (
-        registers(), registers(), registers(), registers(), registers(), registers(),
+    at, codes, total, partial, product, start, scale, minimum = (
+        registers(), registers(), registers(), registers(), registers(), registers(), registers(),
+        registers(),
     )  # fmt: skip
     block_bytes = CODE_BYTES + (1 + MINIMUM) * 2 * ROWS * (1 + wide)
     for group in range(first, last, GROUPS):
@@ -90,7 +97,7 @@ def int8(
                     for g in static(GROUPS):
                         for line in static((CODE_BYTES + 127) // 64):
                             prefetch(at[g], _AHEAD + 64 * line)
-                if _PREFETCH_TILE and GROUPS > 1:
+                if _PREFETCH_TILE and TOKENS > 2:
                     for g in static(GROUPS):
                         for line in static((CODE_BYTES + 127) // 64):
                             prefetch_soon(at[g], next_tile + 64 * line)
@@ -100,30 +107,21 @@ def int8(
                     else:
                         start[t] = 0
                     for g in static(GROUPS):
-                        if BITS == 4:
-                            partial[g, t] = nibble_start(start[t])
-                        else:
-                            partial[g, t] = byte_start(start[t])
-                if BITS == 4:
-                    for j in static(BLOCK // 8):
-                        for g in static(GROUPS):
-                            codes = load_bytes(at[g], 64 * j)
-                            low, high = low_nibbles(codes), high_nibbles(codes)
-                            for t in static(TOKENS):
-                                partial[g, t] = nibble_dot(
-                                    partial[g, t], low, x_at, BLOCK_BYTES * t + 8 * j
-                                )
-                                partial[g, t] = nibble_dot(
-                                    partial[g, t], high, x_at, BLOCK_BYTES * t + 8 * j + 4
-                                )
-                else:
-                    for j in static(BLOCK // 4):
-                        for g in static(GROUPS):
-                            codes = load_bytes(at[g], 64 * j)
-                            for t in static(TOKENS):
-                                partial[g, t] = byte_dot(
-                                    partial[g, t], codes, x_at, BLOCK_BYTES * t + 4 * j
-                                )
+                        partial[g, t] = begin_sum(start[t])
+                for span in static(BLOCK // 4 // SPAN):
+                    for g in static(GROUPS):
+                        for c in static(SPAN):
+                            codes[c] = load_chunk[SPAN * span + c](at[g])
+                        for t in static(TOKENS):
+                            for c in static(SPAN):
+                                four = BLOCK_BYTES * t + 4 * (SPAN * span + c)
+                                partial[g, t] = dot(partial[g, t], codes[c], x_at, four)
+                            if SPAN * (span + 1) == DOTS:
+                                product[g, t] = end_sum(partial[g, t], start[t])
+                            elif SPAN * (span + 1) % DOTS == 0:
+                                product[g, t] = product[g, t] + end_sum(partial[g, t], 0)
+                            if SPAN * (span + 1) % DOTS == 0:
+                                partial[g, t] = begin_sum(0)
                 for g in static(GROUPS):
                     if wide:
                         scale[g] = load_floats(at[g], CODE_BYTES)
@@ -132,11 +130,9 @@ def int8(
                 for t in static(TOKENS):
                     scale_t = load_for_all(x_at, BLOCK_BYTES * t + BLOCK)
                     for g in static(GROUPS):
-                        if BITS == 4:
-                            product = to_floats(nibble_finish(partial[g, t], start[t]))
-                        else:
-                            product = to_floats(partial[g, t])
-                        total[g, t] = multiply_add(scale[g] * scale_t, product, total[g, t])
+                        total[g, t] = multiply_add(
+                            scale[g] * scale_t, to_floats(product[g, t]), total[g, t]
+                        )
                 if MINIMUM:
                     for g in static(GROUPS):
                         if wide:
@@ -185,20 +181,15 @@ def fp32(
                         product[t] = load_for_all(x_at, BLOCK_BYTES * t + 4 * BLOCK)
                     else:
                         product[t] = splat(0.0)
-                for j in static(BLOCK // 4):
-                    if BITS == 8:
-                        four = load_bytes(codes_at, 64 * j)
-                    elif j % 2 == 0:
-                        four = low_nibbles(load_bytes(codes_at, 32 * j))
-                    else:
-                        four = high_nibbles(load_bytes(codes_at, 32 * j - 32))
+                for c in static(BLOCK // 4):
+                    four = load_chunk[c](codes_at)
                     w_0, w_1, w_2, w_3 = code_0(four), code_1(four), code_2(four), code_3(four)
                     for t in static(TOKENS):
                         at = x_at + BLOCK_BYTES * t
-                        product[t] = multiply_add(w_0, load_for_all(at, 16 * j), product[t])
-                        product[t] = multiply_add(w_1, load_for_all(at, 16 * j + 4), product[t])
-                        product[t] = multiply_add(w_2, load_for_all(at, 16 * j + 8), product[t])
-                        product[t] = multiply_add(w_3, load_for_all(at, 16 * j + 12), product[t])
+                        product[t] = multiply_add(w_0, load_for_all(at, 16 * c), product[t])
+                        product[t] = multiply_add(w_1, load_for_all(at, 16 * c + 4), product[t])
+                        product[t] = multiply_add(w_2, load_for_all(at, 16 * c + 8), product[t])
+                        product[t] = multiply_add(w_3, load_for_all(at, 16 * c + 12), product[t])
                 if wide:
                     scale = load_floats(codes_at, CODE_BYTES)
                 else:
@@ -234,14 +225,18 @@ def kernels() -> dict[str, tuple[Callable[..., Any], str]]:
         if form.wide and not form.table:
             continue  # the same kernels as without
         fixed = {
-            "BITS": form.bits, "CENTER": form.center, "MINIMUM": form.minimum,
+            "CENTER": form.center, "MINIMUM": form.minimum,
             "ROWS": ROWS, "BLOCK": form.block, "CODE_BYTES": form.code_bytes,
             "_PREFETCH": _PREFETCH, "_PREFETCH_TILE": _PREFETCH_TILE,
         }  # fmt: skip
+        fixed |= {f"load_chunk_{c}": chunk_loader(pieces) for c, pieces in enumerate(form.chunks)}
         if form.table:
             fixed |= {f"code_{i}": code for i, code in enumerate(table_values(form.table))}
         else:
-            for tokens, groups in INT8_TILES:
+            names = ("DOTS", "begin_sum", "dot", "end_sum")
+            fixed |= dict(zip(names, sums(form.bits, form.block // 4), strict=True))
+            fixed["SPAN"] = 8 // form.bits  # chunks at once: whole codes in a byte
+            for tokens, groups in int8_tiles(form.bits):
                 found[f"int8_{form.kernel}_{tokens}"] = (
                     partial(
                         unrolled, int8, TOKENS=tokens, GROUPS=groups,

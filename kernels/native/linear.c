@@ -57,6 +57,10 @@ static const struct form {
     {"q4_wide", "q4", 4, 0, 1, 32, 0},
     {"q4_min", "q4_min", 4, 1, 0, 32, 0},
     {"q4_min_wide", "q4_min", 4, 1, 1, 32, 0},
+    {"q5", "q5", 5, 0, 0, 32, 0},
+    {"q5_wide", "q5", 5, 0, 1, 32, 0},
+    {"q5_min", "q5_min", 5, 1, 0, 32, 0},
+    {"q5_min_wide", "q5_min", 5, 1, 1, 32, 0},
     {"q8", "q8", 8, 0, 0, 32, 0},
     {"q8_wide", "q8", 8, 0, 1, 32, 0},
     {"q8_min", "q8_min", 8, 1, 0, 32, 0},
@@ -65,6 +69,8 @@ static const struct form {
     {"q4_g16_wide", "q4_g16", 4, 0, 1, 16, 0},
     {"q4_min_g16", "q4_min_g16", 4, 1, 0, 16, 0},
     {"q4_min_g16_wide", "q4_min_g16", 4, 1, 1, 16, 0},
+    {"q6_g16", "q6_g16", 6, 0, 0, 16, 0},
+    {"q6_g16_wide", "q6_g16", 6, 0, 1, 16, 0},
     {"q8_g16", "q8_g16", 8, 0, 0, 16, 0},
     {"q8_g16_wide", "q8_g16", 8, 0, 1, 16, 0},
     {"nf4_wide", "nf4", 4, 0, 1, 32, 1},
@@ -115,7 +121,7 @@ Status linear_init(Linear *op, Options from, int argmax) {
   memset(op, 0, sizeof *op);
   op->k = k, op->n = n, op->gated = gated != 0, op->wide = form->wide, op->argmax = argmax;
   op->outputs = gated ? n / 2 : n;
-  op->center = form->table || (form->minimum && form->bits == 4) ? 0 : 1 << (form->bits - 1);
+  op->center = form->table || (form->minimum && form->bits < 8) ? 0 : 1 << (form->bits - 1);
   op->blocks = up_to(k, form->block) / form->block, op->groups = up_to(n, ROWS) / ROWS;
   op->block_bytes = ROWS * form->block * form->bits / 8 +
                     ROWS * (2 << form->wide) * (1 + form->minimum);

@@ -40,16 +40,21 @@ def _linear(graph: Draft, node: NodeProto) -> str | None:
     options = attributes(node)
     form = layout.FORMS[options["form"].decode()]
     n, k = options["n"], options["k"]
+    codes, scales, minima = layout.unpack(form, graph.array(node.input[1]), n, k)
+    if form.kernel == "q5":  # which a card holds in 8 bits
+        codes = codes + np.uint8(128 - form.center)
+        form = layout.form_for(8, scales)
     if not tiles.holds(form):
         return f"{node.name}: weights of the form {form.name}"
     if k > launches.MOST_COLUMNS:
         return f"{node.name}: rows of {k}, more than {launches.MOST_COLUMNS}"
-    packed = tiles.pack(form, *layout.unpack(form, graph.array(node.input[1]), n, k))
+    packed = tiles.pack(form, codes, scales, minima)
     inputs = [*node.input, *[""] * _LINEAR_INPUTS][:_LINEAR_INPUTS]
     inputs[1] = graph.add(f"{node.name}/tiles", packed)
     if form.table:
         inputs.append(graph.add(f"{node.name}/table", np.array(form.table, np.float32)))
     graph.remove(node)
+    options["form"] = form.name
     graph.put("CudaLinear", node.name, inputs, list(node.output), **options)
     return None
 

@@ -5,8 +5,8 @@
     MatMulNBits + blocksum(x) @ offsets         what `exporters/llm_graph.py` writes for Q4_1, Q4_K
     MatMul of weights that ORT would unpack     what `treatments` calls w8 and w4
 
-Weights stay what they are, bit for bit: only their order changes, and scales that fp16 holds
-exactly are kept as fp16.
+Weights stay what they are, bit for bit: only their order changes, scales that fp16 holds exactly
+are kept as fp16, and 8-bit codes that fit 5 or 6 bits as those.
 """
 
 from __future__ import annotations
@@ -46,9 +46,12 @@ def _from_nbits(graph: Draft, node: NodeProto) -> bool:
     q = graph.array(codes).reshape(n, -1)
     if bits == 4:
         q = np.stack([q & 15, q >> 4], axis=-1).reshape(n, -1)
+    q = q[:, :k]
+    if bits == 8 and not zeros:
+        bits, q = _narrowed(q, size)
     scale = scale.reshape(n, groups).astype(np.float32)
     minima = _minima(graph, zeros, scale, bits) if zeros else None
-    weights = Codes(bits, q[:, :k], _per_block(scale, k, size), _per_block(minima, k, size))
+    weights = Codes(bits, q, _per_block(scale, k, size), _per_block(minima, k, size))
     level = options.get("accuracy_level", 0)
     activations = "int8" if level == INT8_LEVEL else "fp32"
     offset = None if zeros else _offset(graph, node, k, size)
@@ -59,6 +62,17 @@ def _from_nbits(graph: Draft, node: NodeProto) -> bool:
         if put(graph, [node, gemm], x, bias, gemm.output[0], whole, activations):
             return True
     return put(graph, [node], x, bias, node.output[0], weights, activations)
+
+
+def _narrowed(q: Array, size: int) -> tuple[int, Array]:
+    """8-bit codes around 128 as 5 bits, for groups of 16 as 6 bits, where all of them fit.
+
+    That is what `exporters/gguf_blocks.py` makes of Q5_0, Q5_1, Q5_K and Q6_K.
+    """
+    bits = 5 if size % layout.BLOCK == 0 else 6
+    low = np.uint8(128 - (1 << (bits - 1)))
+    narrow = q - low  # wraps around below
+    return (bits, narrow) if narrow.max() < 1 << bits else (8, q)
 
 
 def _per_block(values: Array | None, k: int, size: int) -> Any:

@@ -38,6 +38,7 @@ class BuildError(Exception):
 def why_not() -> str | None:
     """Why the kernels cannot be compiled here, and what to change; None if they can."""
     try:
+        import numba_cuda  # noqa: F401  Numba's own CUDA target is an older one
         from numba.cuda.cudadrv import nvrtc, nvvm
 
         nvvm.NVVM()

@@ -1,22 +1,25 @@
 """Twins of `instructions` in Python, for Numba's CUDA simulator: addresses are the machine's own.
 
-In the simulator each GPU thread is a Python thread. What needs all lanes of a warp (shuffles, the
-tensor core) is computed once, when the last lane has come.
+Numba's simulator has a thread of Python's for each GPU thread, and one that polls them all, which
+takes five times what the work does. Here GPU threads are greenlets: one runs until it waits for
+others, then another whose turn it is by lot, so that a barrier that a kernel lacks shows. What
+needs all lanes of a warp (shuffles, the tensor core) is computed once, when the last lane has come.
 """
 
 from __future__ import annotations
 
 import ctypes
-import threading
-from collections.abc import Callable
+import random
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+from greenlet import getcurrent, greenlet
+from numba.cuda.simulator import kernel, kernelapi
 
 Array = np.ndarray[Any, Any]
-
-PATIENCE_S = 60.0
-"""A lane that waits so long waits for one that took another branch, or failed."""
 
 
 def _memory(address: int, size: int, multiple: int) -> Any:
@@ -67,35 +70,73 @@ def _bytes_of(*values: Any) -> Any:
 
 
 class _Warp:
-    """The 32 lanes of one warp of one block: a round ends when all have come."""
+    """The lanes of one warp of one block that wait for the others, and what each has given."""
 
     def __init__(self) -> None:
+        self.waiting: list[Any] = []
         self.given: list[Any] = [None] * 32
         self.made: list[Any] = []
-        self.compute: Callable[[list[Any]], list[Any]] = list
-        self.barrier = threading.Barrier(32, action=self._round)
-
-    def _round(self) -> None:
-        self.made = self.compute(self.given)
-
-    def meet(self, compute: Callable[[list[Any]], list[Any]], lane: int, given: Any) -> Any:
-        self.given[lane] = given
-        self.compute = compute
-        self.barrier.wait(PATIENCE_S)
-        return self.made[lane]
 
 
-_lock = threading.Lock()
+class Block:
+    """Runs the threads of one block, in place of Numba's own class of these methods."""
+
+    def __init__(self, function: Any, grid: Any, shape: Any, debug: bool) -> None:
+        self._function, self._shape = function, shape
+        self._warps: dict[int, _Warp] = defaultdict(_Warp)
+        self._ready: list[Any] = []
+        self._at_barrier: list[Any] = []
+
+    def run(self, place: Any, *arguments: Any) -> None:
+        """Until all have ended. Raises what one raises, RuntimeError when none can go on."""
+        self._ready = list(self._threads(place))
+        alive = len(self._ready)
+        while self._ready:
+            random.shuffle(self._ready)
+            turn, self._ready = self._ready, []
+            for thread in turn:
+                thread.switch(*arguments)
+                alive -= thread.dead
+            if not self._ready and len(self._at_barrier) == alive:
+                self._ready, self._at_barrier = self._at_barrier, []
+        if alive:
+            raise RuntimeError(f"{alive} threads of block {place} wait for some that never come")
+
+    def _threads(self, place: Any) -> Iterator[Any]:
+        for number, at in enumerate(np.ndindex(*self._shape[::-1])):
+            thread = greenlet(self._function)
+            thread.block, thread.thread_id = self, number
+            thread.blockIdx, thread.threadIdx = kernel.Dim3(*place), kernel.Dim3(*at[::-1])
+            thread.syncthreads = self._barrier
+            yield thread
+
+    def _barrier(self) -> None:
+        self._at_barrier.append(getcurrent())
+        getcurrent().parent.switch()
+
+    def meet(self, compute: Callable[[list[Any]], list[Any]], given: Any) -> Any:
+        """What `compute` makes of what the lanes of the calling thread's warp give, for its own."""
+        thread: Any = getcurrent()
+        number, lane = divmod(thread.thread_id, 32)
+        warp = self._warps[number]
+        warp.given[lane] = given
+        warp.waiting.append(thread)
+        if len(warp.waiting) < 32:
+            thread.parent.switch()
+        else:
+            warp.made = compute(warp.given)
+            self._ready += [other for other in warp.waiting if other is not thread]
+            warp.waiting = []
+        return warp.made[lane]
+
+
+kernel.BlockManager = Block
+kernelapi.threading = SimpleNamespace(current_thread=getcurrent)
 
 
 def _meet(compute: Callable[[list[Any]], list[Any]], given: Any) -> Any:
-    thread: Any = threading.current_thread()
-    warp, lane = divmod(thread.thread_id, 32)
-    with _lock:
-        warps = thread._manager.__dict__.setdefault("leangen_warps", {})
-        meeting = warps.setdefault(warp, None) or _Warp()
-        warps[warp] = meeting
-    return meeting.meet(compute, lane, given)
+    thread: Any = getcurrent()
+    return thread.block.meet(compute, given)
 
 
 def _across(value: Any, mask: int) -> Any:

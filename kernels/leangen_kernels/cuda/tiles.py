@@ -35,8 +35,8 @@ BYTES = (0, 4, 1, 5, 2, 6, 3, 7)
 
 
 def holds(form: Form) -> bool:
-    """Whether weights of a form can be packed: a scale for 32, minima at 4 bits only."""
-    return form.block == BLOCK and not (form.minimum and form.bits == 8)
+    """Whether weights of a form can be packed: a scale for 32, 4 or 8 bits, minima at 4 only."""
+    return form.block == BLOCK and form.bits in (4, 8) and not (form.minimum and form.bits == 8)
 
 
 def units(k: int) -> int:
@@ -62,7 +62,7 @@ def pack(form: Form, codes: Array, scales: Array, minima: Array | None = None) -
     """
     if not holds(form):
         raise ValueError(
-            f"form {form.name} has no layout on a GPU: scales for 32, minima at 4 bits"
+            f"form {form.name} has no layout on a GPU: scales for 32, 4 or 8 bits, minima at 4"
         )
     n, k = codes.shape
     tiles, along = -(-n // ROWS), units(k)
