@@ -20,6 +20,20 @@ ENTRIES = (
         **gguf_forms("F16"),
     ),
     Entry(
+        name="smiles-joint",
+        family="language",
+        summary="smiles-lm that also says a molecule's logP and QED; bench/train/smiles_joint.py",
+        source=Packaged(
+            filename="smiles-joint.gguf.xz",
+            sha256="940188f9d4118d8fbaf63c93fd8ade85c0d20d241c32dfda0049ba2402225e26",
+            size_bytes=10_161_784,
+            licence="MIT (weights; data MOSES, MIT)",
+            distribution="leangen-zoo",
+        ),
+        exporter="gguf",
+        **gguf_forms("F16"),
+    ),
+    Entry(
         name="fashion-gpt",
         family="autoregressive",
         summary="ImageGPT of 0.8M parameters, 14 x 14 clothes by label; bench/train/fashion_gpt.py",
