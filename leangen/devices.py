@@ -1,4 +1,18 @@
-"""Which device a model runs on: the CPU, or an NVIDIA card where all that it takes is there."""
+"""Which device a model runs on: the CPU, or an NVIDIA card where all that it takes is there.
+
+What a card is not used for, and why:
+
+- CUDA graphs of ONNX Runtime (`enable_cuda_graph`). It refuses a session with control flow or a
+  copy between devices, wants every input at one address in the card's memory, and replays what
+  came from the host (GroupQueryAttention's total length) as it was at the capture, without a word.
+  leangen's operators are made for it (lengths in the card's memory, nothing allocated after a first
+  run), and `bench/gpu.py` times such graphs through the driver; here one comes when it has been
+  seen to run.
+- A diffusion loop's latents. Samplers are NumPy: an SD 1.5 latent of 64 kB goes up and down in each
+  step, some tens of microseconds beside a UNet's ten milliseconds or more.
+- Group norm. There is a kernel but no operator: a UNet runs on ONNX Runtime's own, whose
+  convolutions are cuDNN's, and would need a layout of its own around it.
+"""
 
 from __future__ import annotations
 
