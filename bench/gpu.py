@@ -1,8 +1,11 @@
 """Everything to be measured on an NVIDIA card, in under 8 minutes, as one table and JSON.
 
-    python bench/gpu.py [--part kernels|peers|models|energy] [--state gpu.json] [--json OUT]
+    python bench/gpu.py [--part checks|kernels|peers|models|energy] [--again] [--state gpu.json]
+                        [--json OUT]
 
-kernels  every kernel against its NumPy twin on the card, then its time, bytes and operations
+checks   every kernel against its NumPy twin on the card; also what compute-sanitizer is for:
+         compute-sanitizer --target-processes all python bench/gpu.py --part checks --state s.json
+kernels  the time, bytes and operations of each, and the card's copy bandwidth and matrix rate
 peers    the same products by torch (fp16, bf16), bitsandbytes (4 bits) and ONNX Runtime
 models   a token of SmolLM2-135M, a 1B and an 8B Llama by our kernels and by torch (random weights,
          one CUDA graph), an SD 1.5 UNet's products; terrain and piper-joe by ONNX Runtime on CUDA
@@ -10,8 +13,9 @@ energy   joules of those tokens at batch 1, 8 and 32 by NVML's counter, above an
          the context alive; the counter against the power it shows
 
 Each row is kept in the state file as soon as it is measured: started again, the script goes on
-where it was. A row that breaks the card's context is marked, and the part starts again after it.
-What a row needs and this machine lacks is said in its place. The card's settings stay as they are.
+where it was; --again also takes up rows that failed. A row that breaks the card's context is
+marked, and the part starts again after it. What a row needs and this machine lacks is said in its
+place. The card's settings stay as they are. The exit status is 0 if no row failed or was left out.
 
 Without a compiled `leangen_kernels/cuda` run python -m leangen_kernels.cuda.build first.
 """
@@ -30,7 +34,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PARTS = ("kernels", "peers", "models", "energy")
+PARTS = ("checks", "kernels", "peers", "models", "energy")
 BUDGET_S = 450.0
 """No row is started after so long, all parts together."""
 TRIES = 2
@@ -63,14 +67,26 @@ class State:
             else:
                 print(f"{path} is of another card or version: starting anew", file=sys.stderr)
 
+    def forget_failures(self, parts: Iterable[str]) -> None:
+        """Drop the rows of these parts that came to no figures, so that they are tried again."""
+        for part in parts:
+            for name, figures in list(self.rows(part).items()):
+                if figures.keys() & {"error", "absent", "started"}:
+                    del self.rows(part)[name]
+        self.write()
+
     def rows(self, part: str) -> dict[str, Figures]:
         """The rows of one part by name."""
         rows: dict[str, Figures] = self.data["rows"][part]
         return rows
 
     def put(self, part: str, name: str, figures: Figures) -> None:
-        """Keep a row; the file is whole at any moment."""
+        """Keep a row."""
         self.rows(part)[name] = figures
+        self.write()
+
+    def write(self) -> None:
+        """Write the file, which is whole at any moment."""
         unfinished = self.path.with_suffix(".new")
         unfinished.write_text(json.dumps(self.data, indent=1) + "\n")
         unfinished.replace(self.path)
@@ -84,7 +100,10 @@ def run_part(
     clock: Callable[[], float] = time.monotonic,
     alive: Callable[[], bool] = lambda: True,
 ) -> int:
-    """Measure the rows that the state lacks. CRASHED when the card is lost, 1 after an error."""
+    """Measure the rows that the state lacks. CRASHED when the card is lost, 1 after an error.
+
+    `alive`, asked after each row, gives its memory back and says whether the card's context works.
+    """
     status = 0
     for row in rows:
         before = state.rows(part).get(row.name, {})
@@ -100,10 +119,10 @@ def run_part(
             figures = row.run()
         except Exception as error:  # whatever a peer or the driver raises: the others go on
             figures = {"error": f"{type(error).__name__}: {error}"[:300]}
-            status = 1
         state.put(part, row.name, figures)
-        if "error" in figures and not alive():
+        if not alive():
             return CRASHED
+        status |= "error" in figures
     return status
 
 
@@ -179,8 +198,9 @@ def main() -> int:
     """Measure what is missing, print the table."""
     parser = argparse.ArgumentParser(prog="bench/gpu.py")
     parser.add_argument("--part", choices=PARTS, help="this one alone")
-    parser.add_argument("--device", type=int, default=0)
-    parser.add_argument("--state", type=Path, default=Path("gpu.json"))
+    parser.add_argument("--again", action="store_true", help="try rows again that failed")
+    parser.add_argument("--device", type=int, default=0, help="of the driver's count")
+    parser.add_argument("--state", type=Path, default=Path("gpu.json"), help="what is measured")
     parser.add_argument("--json", type=Path, help="write all figures here too")
     parser.add_argument("--seconds", type=float, default=0.15, help="for one timing")
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
@@ -190,12 +210,16 @@ def main() -> int:
 
     try:
         device = driver.devices()[options.device]
-        loaded = driver.compiled(device.capability)
     except (driver.CudaError, IndexError) as error:
         print(f"no card: {error if isinstance(error, driver.CudaError) else 'the driver has none'}")
         if options.json:
             options.json.write_text(json.dumps({"card": None, "reason": str(error)}) + "\n")
         return 0
+    try:
+        loaded = driver.compiled(device.capability)
+    except driver.CudaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     card = describe(device, loaded)
     if options.part and options.until is not None:  # a process of its own for one part
         import gpu_rows
@@ -205,9 +229,14 @@ def main() -> int:
         rows = measured.rows(options.part)
         return run_part(options.part, rows, state, options.until, alive=measured.alive)
     status = 0
-    for part in [options.part] if options.part else PARTS:
+    parts = [options.part] if options.part else PARTS
+    if options.again:
+        State(options.state, card).forget_failures(parts)
+    for part in parts:
         status |= _run_apart(part, options, begin + BUDGET_S)
     state = State(options.state, card)
+    rows = (row for part in parts for row in state.rows(part).values())
+    status |= any(row.keys() & {"error", "started"} for row in rows)
     data = {**state.data, "seconds": time.monotonic() - begin}
     print("\n".join([f"{card['name']}, driver {card['driver']}", *table(data)]))
     if options.json:

@@ -24,6 +24,8 @@ CONTEXTS = (1024, 8192)
 PICTURES = ((320, 4096), (640, 1024), (1280, 256))
 """Channels and pixels of an SD 1.5 UNet at 512 x 512."""
 
+COPIED = 1 << 30
+"""Bytes, of which the bandwidth is measured."""
 TIMINGS = 5
 KEPT = 8
 """Packed matrices kept on the host: making random bytes takes longer than what is timed."""
@@ -39,18 +41,21 @@ class Bench:
         self._packed: dict[tuple[str, int, int], Any] = {}
 
     def alive(self) -> bool:
-        """Whether the context still works."""
+        """Whether the context still works; all memory that a row has left is given back."""
         try:
             driver.call("cuCtxSynchronize")
-        except driver.CudaError:
+            self.card.free_all()
+            if (torch := sys.modules.get("torch")) is not None and torch.cuda.is_initialized():
+                torch.cuda.empty_cache()
+        except (driver.CudaError, RuntimeError):  # torch's is an AcceleratorError, a RuntimeError
             return False
         return True
 
     def rows(self, part: str) -> Iterator[Row]:
         """The rows of a part."""
+        if part in ("checks", "kernels"):
+            return self._checks() if part == "checks" else self._kernels()
         module = {"peers": "gpu_peers", "models": "gpu_models", "energy": "gpu_models"}
-        if part == "kernels":
-            return self._kernels()
         rows: Iterator[Row] = getattr(import_module(module[part]), part)(self)
         return rows
 
@@ -90,12 +95,14 @@ class Bench:
             numbers[:, 64:] *= -(1 << (form.bits - 1))
         return packed
 
-    def _kernels(self) -> Iterator[Row]:
-        yield Row("ceilings", self._ceilings)
+    def _checks(self) -> Iterator[Row]:
         from cuda_cases import CASES
 
         for name, case in CASES.items():
-            yield Row(f"check {name}", lambda case=case: self._check(case))
+            yield Row(name, lambda case=case: self._check(case))
+
+    def _kernels(self) -> Iterator[Row]:
+        yield Row("ceilings", self._ceilings)
         for n, k in MATRICES:
             for form, activations in FORMS:
                 yield self._linear_row(form, activations, n, k, 1)
@@ -118,17 +125,18 @@ class Bench:
             )
 
     def _ceilings(self) -> Figures:
-        size = 1 << 30
+        size = COPIED
         source, to = (self.card.empty(size, np.uint8) for _ in range(2))
         figures = self.timed(lambda: self.card.copy(to, source))
         self.card.free(source, to)
         copied = {"copy_bytes_s": 2 * size / figures["time_s"], "bytes": 2 * size, **figures}
         try:
             import torch
-        except ModuleNotFoundError:
-            return {**copied, "note": "no torch: no matrix rate"}
-        a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.float16) for _ in range(2))
-        seconds = torch_timed(lambda: a @ b, self.seconds)["time_s"]
+
+            a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.float16) for _ in range(2))
+            seconds = torch_timed(lambda: a @ b, self.seconds)["time_s"]
+        except Exception as error:  # missing, or built without CUDA: the bandwidth stands
+            return {**copied, "note": f"no matrix rate from torch: {error}"[:120]}
         rate = 2 * 8192**3 / seconds
         return {**copied, "matrix_flop_s": rate, "note": f"fp16 product {rate / 1e12:.0f} TFLOP/s"}
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from leangen.errors import DependencyError, RequestError
@@ -27,6 +27,8 @@ class Device:
     """`cpu` or `cuda`, as `leangen.meters.select` takes it."""
     index: int
     reason: str
+    memory_bytes: int = 0
+    """A card's, in all."""
 
     @property
     def name(self) -> str:
@@ -81,7 +83,7 @@ def choose(
         raise RequestError(f"--device {asked}: there is no such card; the driver lists {shown}")
     card = found[index]
     how = "asked for" if match else "the first card that the driver lists"
-    return Device("cuda", index, f"{card.name}, {how}; {NOT_YET}")
+    return Device("cuda", index, f"{card.name}, {how}; {NOT_YET}", card.memory_bytes)
 
 
 def _cards(
@@ -104,16 +106,67 @@ def _cards(
         )
 
 
-def out_of_memory(message: str) -> bool:
-    """Whether an error of ONNX Runtime's says that the card is full."""
-    return bool(re.search(r"out of memory|CUDA failure 2\b|Failed to allocate memory", message))
+def out_of_memory(said: str) -> bool:
+    """Whether an error of ONNX Runtime's, or of our operators in it, says that the card is full."""
+    return _FULL.search(said) is not None
 
 
-def too_large(name: str, device: Device, path: Path) -> str:
-    """What to say when a card has no room for a model."""
-    size = sum(part.stat().st_size for part in path.parent.glob(f"{path.stem}*"))
-    return (
-        f"{name} does not fit into the memory of {device.name}: its weights alone are "
-        f"{size / 1e9:.1f} GB; a scheme of fewer bits (int8 a half, int4 a quarter of fp16's), a "
-        "card with more, or --device cpu"
-    )
+# Its arena, with and without a limit; the CUDA runtime and our operators; cuBLAS and cuDNN.
+_FULL = re.compile(
+    r"Failed to allocate memory|smaller than requested|out of memory|CUDA failure 2\b"
+    r"|ALLOC\w*_FAILED"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What a model brings onto a device."""
+
+    name: str
+    size_bytes: int
+    bits: float
+    """Of a weight."""
+
+    def too_much(self, device: Device, said: str) -> str:
+        """What to say when a card has no room for it, or for a request to it; `said` by ORT."""
+        room = device.memory_bytes * _FOR_WEIGHTS
+        asked = re.search(r"buffer of size (\d+)", said)
+        more = f", and {_gb(int(asked[1]))} more were asked for" if asked else ""
+        if self.size_bytes > room:
+            remedy = "a scheme of fewer bits"
+            if (most := int(self.bits * room / self.size_bytes)) >= 2:
+                remedy += f" (about {most} a weight, now {self.bits:.3g}, leave room to work in)"
+        else:
+            remedy = "a shorter prompt or context, a smaller batch or picture, other programs ended"
+        return (
+            f"{device.name} is out of memory: it has {_gb(device.memory_bytes)} in all, "
+            f"{self.name} is {_gb(self.size_bytes)}{more}; what helps: {remedy}, or --device cpu"
+        )
+
+
+_FOR_WEIGHTS = 0.8
+"""Of a card's memory: the rest is for its context, activations, keys and values."""
+
+
+def _gb(count: int) -> str:
+    return f"{count / 1e9:.{1 if count >= 1e9 else 3}f} GB"
+
+
+class OnCard:
+    """A session of ONNX Runtime's whose runs may find the card full; `told` then says so."""
+
+    def __init__(self, graph: Any, told: Callable[[], AbstractContextManager[None]]) -> None:
+        self._graph, self._told = graph, told
+
+    def run(self, *given: Any, **options: Any) -> Any:
+        """As the session's."""
+        with self._told():
+            return self._graph.run(*given, **options)
+
+    def run_with_iobinding(self, *given: Any, **options: Any) -> None:
+        """As the session's."""
+        with self._told():
+            self._graph.run_with_iobinding(*given, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._graph, name)

@@ -39,6 +39,10 @@ class RequestError(LeangenError):
     """A generation was asked for that cannot be carried out as stated."""
 
 
+class OutOfMemoryError(LeangenError):
+    """A card, or the machine, has no memory left for what was asked."""
+
+
 class StorageError(LeangenError):
     """The disk is full, read-only, or another process holds the lock."""
 

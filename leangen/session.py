@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
@@ -14,7 +14,7 @@ import onnxruntime as ort
 from leangen import devices, lowering
 from leangen import threads as thread_choice
 from leangen.bundle import Bundle
-from leangen.errors import BundleError, DependencyError, RequestError
+from leangen.errors import BundleError, DependencyError, OutOfMemoryError, RequestError
 
 Activations = Literal["int8", "fp32"]
 Kernels = Literal["auto", "ort"]
@@ -176,20 +176,36 @@ class Session:
         self, model: str | bytes, options: ort.SessionOptions, path: Path
     ) -> ort.InferenceSession:
         try:
-            graph = ort.InferenceSession(model, options, providers=self.device.providers())
+            with self.card_told():
+                graph = ort.InferenceSession(model, options, providers=self.device.providers())
+        except OutOfMemoryError:
+            raise
         except Exception as error:  # ORT raises many unrelated types from its C++ side
             detail = str(error).splitlines()[0]
-            if self.device.kind == "cuda" and devices.out_of_memory(detail):
-                raise RequestError(
-                    devices.too_large(self.bundle.name, self.device, path)
-                ) from error
             raise BundleError(f"ONNX Runtime cannot load {path}: {detail}") from error
         if self.provider not in graph.get_providers():  # ORT only logs that it went without
             raise DependencyError(
                 f"--device {self.device.name}: ONNX Runtime's CUDA provider does not start, mostly"
                 " for want of CUDA 13 or cuDNN 9: pip install 'onnxruntime-gpu[cuda,cudnn]'"
             )
-        return graph
+        if self.device.kind == "cpu":
+            return graph
+        return cast(ort.InferenceSession, devices.OnCard(graph, self.card_told))
+
+    @contextmanager
+    def card_told(self) -> Iterator[None]:
+        """Around what takes a card's memory: OutOfMemoryError when there is none left.
+
+        It says what there is, what was asked for and what needs less.
+        """
+        try:
+            yield
+        except Exception as error:  # ORT raises many unrelated types from its C++ side
+            if self.device.kind == "cpu" or not devices.out_of_memory(str(error)):
+                raise
+            bits = float(self.bundle.quantization.get("bits_per_weight", 32))
+            load = devices.Load(self.bundle.name, self.bundle.size_bytes, bits)
+            raise OutOfMemoryError(load.too_much(self.device, str(error))) from error
 
     def _options(self) -> ort.SessionOptions:
         options = ort.SessionOptions()

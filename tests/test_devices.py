@@ -12,7 +12,7 @@ from leangen_kernels.cuda import driver, tiles
 from leangen_kernels.cuda.driver import CudaError
 
 from leangen import cli, devices, doctor, lowering
-from leangen.errors import DependencyError, RequestError
+from leangen.errors import DependencyError, OutOfMemoryError, RequestError
 from leangen.exporters import gguf
 from leangen.families import key_values
 from leangen.families.decoder import Decoder
@@ -30,6 +30,7 @@ CUDA = ["CUDAExecutionProvider", "CPUExecutionProvider"]
 class Card:
     index: int
     name: str
+    memory_bytes: int = 0
 
 
 def two():
@@ -95,14 +96,106 @@ def test_doctor_tells_of_cards(monkeypatch):
     assert status == "note" and detail.startswith("cuda:0 A: ")
 
 
-def test_a_full_card_is_told_from_other_failures(tmp_path):
-    assert devices.out_of_memory("CUDA failure 2: out of memory ; GPU=0")
-    assert devices.out_of_memory("Failed to allocate memory for requested buffer of size 1")
+NODE = (
+    "[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : Non-zero status code returned while running "
+    "MatMul node. Name:'m' Status Message: "
+)
+FULL = [
+    # As issues 22702 and 4062 of onnxruntime have them, and Deep-Live-Cam's 584 and 645.
+    f"{NODE}\n/onnxruntime_src/onnxruntime/core/framework/bfc_arena.cc:376 void* onnxruntime::"
+    "BFCArena::AllocateRawInternal(size_t, bool, onnxruntime::Stream*, bool, onnxruntime::"
+    "WaitNotificationFn) Failed to allocate memory for requested buffer of size 2830172160",
+    f"{NODE}Available memory of 1048576 is smaller than requested bytes of 2830172160",
+    "[ONNXRuntimeError] : 1 : FAIL : cuda_call.cc:114 onnxruntime::CudaCall CUDA failure 2: out of "
+    "memory ; GPU=0 ; hostname=h ; expr=cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);",
+    f"{NODE}cuda_call.cc:114 onnxruntime::CudaCall CUBLAS failure 3: CUBLAS_STATUS_ALLOC_FAILED ; "
+    "GPU=0 ; hostname=h ; expr=cublasCreate(&cublas_handle_);",
+    f"{NODE}CUDA: a workspace: out of memory (2); a lower-bit scheme needs less",
+]
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """One of 8 GB, whose runs are the CPU's until `said` is what ONNX Runtime says instead."""
+
+    class Graph(onnxruntime.InferenceSession):
+        opening = running = ""
+
+        def __init__(self, model, options, providers):
+            assert providers[0][0] == devices.CUDA_PROVIDER
+            if self.opening:
+                raise RuntimeError(self.opening)
+            super().__init__(model, options, providers=CUDA[1:])
+
+        def get_providers(self):
+            return CUDA
+
+        def run(self, *given, **options):
+            if self.running:
+                raise RuntimeError(self.running)
+            return super().run(*given, **options)
+
+        def run_with_iobinding(self, *given, **options):
+            if self.running:
+                raise RuntimeError(self.running)
+            super().run_with_iobinding(*given, **options)
+
+    made = key_values.OnCard.__init__
+    monkeypatch.setattr(
+        key_values.OnCard, "__init__", lambda self, *given: made(self, *given[:-1], ("cpu", 0))
+    )
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Graph)
+    monkeypatch.setattr(
+        devices, "choose", lambda asked: devices.Device("cuda", 0, "A, asked for", 8_000_000_000)
+    )
+    return Graph
+
+
+@pytest.mark.parametrize("said", FULL)
+def test_a_full_card_is_told_plainly(tmp_path, capsys, card, said):
+    bundle = tiny_bundles.language(tmp_path)
+    command = ["generate", str(bundle.path), "--prompt", "a", "--max-new-tokens", "2"]
+    assert cli.main(command) == 0
+    for when in ("running", "opening"):
+        capsys.readouterr()
+        setattr(card, when, said)
+        assert cli.main(command) == 2
+        told = capsys.readouterr().err.splitlines()
+        assert told[-1].startswith(
+            "leangen: error: cuda:0 is out of memory: it has 8.0 GB in all, "
+        )
+        assert ("2.8 GB more were asked for" in told[-1]) == ("buffer of size" in said)
+        assert told[-1].endswith("other programs ended, or --device cpu")
+        assert "Traceback" not in "".join(told)
+        assert when == "opening" or len(told) < 3
+
+
+def test_keys_and_values_that_find_no_room(tmp_path, monkeypatch, card):
+    def none_left(*given):
+        raise RuntimeError(FULL[0])
+
+    session = Session(tiny_bundles.language(tmp_path))
+    monkeypatch.setattr(onnxruntime.OrtValue, "ortvalue_from_shape_and_type", none_left)
+    with pytest.raises(OutOfMemoryError, match="a shorter prompt or context"):
+        Decoder(session, 16)
+
+
+def test_weights_that_do_not_fit_are_told_with_what_would():
+    device = devices.Device("cuda", 0, "", 8_000_000_000)
+    load = devices.Load("m", 16_000_000_000, 16)
+    told = load.too_much(device, FULL[0])
+    assert "m is 16.0 GB" in told
+    assert "fewer bits (about 6 a weight, now 16, leave room to work in), or --device cpu" in told
+    assert "about" not in devices.Load("m", 10**12, 4).too_much(device, FULL[0])
+
+
+def test_other_failures_of_a_card_stay_what_they_are(tmp_path, card):
     assert not devices.out_of_memory("CUDA failure 700: an illegal memory access")
-    (tmp_path / "model.onnx").write_bytes(b"0" * 10)
-    (tmp_path / "model.onnx.data").write_bytes(b"0" * 200_000_000)
-    told = devices.too_large("m", devices.Device("cuda", 1, ""), tmp_path / "model.onnx")
-    assert told.startswith("m does not fit into the memory of cuda:1: its weights alone are 0.2 GB")
+    card.running = "CUDA failure 700: an illegal memory access"
+    session = Session(tiny_bundles.oneshot(tmp_path))
+    graph = session.graph("model")
+    with pytest.raises(RuntimeError, match="failure 700"):
+        graph.run(None, {})
 
 
 def test_caches_elsewhere_give_the_same_logits(tmp_path, monkeypatch):

@@ -29,10 +29,17 @@ def fake(tmp_path_factory):
     subprocess.run(built, check=True)
     kernels = folder / "kernels"
     kernels.mkdir()
-    names = ["rows_a8 iiiiiiiiif 1024", "rows_a16 iiiiiiiiif 1024", "merge_64 iiiiii 64",
-             "append_fp16_64 iiiiiiiiiiiiiff 32", "attend_fp16_64 iiiiiiiiii 128"]  # fmt: skip
-    for shape in ("1x1", "2x2", "2x4"):
-        names += [f"linear_q4_{kind}_{shape} iiiiiiiiiiiiiii 256" for kind in ("a8", "a16")]
+    names = ["rows_a8 iiiiiiiiif 1024", "rows_a16 iiiiiiiiif 1024", "moments iii 256",
+             "group_norm iiiiiiiiiif 256"]  # fmt: skip
+    for width in (64, 128):
+        names += [f"merge_{width} iiiiii {width}"]
+        for cache in ("fp16", "int8"):
+            names += [f"append_{cache}_{width} iiiiiiiiiiiiiff 32",
+                      f"attend_{cache}_{width} iiiiiiiiii 128"]  # fmt: skip
+    for kind in ("q4", "q4_min", "q8", "table"):
+        names += [f"dequantize_{kind} iiiiii 256"]
+        for shape in ("1x1", "2x2", "2x4"):
+            names += [f"linear_{kind}_{a}_{shape} iiiiiiiiiiiiiii 256" for a in ("a8", "a16")]
     (kernels / "leangen_cuda.txt").write_text("".join(f"{name}\n" for name in names))
     (kernels / "leangen_cuda.ptx").write_text("// nothing\n")
     return folder
@@ -99,6 +106,63 @@ print(gpu_models._step(bench, shape, "int4 a8", 3))
     assert "graph" in log
 
 
+ROWS = """
+import sys, unittest.mock
+sys.modules["torch"] = None
+import gpu, gpu_rows, gpu_models
+driver.Card = lambda index: card
+gpu_rows.MATRICES, gpu_rows.TOKENS, gpu_rows.CONTEXTS = ((64, 128),), (2, 9, 17), (64,)
+gpu_rows.PICTURES, gpu_rows.COPIED = ((32, 64),), 1 << 20
+import gpu_peers
+gpu_models.SHAPES = {"tiny": gpu_models.Shape(2, 64, 128, 2, 1, 64, 256)}
+gpu_models.BATCHES, gpu_models.CONTEXT, gpu_models.UNET = (1, 3), 64, ((64, 64, 2),)
+gpu_models.measured = lambda work, seconds: (work(), (2.0, 0.1, 0.5, 1))[1]
+bench = gpu_rows.Bench(0, 0.01)
+state = gpu.State(pathlib.Path(os.environ["STATE"]), {})
+for part in gpu.PARTS:
+    gpu.run_part(part, bench.rows(part), state, float("inf"), alive=bench.alive)
+"""
+
+
+def test_every_row_goes_through(fake, tmp_path):
+    """On the stand-in, which computes nothing: no check passes, all else has figures."""
+    kept = tmp_path / "s.json"
+    done, _ = run_fake(fake, OPEN + ROWS, STATE=str(kept), FAKE_CUDA_BYTES="100000000000")
+    assert done.returncode == 0, done.stderr
+    measured = json.loads(kept.read_text())["rows"]
+    assert all("expected at most" in row["error"] for row in measured["checks"].values())
+    assert len(measured["checks"]) > 30
+    for part in ("kernels", "peers", "models", "energy"):
+        for name, row in measured[part].items():
+            assert row.keys() & {"time_s", "joules", "absent", "note"}, (part, name, row)
+    assert "no matrix rate" in measured["kernels"]["ceilings"]["note"]
+    absent = [name for part in ("models", "energy") for name, row in measured[part].items()
+              if "absent" in row]  # fmt: skip
+    assert all("torch" in n or "onnxruntime" in n or "counter" in n for n in absent), absent
+
+
+def test_what_a_failed_row_holds_is_given_back(fake):
+    code = OPEN + (
+        "import gpu_rows\n"
+        "driver.Card = lambda index: card\n"
+        "bench = gpu_rows.Bench(0, 0.01)\n"
+        "card.empty(10, 'u1'), card.empty(20, 'u1')\n"
+        "print(len(card._taken), bench.alive(), len(card._taken))"
+    )
+    assert run_fake(fake, code)[0].stdout == "2 True 0\n"
+
+
+def test_a_card_without_kernels_is_no_success(fake, tmp_path):
+    if list((TESTS.parent / "kernels" / "leangen_kernels" / "cuda").glob("leangen_cuda.*")):
+        pytest.skip("kernels are built here")
+    environment = {**os.environ, **PATHS, "LD_LIBRARY_PATH": str(fake)}
+    done = subprocess.run(
+        [sys.executable, BENCH / "gpu.py"], env=environment, capture_output=True, text=True,
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 2 and "error: no GPU kernels in" in done.stderr
+
+
 def test_without_a_card_the_script_says_so(tmp_path):
     if shutil.which("nvidia-smi"):
         pytest.skip("there is a card")
@@ -158,6 +222,16 @@ def test_a_row_that_fails_is_told_and_one_that_kills_is_left_out(tmp_path):
     state.put("energy", "b", {"started": 2})
     gpu.run_part("energy", given, state, until=99, clock=Clock())
     assert ran == ["a", "b", "a", "b"]
+
+
+def test_failures_can_be_tried_again(tmp_path):
+    state = gpu.State(tmp_path / "s.json", {})
+    for name, figures in {"a": {"time_s": 1}, "b": {"error": "x"}, "c": {"started": 2}}.items():
+        state.put("peers", name, figures)
+    state.put("energy", "d", {"absent": "no meter"})
+    state.forget_failures(["peers"])
+    kept = gpu.State(tmp_path / "s.json", {})
+    assert list(kept.rows("peers")) == ["a"] and list(kept.rows("energy")) == ["d"]
 
 
 def test_the_table_shows_rates_against_what_the_card_reached():

@@ -17,6 +17,7 @@ import serving
 import tiny_bundles
 
 from leangen import budget, clock
+from leangen.errors import OutOfMemoryError
 from leangen.families.batch import Batch
 from leangen.ledger import Ledger
 from leangen.serve import access, connections, room
@@ -469,6 +470,7 @@ def test_a_mistake_in_a_worker_is_told_and_does_not_last(text_model, monkeypatch
         RuntimeError("can't start new thread"),
         Exception("std::bad_alloc"),
         ImportError("onnx.so: failed to map segment from shared object"),
+        OutOfMemoryError("cuda:0 is out of memory"),
     ],
 )
 def test_a_lack_of_memory_is_told_and_does_not_last(text_model, monkeypatch, error):

@@ -54,7 +54,7 @@ def small_of(x: Tensor) -> Tensor:
 
 def main() -> None:
     """Train both, export both."""
-    args = arguments(__doc__, small_steps=1100, upscaler_steps=500)
+    args = arguments(__doc__, small_steps=3300, upscaler_steps=3000)
     pictures = Pictures(args.data)
     small = UNet(label_embedding(), fold=1, wide=32, deep=64).to(DEVICE)
 

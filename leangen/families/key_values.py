@@ -53,11 +53,12 @@ class OnCard:
 
     def __init__(self, session: Session, capacity: int, role: str, memory: tuple[str, int]) -> None:
         shape, kind = _needed(session, 1, capacity, role)
-        self.values = {
-            f"{which}_{layer}": ort.OrtValue.ortvalue_from_shape_and_type(shape[2:], kind, *memory)
-            for layer in range(shape[0])
-            for which in ("key", "value")
-        }
+        names = [f"{which}_{layer}" for layer in range(shape[0]) for which in ("key", "value")]
+        with session.card_told():
+            self.values = {
+                name: ort.OrtValue.ortvalue_from_shape_and_type(shape[2:], kind, *memory)
+                for name in names
+            }
 
     def bind(self, binding: ort.IOBinding) -> None:
         """Bind each layer's keys and values as past and present."""

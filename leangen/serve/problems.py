@@ -13,6 +13,7 @@ from leangen.errors import (
     BundleError,
     DependencyError,
     LeangenError,
+    OutOfMemoryError,
     RequestError,
     StorageError,
     UnknownModelError,
@@ -22,10 +23,6 @@ from leangen.errors import (
 
 class OverloadError(LeangenError):
     """Too many requests wait."""
-
-
-class OutOfMemoryError(LeangenError):
-    """The machine has no memory left for what was asked, or for a thread to do it."""
 
 
 class BudgetError(LeangenError):
@@ -83,6 +80,8 @@ def out_of_memory(error: BaseException) -> OutOfMemoryError | None:
     Python, and ONNX Runtime's C++, have several ways to say so.
     """
     said = ("can't start new thread", "bad_alloc", "allocate memory", "failed to map segment")
+    if isinstance(error, OutOfMemoryError):
+        return error
     if isinstance(error, MemoryError) or any(text in str(error) for text in said):
         return OutOfMemoryError("the machine is short of memory: try again in a moment")
     return None

@@ -148,6 +148,7 @@ class Card:
         lines = (folder / NAMES).read_text(encoding="utf-8").splitlines()
         self._letters = {name: letters for name, letters, _ in map(str.split, lines)}
         self._functions: dict[str, ctypes.c_void_p] = {}
+        self._taken: set[int] = set()
 
     def empty(self, count: int, kind: Any) -> DeviceArray:
         """Memory with nothing sensible in it (0xAA): what a kernel must write shows."""
@@ -155,6 +156,7 @@ class Card:
         pointer = ctypes.c_void_p()
         size = ctypes.c_size_t(max(count * dtype.itemsize, 1))
         call("cuMemAlloc_v2", ctypes.byref(pointer), size)
+        self._taken.add(pointer.value or 0)
         call("cuMemsetD8_v2", pointer, 0xAA, size)
         return DeviceArray(pointer.value or 0, count, dtype)
 
@@ -169,7 +171,16 @@ class Card:
     def free(self, *arrays: DeviceArray) -> None:
         """Give memory back."""
         for array in arrays:
-            call("cuMemFree_v2", ctypes.c_void_p(array.address))
+            self._release(array.address)
+
+    def free_all(self) -> None:
+        """Give back all memory that was taken and not given back since."""
+        for address in list(self._taken):
+            self._release(address)
+
+    def _release(self, address: int) -> None:
+        self._taken.remove(address)
+        call("cuMemFree_v2", ctypes.c_void_p(address))
 
     def launch(
         self, name: str, grid: tuple[int, ...], threads: int, *arguments: int | float
