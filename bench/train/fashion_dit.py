@@ -83,7 +83,7 @@ class DiT(nn.Module):
 
 def main() -> None:
     """Train, export."""
-    args = arguments(__doc__, steps=1100)
+    args = arguments(__doc__, steps=5000)
     train_by_label(
         DiT().to(DEVICE),
         v_noised,

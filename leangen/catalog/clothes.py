@@ -106,8 +106,8 @@ ENTRIES = (
         "diffusion transformer of 1.9M parameters, clothes by label",
         "fashion_dit",
         BY_LABEL,
-        sha256="01f5c9a98a570475fa293c6d9dcf580cd9f948f7cf0f7eca2cd28e0160dbb8f4",
-        size_bytes=3_503_632,
+        sha256="7dfea87600c7168925985ffb0f6329db081b94e21b02dbec6c0eaaee66f3f88d",
+        size_bytes=3_528_728,
     ),
     _entry(
         "fashion-14",
