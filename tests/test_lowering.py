@@ -75,9 +75,9 @@ def test_with_fp32_activations_logits_are_those_of_ort(tmp_path, variant):
         "Q5_0": "q5",
         "Q5_1": "q5_min",
         "Q8_0": "q8",
-        "Q4_K": "q4_min_wide",
-        "Q5_K": "q5_min_wide",
-        "Q6_K": "q6_g16_wide",
+        "Q4_K": "q4_min_split",
+        "Q5_K": "q5_min_split",
+        "Q6_K": "q6_g16_split",
     }.items(),
 )
 def test_weights_keep_their_bits(tmp_path, variant, form):

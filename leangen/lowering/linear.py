@@ -5,8 +5,9 @@
     MatMulNBits + blocksum(x) @ offsets         what `exporters/llm_graph.py` writes for Q4_1, Q4_K
     MatMul of weights that ORT would unpack     what `treatments` calls w8 and w4
 
-Weights stay what they are, bit for bit: only their order changes, scales that fp16 holds exactly
-are kept as fp16, and 8-bit codes that fit 5 or 6 bits as those.
+Weights stay what they are: only their order changes, scales that fp16 holds exactly are kept as
+fp16, those that are whole numbers of an fp16, as in Q4_K, as such, and 8-bit codes that fit 5 or 6
+bits as those.
 """
 
 from __future__ import annotations
