@@ -130,7 +130,7 @@ def _onnxruntime(bench: Bench, name: str, n: int, k: int, tokens: int) -> Figure
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
     proto = helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
     ort.preload_dlls()
-    session = ort.InferenceSession(proto, providers=["CUDAExecutionProvider"])
+    session = ort.InferenceSession(proto, providers=["CUDAExecutionProvider"], enable_fallback=0)
     if "CUDAExecutionProvider" not in session.get_providers():  # it goes on without
         return {"absent": "onnxruntime's CUDA provider does not start; its log says why"}
     binding = session.io_binding()

@@ -31,6 +31,8 @@ NO_PROVIDER = (
     "this onnxruntime has no CUDA provider: pip uninstall onnxruntime, then "
     "pip install 'leangen[gpu]'"
 )
+ALONE: dict[str, Any] = {"enable_fallback": 0}
+"""For ONNX Runtime's sessions: else one that fails on a card goes on without it, in its Python."""
 CUDA_PACKAGES = "pip install 'onnxruntime-gpu[cuda,cudnn]'"
 NOT_YET = "written, but not yet run on a card"
 """What is to be said of everything here that needs one."""
@@ -92,9 +94,11 @@ def lacks(index: int) -> str | None:
         return f"ONNX Runtime's CUDA provider lacks {missing[1]}: {CUDA_PACKAGES}"
     asked = [(CUDA_PROVIDER, {"device_id": index})]
     try:
-        started = onnxruntime.InferenceSession(_PROBE, providers=asked).get_providers()
+        session = onnxruntime.InferenceSession(_PROBE, providers=asked, **ALONE)
+        started = session.get_providers()
     except Exception as error:  # ORT raises many unrelated types from its C++ side
-        return f"ONNX Runtime's CUDA provider does not start ({str(error).splitlines()[0]})"
+        said = re.search(r"CUDA failure [^;]*\w", str(error)) or [str(error).splitlines()[0]]
+        return f"ONNX Runtime's CUDA provider does not start ({said[0]})"
     if CUDA_PROVIDER in started:
         return None
     return (

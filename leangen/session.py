@@ -177,7 +177,9 @@ class Session:
     ) -> ort.InferenceSession:
         try:
             with self.card_told():
-                graph = ort.InferenceSession(model, options, providers=self.device.providers())
+                graph = ort.InferenceSession(
+                    model, options, providers=self.device.providers(), **devices.ALONE
+                )
         except OutOfMemoryError:
             raise
         except Exception as error:  # ORT raises many unrelated types from its C++ side

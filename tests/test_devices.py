@@ -91,8 +91,10 @@ def preload(monkeypatch, prints="", starts=True):
     """ONNX Runtime as it is for a card: what it prints when it loads CUDA, and what it starts."""
 
     class Probe(PLAIN):
-        def __init__(self, model, providers):
-            assert providers == [(devices.CUDA_PROVIDER, {"device_id": 3})]
+        def __init__(self, model, providers, enable_fallback):
+            assert (providers, enable_fallback) == ([(CUDA[0], {"device_id": 3})], 0)
+            if isinstance(starts, Exception):
+                raise starts
             super().__init__(model, providers=CUDA[1:])
 
         def get_providers(self):
@@ -109,7 +111,10 @@ def test_what_the_provider_lacks_is_found_before_a_model_is_opened(monkeypatch, 
     assert devices.lacks(3) is None
     preload(monkeypatch, starts=False)
     assert "does not start, its log says why" in devices.lacks(3)
-    # As onnxruntime-gpu 1.31.1 prints it where there is no CUDA.
+    # As onnxruntime-gpu 1.31.1 has it with half a driver, and prints it where there is no CUDA.
+    said = "Parse Failed: CUDA failure 36: API call is not supported ; GPU=-1 ; hostname=h"
+    preload(monkeypatch, starts=RuntimeError(said))
+    assert devices.lacks(3).endswith("start (CUDA failure 36: API call is not supported)")
     name = "libcublasLt.so.13"
     preload(monkeypatch, f"Failed to load {name}: {name}: cannot open shared object file: No such")
     assert f"lacks {name}: pip install 'onnxruntime-gpu[cuda,cudnn]'" in devices.lacks(3)
@@ -164,8 +169,8 @@ def card(monkeypatch):
     class Graph(onnxruntime.InferenceSession):
         opening = running = ""
 
-        def __init__(self, model, options, providers):
-            assert providers[0][0] == devices.CUDA_PROVIDER
+        def __init__(self, model, options, providers, enable_fallback):
+            assert (providers[0][0], enable_fallback) == (devices.CUDA_PROVIDER, 0)
             if self.opening:
                 raise RuntimeError(self.opening)
             super().__init__(model, options, providers=CUDA[1:])
