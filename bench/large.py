@@ -1,10 +1,10 @@
 """Decoding with a model far larger than the caches, against streaming the same bytes.
 
-    python bench/large.py [--threads 2] [--context 256] [--rounds 12] [--json]
+    python bench/large.py [--form q4] [--threads 2] [--context 256] [--rounds 12] [--json]
 
-The shape is Llama-3.2-1B's with random weights of 4 bits in groups of 32 (4.5 bits a weight), head
-included, embedding left out. Streaming is reading an array of the same size, a part for each
-thread. Both take turns in one process.
+The shape is Llama-3.2-1B's with random weights, by default of 4 bits in groups of 32 (4.5 bits a
+weight; `--form q4_min_split` is Q4_K's), head included, embedding left out. Streaming is reading an
+array of the same size, a part for each thread. Both take turns in one process.
 """
 
 from __future__ import annotations
@@ -28,18 +28,20 @@ from leangen.lowering import chain
 
 LAYERS, WIDTH, MLP, HEADS, KV_HEADS, HEAD, VOCAB = 16, 2048, 8192, 32, 8, 64, 128256
 QKV = (HEADS + 2 * KV_HEADS) * HEAD
-FORM = layout.FORMS["q4"]
+FORMS = {name: form for name, form in layout.FORMS.items() if not form.table}
 
 
-def weights(n: int, k: int) -> np.ndarray:
+def weights(form: layout.Form, n: int, k: int) -> np.ndarray:
     """A packed matrix: the same 16 random rows again and again."""
     rng = np.random.default_rng(k)
-    codes = rng.integers(0, 16, (layout.ROWS, k), dtype=np.uint8)
-    scales = (rng.random((layout.ROWS, k // 32)) / np.sqrt(k) / 4).astype(np.float16)
-    return np.tile(layout.pack(FORM, codes, scales.astype(np.float32)), n // layout.ROWS)
+    codes = rng.integers(0, 1 << form.bits, (layout.ROWS, k), dtype=np.uint8)
+    scales = rng.integers(1, 64, (layout.ROWS, k // form.block)).astype(np.float32)
+    scales /= 512 << form.bits  # whole numbers of a power of two, which any form holds
+    minima = -scales * 2 ** (form.bits - 1) if form.minimum else None
+    return np.tile(layout.pack(form, codes, scales, minima), n // layout.ROWS)
 
 
-def write(path: Path, capacity: int) -> int:
+def write(path: Path, form: layout.Form, capacity: int) -> int:
     """Write the decoder of one token; how many bytes its matrices have."""
     nodes, sizes = [], []
     gain = numpy_helper.from_array(np.ones(WIDTH, np.float32), "gain")
@@ -50,11 +52,11 @@ def write(path: Path, capacity: int) -> int:
     def linear(
         x: str, n: int, k: int, name: str, gain: str = "", residual: str = "", **more: int
     ) -> str:
-        packed = weights(n, k)
+        packed = weights(form, n, k)
         sizes.append(packed.nbytes)
         constants.append(numpy_helper.from_array(packed, f"{name}.w"))
         inputs = [x, f"{name}.w", gain, "", residual]
-        options = {"form": FORM.name, "n": n, "k": k, **more}
+        options = {"form": form.name, "n": n, "k": k, **more}
         nodes.append(helper.make_node("Linear", inputs, [name], domain="leangen", **options))
         return name
 
@@ -116,6 +118,7 @@ class Decoder:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--form", choices=FORMS, default="q4")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=12)
@@ -126,7 +129,7 @@ def main() -> None:
     capacity = -(-args.context // 16) * 16
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "large.onnx"
-        size = write(path, capacity)
+        size = write(path, layout.FORMS[args.form], capacity)
         decoder = Decoder(path, args.threads, capacity, args.context)
         decoder.token_s()  # brings the weights in
         tokens, streams = [], []

@@ -1,11 +1,27 @@
-"""Which device a model runs on: the CPU, or an NVIDIA card where all that it takes is there."""
+"""Which device a model runs on: the CPU, or an NVIDIA card where all that it takes is there.
+
+What a card is not used for, and why:
+
+- CUDA graphs of ONNX Runtime (`enable_cuda_graph`). It refuses a session with control flow or a
+  copy between devices, wants every input at one address in the card's memory, and replays what
+  came from the host (GroupQueryAttention's total length) as it was at the capture, without a word.
+  leangen's operators are made for it (lengths in the card's memory, nothing allocated after a first
+  run), and `bench/gpu.py` times such graphs through the driver; here one comes when it has been
+  seen to run.
+- A diffusion loop's latents. Samplers are NumPy: an SD 1.5 latent of 64 kB goes up and down in each
+  step, some tens of microseconds beside a UNet's ten milliseconds or more.
+- Group norm. There is a kernel but no operator: a UNet runs on ONNX Runtime's own, whose
+  convolutions are cuDNN's, and would need a layout of its own around it.
+"""
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, redirect_stdout
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from leangen.errors import DependencyError, RequestError
@@ -15,6 +31,9 @@ NO_PROVIDER = (
     "this onnxruntime has no CUDA provider: pip uninstall onnxruntime, then "
     "pip install 'leangen[gpu]'"
 )
+ALONE: dict[str, Any] = {"enable_fallback": 0}
+"""For ONNX Runtime's sessions: else one that fails on a card goes on without it, in its Python."""
+CUDA_PACKAGES = "pip install 'onnxruntime-gpu[cuda,cudnn]'"
 NOT_YET = "written, but not yet run on a card"
 """What is to be said of everything here that needs one."""
 
@@ -52,15 +71,53 @@ class Device:
 CPU = Device("cpu", 0, "the default; --device auto takes an NVIDIA card where there is one")
 
 
+# One node that hands on its input, as a model: made with `onnx`, which is slow to import.
+_PROBE = (
+    b'\x08\x08\x12\x00:7\n\x10\n\x01x\x12\x01y"\x08Identity\x12\x01gZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12'
+    b"\x04\n\x02\x08\x01b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01B\x04\n\x00\x10\r"
+)
+
+
+@cache
+def lacks(index: int) -> str | None:
+    """What ONNX Runtime's CUDA provider lacks to start on a card, and how to come by it.
+
+    Loads CUDA and cuDNN, which it does not look for in their own packages.
+    """
+    import onnxruntime
+
+    told = io.StringIO()
+    with redirect_stdout(told):
+        onnxruntime.preload_dlls()
+    onnxruntime.set_default_logger_severity(3)  # errors; it warns of each provider that works
+    if missing := re.search(r"Failed to load (?:\S*/)?(\S+):", told.getvalue()):
+        return f"ONNX Runtime's CUDA provider lacks {missing[1]}: {CUDA_PACKAGES}"
+    asked = [(CUDA_PROVIDER, {"device_id": index})]
+    try:
+        session = onnxruntime.InferenceSession(_PROBE, providers=asked, **ALONE)
+        started = session.get_providers()
+    except Exception as error:  # ORT raises many unrelated types from its C++ side
+        said = re.search(r"CUDA failure [^;]*\w", str(error)) or [str(error).splitlines()[0]]
+        return f"ONNX Runtime's CUDA provider does not start ({said[0]})"
+    if CUDA_PROVIDER in started:
+        return None
+    return (
+        "ONNX Runtime's CUDA provider does not start, its log says why: mostly the driver is older "
+        f"than 580, or there is no CUDA 13 or cuDNN 9: {CUDA_PACKAGES}"
+    )
+
+
 def choose(
     asked: str = "cpu",
     *,
     providers: Sequence[str] | None = None,
     cards: Callable[[], Sequence[Any]] | None = None,
+    lacks: Callable[[int], str | None] = lacks,
 ) -> Device:
     """The device for `cpu`, `cuda`, `cuda:N` or `auto`, and why.
 
     providers: what ONNX Runtime offers; cards: lists the driver's cards. None asks the machine.
+    lacks: what is missing to use a card.
 
     Raises RequestError for another word or a card that is not there, DependencyError where
     something has to be installed for `cuda`.
@@ -81,6 +138,10 @@ def choose(
         if asked == "auto":
             return Device("cpu", 0, "the NVIDIA driver lists no card")
         raise RequestError(f"--device {asked}: there is no such card; the driver lists {shown}")
+    if (missing := lacks(index)) is not None:
+        if asked == "auto":
+            return Device("cpu", 0, f"no card to use: {missing}")
+        raise DependencyError(f"--device {asked}: {missing}")
     card = found[index]
     how = "asked for" if match else "the first card that the driver lists"
     return Device("cuda", index, f"{card.name}, {how}; {NOT_YET}", card.memory_bytes)

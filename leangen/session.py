@@ -177,7 +177,9 @@ class Session:
     ) -> ort.InferenceSession:
         try:
             with self.card_told():
-                graph = ort.InferenceSession(model, options, providers=self.device.providers())
+                graph = ort.InferenceSession(
+                    model, options, providers=self.device.providers(), **devices.ALONE
+                )
         except OutOfMemoryError:
             raise
         except Exception as error:  # ORT raises many unrelated types from its C++ side
@@ -185,8 +187,8 @@ class Session:
             raise BundleError(f"ONNX Runtime cannot load {path}: {detail}") from error
         if self.provider not in graph.get_providers():  # ORT only logs that it went without
             raise DependencyError(
-                f"--device {self.device.name}: ONNX Runtime's CUDA provider does not start, mostly"
-                " for want of CUDA 13 or cuDNN 9: pip install 'onnxruntime-gpu[cuda,cudnn]'"
+                f"--device {self.device.name}: ONNX Runtime's CUDA provider does not start for "
+                f"{path}; its log says why"
             )
         if self.device.kind == "cpu":
             return graph

@@ -23,6 +23,7 @@ from leangen.lowering.draft import Draft
 from leangen.quantize import quantize
 from leangen.session import Session
 
+PLAIN = onnxruntime.InferenceSession
 CUDA = ["CUDAExecutionProvider", "CPUExecutionProvider"]
 
 
@@ -37,16 +38,24 @@ def two():
     return [Card(0, "A"), Card(1, "B")]
 
 
+def nothing(index):
+    """Is missing."""
+
+
+def no_cudnn(index):
+    return f"card {index} lacks libcudnn.so.9: {devices.CUDA_PACKAGES}"
+
+
 def no_driver():
     raise CudaError("no NVIDIA driver: libcuda.so.1 cannot be loaded")
 
 
 def test_a_card_is_taken_where_all_is_there():
-    chosen = devices.choose("cuda:1", providers=CUDA, cards=two)
+    chosen = devices.choose("cuda:1", providers=CUDA, cards=two, lacks=nothing)
     assert (chosen.name, chosen.kind) == ("cuda:1", "cuda")
     assert chosen.reason.startswith("B, asked for; written, but not yet run on a card")
     assert chosen.providers()[0][1]["device_id"] == 1
-    assert devices.choose("auto", providers=CUDA, cards=two).name == "cuda:0"
+    assert devices.choose("auto", providers=CUDA, cards=two, lacks=nothing).name == "cuda:0"
     assert devices.choose("cpu", providers=CUDA, cards=two).providers() == CUDA[1:]
 
 
@@ -58,20 +67,59 @@ def test_a_card_is_taken_where_all_is_there():
         ("cuda:2", CUDA, two, RequestError, "no such card; the driver lists cuda:0 A, cuda:1 B"),
         ("cuda", CUDA, list, RequestError, "no such card; the driver lists none"),
         ("gpu", CUDA, two, RequestError, "'gpu', expected cpu, cuda, cuda:N or auto"),
+        ("cuda:1", CUDA, two, DependencyError, "--device cuda:1: card 1 lacks libcudnn.so.9: pip"),
     ],
 )
 def test_what_is_missing_is_said(given, providers, cards, kind, says):
     with pytest.raises(kind, match=says):
-        devices.choose(given, providers=providers, cards=cards)
+        devices.choose(given, providers=providers, cards=cards, lacks=no_cudnn)
 
 
 @pytest.mark.parametrize(
     ("providers", "cards", "why"),
-    [(CUDA[1:], two, "no CUDA provider"), (CUDA, no_driver, "driver"), (CUDA, list, "no card")],
-)
+    [
+        (CUDA[1:], two, "no CUDA provider"), (CUDA, no_driver, "driver"), (CUDA, list, "no card"),
+        (CUDA, two, "no card to use: card 0 lacks libcudnn.so.9"),
+    ],
+)  # fmt: skip
 def test_auto_falls_back_with_its_reason(providers, cards, why):
-    chosen = devices.choose("auto", providers=providers, cards=cards)
+    chosen = devices.choose("auto", providers=providers, cards=cards, lacks=no_cudnn)
     assert chosen.name == "cpu" and why in chosen.reason
+
+
+def preload(monkeypatch, prints="", starts=True):
+    """ONNX Runtime as it is for a card: what it prints when it loads CUDA, and what it starts."""
+
+    class Probe(PLAIN):
+        def __init__(self, model, providers, enable_fallback):
+            assert (providers, enable_fallback) == ([(CUDA[0], {"device_id": 3})], 0)
+            if isinstance(starts, Exception):
+                raise starts
+            super().__init__(model, providers=CUDA[1:])
+
+        def get_providers(self):
+            return CUDA if starts else CUDA[1:]
+
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: print(prints))
+    monkeypatch.setattr(onnxruntime, "set_default_logger_severity", lambda level: None)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Probe)
+    devices.lacks.cache_clear()
+
+
+def test_what_the_provider_lacks_is_found_before_a_model_is_opened(monkeypatch, capsys):
+    preload(monkeypatch)
+    assert devices.lacks(3) is None
+    preload(monkeypatch, starts=False)
+    assert "does not start, its log says why" in devices.lacks(3)
+    # As onnxruntime-gpu 1.31.1 has it with half a driver, and prints it where there is no CUDA.
+    said = "Parse Failed: CUDA failure 36: API call is not supported ; GPU=-1 ; hostname=h"
+    preload(monkeypatch, starts=RuntimeError(said))
+    assert devices.lacks(3).endswith("start (CUDA failure 36: API call is not supported)")
+    name = "libcublasLt.so.13"
+    preload(monkeypatch, f"Failed to load {name}: {name}: cannot open shared object file: No such")
+    assert f"lacks {name}: pip install 'onnxruntime-gpu[cuda,cudnn]'" in devices.lacks(3)
+    assert capsys.readouterr().out == ""
+    devices.lacks.cache_clear()
 
 
 def test_the_command_line_says_what_is_missing(tmp_path, capsys):
@@ -121,8 +169,8 @@ def card(monkeypatch):
     class Graph(onnxruntime.InferenceSession):
         opening = running = ""
 
-        def __init__(self, model, options, providers):
-            assert providers[0][0] == devices.CUDA_PROVIDER
+        def __init__(self, model, options, providers, enable_fallback):
+            assert (providers[0][0], enable_fallback) == (devices.CUDA_PROVIDER, 0)
             if self.opening:
                 raise RuntimeError(self.opening)
             super().__init__(model, options, providers=CUDA[1:])

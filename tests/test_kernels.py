@@ -35,13 +35,21 @@ def activations(machine, kernel, x, tile, center, block=32):
     return packed
 
 
+def numbers(rng, form, n, k):
+    """Scales or minima that the form can hold."""
+    shape = (n, -(-k // form.block))
+    if not form.split:
+        return (rng.standard_normal(shape) / 16).astype(form.numbers).astype(np.float32)
+    per = layout.SUPER // form.block
+    units = (rng.random((n, -(-shape[1] // per))) / 1000).astype(np.float16).astype(np.float32)
+    found = rng.integers(-127, 127, shape) * np.repeat(units, per, axis=1)[:, : shape[1]]
+    return found.astype(np.float32)
+
+
 def weights(rng, form, n, k):
-    kind = np.float32 if form.wide else np.float16
-    blocks = -(-k // form.block)
     codes = rng.integers(0, 1 << form.bits, (n, k), dtype=np.uint8)
-    scales = (rng.random((n, blocks)) / 16).astype(kind).astype(np.float32)
-    minima = rng.standard_normal((n, blocks)).astype(kind).astype(np.float32)
-    return layout.pack(form, codes, scales, minima if form.minimum else None)
+    minima = 16 * numbers(rng, form, n, k) if form.minimum else None
+    return layout.pack(form, codes, numbers(rng, form, n, k), minima)
 
 
 def product(machine, form, packed, n, x, kind, tile):
@@ -52,7 +60,7 @@ def product(machine, form, packed, n, x, kind, tile):
     blocks, groups = -(-k // form.block), -(-n // layout.ROWS)
     machine.call(
         f"{kind}_{form.kernel}_{tile}",
-        rows, packed, blocks, y, 4 * n, m, n, 0, groups, int(form.wide),
+        rows, packed, blocks, y, 4 * n, m, n, 0, groups, form.held,
     )  # fmt: skip
     return y
 
@@ -68,7 +76,7 @@ def bound(form, packed, n, x):
     k = x.shape[1]
     codes, scales, minima = layout.unpack(form, packed, n, k)
     sizes = np.abs(form.table)[codes] if form.table else np.maximum(codes, form.center)
-    largest = np.repeat(scales, form.block, 1)[:, :k] * sizes
+    largest = np.abs(np.repeat(scales, form.block, 1)[:, :k]) * sizes
     if minima is not None:
         largest = largest + np.abs(np.repeat(minima, form.block, 1)[:, :k])
     return (np.abs(x) @ largest.T + 1e-30) * 2e-7 * math.sqrt(k)
@@ -324,18 +332,31 @@ def test_aarch64_under_an_emulator(variant, tmp_path_factory, rng):
 
 def test_forms_pack_and_unpack_without_loss(rng):
     for form in FORMS:
-        for n, k in ((1, 1), (16, 32), (17, 33), (40, 96)):
-            kind = np.float32 if form.wide else np.float16
+        for n, k in ((1, 1), (16, 32), (17, 33), (40, 96), (3, 520)):
             codes = rng.integers(0, 1 << form.bits, (n, k), dtype=np.uint8)
-            shape = (n, -(-k // form.block))
-            scales = rng.standard_normal(shape).astype(kind).astype(np.float32)
-            minima = rng.standard_normal(shape).astype(kind).astype(np.float32)
-            packed = layout.pack(form, codes, scales, minima if form.minimum else None)
+            scales = numbers(rng, form, n, k)
+            minima = numbers(rng, form, n, k) if form.minimum else None
+            packed = layout.pack(form, codes, scales, minima)
             assert packed.nbytes == form.packed_bytes(n, k)
             back = layout.unpack(form, packed, n, k)
             assert np.array_equal(back[0], codes)
             assert np.array_equal(back[1], scales)
-            assert back[2] is None if not form.minimum else np.array_equal(back[2], minima)
+            if form.split and form.minimum:  # they may have been rounded in a sum with the scales
+                slack = 2.0**-23 * (np.abs(minima) + 16 * np.abs(scales))
+                assert (np.abs(back[2] - minima) <= slack).all()
+            else:
+                assert back[2] is None if minima is None else np.array_equal(back[2], minima)
+
+
+def test_what_is_no_byte_times_a_unit_is_not_split(rng):
+    scales = (rng.integers(1, 64, (4, 8)) * np.float32(0.001)).astype(np.float32)
+    halves = np.float32(np.float16(0.001)) * np.ones((4, 8), np.float32)
+    codes = np.zeros((4, 256), np.uint8)
+    form = layout.FORMS["q4_min_split"]
+    for wrong in (scales + np.float32(1e-6), halves * [1, 2, 3, 4, 5, 6, 7, 200.3]):
+        assert layout.form_for(4, wrong.astype(np.float32), halves / 3).name == "q4_min_wide"
+        with pytest.raises(ValueError, match="needs bytes times an fp16"):
+            layout.pack(form, codes, wrong.astype(np.float32), halves)
 
 
 def test_a_larger_group_repeats_its_scale(rng):
@@ -350,7 +371,12 @@ def test_the_smallest_form_without_loss_is_chosen():
     half, not_half = np.float32([[0.5]]), np.float32([[1 / 3]])
     assert layout.form_for(4, half).name == "q4"
     assert layout.form_for(4, not_half).name == "q4_wide"
-    assert layout.form_for(4, half, not_half).name == "q4_min_wide"
+    thirds = np.float32([[1 / 3, 1 / 3 + 1e-3]])
+    assert layout.form_for(4, thirds, thirds).name == "q4_min_wide"
+    split = np.float32(np.float16(1 / 3)) * np.float32([[1, 63]])
+    assert layout.form_for(4, split, split).name == "q4_min_split"
+    assert layout.form_for(4, split).name == "q4_wide"
+    assert layout.form_for(6, -split, block=16).name == "q6_g16_split"
     assert layout.form_for(8, half).name == "q8"
     assert layout.form_for(8, half, block=16).name == "q8_g16"
     assert layout.form_for(8, half, half).name == "q8_min"

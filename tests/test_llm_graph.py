@@ -40,6 +40,8 @@ LOW_BIT = {
     },
     "untied": Tiny(tied=False, default_type="Q4_1", types={"token_embd": "Q4_0"}),
     "biases": Tiny(biases=True, default_type="Q4_1"),
+    "5 and 8 bits": Tiny(default_type="Q5_0", types={"blk.0.attn_v": "Q8_0"}),
+    "5 and 8 bits, biases": Tiny(default_type="Q5_0", types={"blk.0.attn_v": "Q8_0"}, biases=True),
     "Q4_K_M": Tiny(width=256, mlp_width=512, head_dim=64, default_type="Q4_K", types=MIXED),
 }
 

@@ -25,7 +25,7 @@ from leangen.errors import BundleError, RequestError, UnknownSchemeError
 from leangen.exporters import gguf
 from leangen.families import key_values, language
 from leangen.families.decoder import Decoder
-from leangen.lowering import cache
+from leangen.lowering import cache, linear
 from leangen.quantize import quantize
 from leangen.session import Session
 
@@ -75,9 +75,9 @@ def test_with_fp32_activations_logits_are_those_of_ort(tmp_path, variant):
         "Q5_0": "q5",
         "Q5_1": "q5_min",
         "Q8_0": "q8",
-        "Q4_K": "q4_min_wide",
-        "Q5_K": "q5_min_wide",
-        "Q6_K": "q6_g16_wide",
+        "Q4_K": "q4_min_split",
+        "Q5_K": "q5_min_split",
+        "Q6_K": "q6_g16_split",
     }.items(),
 )
 def test_weights_keep_their_bits(tmp_path, variant, form):
@@ -86,13 +86,30 @@ def test_weights_keep_their_bits(tmp_path, variant, form):
     assert set(lowered_graphs.forms(lowered.path)) == {form}
 
 
+@pytest.mark.parametrize("variant", ["5 and 8 bits", "5 and 8 bits, biases"])
+def test_layers_side_by_side_that_differ_in_bits_become_one(tmp_path, variant):
+    session = Session(export(tmp_path, LOW_BIT[variant]), threads=1)
+    session.graph("model")
+    assert "Concat" not in ops(session)
+    lowered, _ = lowering.find(session.bundle, "model")
+    assert lowered_graphs.forms(lowered.path) == ["q8", *["q5"] * 8]
+
+
+def test_layers_side_by_side_stay_where_joining_them_reads_much_more(tmp_path, monkeypatch):
+    monkeypatch.setattr(linear, "JOIN_BYTES", 100)
+    session = Session(export(tmp_path, LOW_BIT["5 and 8 bits"]), threads=1)
+    session.graph("model")
+    assert "Concat" in ops(session)
+
+
 @pytest.mark.parametrize(
-    "variant", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "untied", "biases", "Q4_K", "Q5_K"]
+    "variant",
+    ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "untied", "biases", "Q4_K", "5 and 8 bits"],
 )
 def test_logits_are_those_of_the_numpy_twin(tmp_path, variant):
     tiny = LOW_BIT[variant]
     session = Session(export(tmp_path, tiny), threads=1)
-    exact = variant not in ("Q5_0", "Q5_1", "Q5_K", "Q8_0")
+    exact = variant not in ("Q5_0", "Q5_1", "Q8_0", "5 and 8 bits")
     twin = Twin(tmp_path / "tiny.gguf", exact_last_mlp=exact)
     # An activation that falls between two int8 codes may go either way in fp32 and float64, and
     # then all that follows differs a little: short texts, of which a few may differ.

@@ -7,8 +7,11 @@ one block after the other, so that a group is one sequential stream. A block hol
   fills one at 8 bits. Of fewer bits, some chunks are the low bits of a vector, and the bits above
   make up the others: `_CHUNKS` says which. At 4 bits, low nibbles are weights 8j..8j+3 and high
   nibbles 8j+4..8j+7; at 5 bits, eight chunks fill five vectors, at 6 bits four fill three;
-- the scales of the 16 rows, fp16 or fp32;
+- the scales of the 16 rows, fp16 or fp32, or signed bytes;
 - with a minimum, the minima of the 16 rows in the same type.
+
+Bytes are times a unit, as in Q4_K: before the first block and each 256 weights further there are
+the units of the 16 rows, fp16, of scales and then of minima.
 
 A weight is `scale * (code - center)` with center 2**(bits - 1), or that plus a minimum with center
 0, at 8 bits 128, or `scale * table[code]` with the 16 values of nf4 or fp4. Rows and columns are
@@ -36,6 +39,8 @@ import numpy as np
 ROWS = 16
 BLOCK = 32
 BLOCKS = (16, BLOCK)
+SUPER = 256
+"""Weights along k that share a unit."""
 VECTOR = 4 * ROWS
 """Bytes of a vector of codes: four of each row."""
 Array = np.ndarray[Any, Any]
@@ -69,11 +74,18 @@ class Form:
     """Weights along k that share a scale: the smallest group that the form can hold."""
     table: tuple[float, ...] = ()
     """What each code stands for, where that is not a line. Only for fp32 activations."""
+    split: bool = False
+    """Scales and minima as bytes times a unit."""
 
     @property
     def kernel(self) -> str:
-        """What the kernels for it are called; they tell wide scales apart as they run."""
-        return self.name.removesuffix("_wide")
+        """What the kernels for it are called, which are told as they run how scales are held."""
+        return self.name.removesuffix("_wide").removesuffix("_split")
+
+    @property
+    def held(self) -> int:
+        """How scales and minima are held, for the kernels: 0 fp16, 1 fp32, 2 split."""
+        return 2 if self.split else int(self.wide)
 
     @property
     def center(self) -> int:
@@ -107,18 +119,24 @@ class Form:
         return ROWS * self.block * self.bits // 8
 
     @property
-    def scale_bytes(self) -> int:
-        """Bytes of the 16 scales of a block."""
-        return ROWS * (4 if self.wide else 2)
+    def numbers(self) -> np.dtype[Any]:
+        """Of scales and minima in a block."""
+        return np.dtype((np.float16, np.float32, np.int8)[self.held])
 
     @property
     def block_bytes(self) -> int:
         """Bytes of a block of 16 rows."""
-        return self.code_bytes + self.scale_bytes * (2 if self.minimum else 1)
+        return self.code_bytes + ROWS * self.numbers.itemsize * (1 + self.minimum)
+
+    @property
+    def unit_bytes(self) -> int:
+        """Bytes of the units of 16 rows."""
+        return ROWS * 2 * (1 + self.minimum) if self.split else 0
 
     def packed_bytes(self, n: int, k: int) -> int:
         """Bytes of a packed matrix [n, k]."""
-        return -(-n // ROWS) * -(-k // self.block) * self.block_bytes
+        blocks, units = -(-k // self.block), -(-k // SUPER)
+        return -(-n // ROWS) * (blocks * self.block_bytes + units * self.unit_bytes)
 
 
 # Quantiles of a normal distribution (Dettmers et al. 2023), and a 4-bit float with two bits of
@@ -139,10 +157,12 @@ FORMS = {
         Form("q4_wide", 4, False, True),
         Form("q4_min", 4, True, False),
         Form("q4_min_wide", 4, True, True),
+        Form("q4_min_split", 4, True, False, split=True),
         Form("q5", 5, False, False),
         Form("q5_wide", 5, False, True),
         Form("q5_min", 5, True, False),
         Form("q5_min_wide", 5, True, True),
+        Form("q5_min_split", 5, True, False, split=True),
         Form("q8", 8, False, False),
         Form("q8_wide", 8, False, True),
         Form("q8_min", 8, True, False),
@@ -153,6 +173,7 @@ FORMS = {
         Form("q4_min_g16_wide", 4, True, True, 16),
         Form("q6_g16", 6, False, False, 16),
         Form("q6_g16_wide", 6, False, True, 16),
+        Form("q6_g16_split", 6, False, False, 16, split=True),
         Form("q8_g16", 8, False, False, 16),
         Form("q8_g16_wide", 8, False, True, 16),
         Form("nf4_wide", 4, False, True, table=NF4),
@@ -162,15 +183,19 @@ FORMS = {
 
 
 def form_for(bits: int, scales: Array, minima: Array | None = None, block: int = BLOCK) -> Form:
-    """The smallest form that holds these scales and minima, one for `block` weights, losslessly.
+    """The smallest form that holds these scales and minima, one for `block` weights.
 
+    Without loss; but of minima in split forms the last bits of fp32 may be others, see `_split`.
     Raises ValueError when there is none: 5 bits for 16, 6 bits for 32, minima for 16 above 4 bits.
     """
     held = [scales] if minima is None else [scales, minima]
     wide = not all(_fits_half(values) for values in held)
-    wanted = (bits, minima is not None, wide, block, ())
-    for form in FORMS.values():
-        if (form.bits, form.minimum, form.wide, form.block, form.table) == wanted:
+    wanted = (bits, minima is not None, block, ())
+    forms = [f for f in FORMS.values() if (f.bits, f.minimum, f.block, f.table) == wanted]
+    if wide and any(form.split for form in forms) and _split(scales, minima, block) is not None:
+        return next(form for form in forms if form.split)
+    for form in forms:
+        if form.wide == wide and not form.split:
             return form
     given = f"{bits} bits {'with' if minima is not None else 'without'} minima for {block} weights"
     expected = "4, 5 or 8 bits for 32, or 4, 6 or 8 without minima for 16"
@@ -180,6 +205,48 @@ def form_for(bits: int, scales: Array, minima: Array | None = None, block: int =
 def _fits_half(values: Array) -> bool:
     with np.errstate(over="ignore"):
         return bool(np.array_equal(values.astype(np.float16).astype(np.float32), values))
+
+
+def _split(scales: Array, minima: Array | None, block: int) -> list[tuple[Array, Array]] | None:
+    """Bytes [n, blocks] and fp16 units of scales [n, blocks], then of minima; None without.
+
+    A bundle holds minima as sums with the scales in fp32, from which they come back less what the
+    sum was rounded by: a minimum may differ from byte times unit by as much.
+    """
+    found = [_bytes_and_units(scales, np.zeros_like(scales), block)]
+    if minima is not None:
+        rounding = np.float32(2.0**-23) * (np.abs(minima) + 16 * np.abs(scales))
+        found.append(_bytes_and_units(minima, rounding, block))
+    whole = [each for each in found if each is not None]
+    return whole if len(whole) == len(found) else None
+
+
+def _bytes_and_units(values: Array, rounding: Array, block: int) -> tuple[Array, Array] | None:
+    n, blocks = values.shape
+    if n > ROWS and _bytes_and_units(values[:ROWS], rounding[:ROWS], block) is None:
+        return None  # soon
+    per = SUPER // block
+    units = -(-blocks // per)
+    padded = np.zeros((2, n, units * per), np.float32)
+    padded[0, :, :blocks], padded[1, :, :blocks] = values, rounding
+    given, slack = padded.reshape(2, n * units, per)
+    at = np.abs(given).argmax(axis=1)
+    most = -given[np.arange(len(given)), at]  # which becomes a negative byte: there is one more
+    unit, found = np.zeros(len(given), np.float32), np.zeros(given.shape, np.int8)
+    left = np.flatnonzero(most)
+    for byte in (63, 128, 127, *range(1, 127)):  # the first three are what llama.cpp makes
+        if not len(left):
+            break
+        with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+            trial = (most[left] / byte).astype(np.float16).astype(np.float32)
+            count = np.rint(given[left] / trial[:, None])
+            fits = np.abs(count * trial[:, None] - given[left]) <= slack[left]
+        done = fits.all(axis=1) & (np.abs(count) <= 128).all(axis=1) & (count.max(axis=1) < 128)
+        unit[left[done]], found[left[done]] = trial[done], count[done].astype(np.int8)
+        left = left[~done]
+    if len(left):
+        return None
+    return found.reshape(n, -1)[:, :blocks], unit.reshape(n, units).astype(np.float16)
 
 
 def pack(form: Form, codes: Array, scales: Array, minima: Array | None = None) -> Array:
@@ -194,10 +261,23 @@ def pack(form: Form, codes: Array, scales: Array, minima: Array | None = None) -
     blocks = -(-k // form.block)
     padded = np.full((-(-n // ROWS) * ROWS, blocks * form.block), _zero_code(form), np.uint8)
     padded[:n, :k] = codes
-    parts = [_interleave(form, padded)]
-    for values in [scales] if minima is None else [scales, minima]:
-        parts.append(_per_block(form, values, n, k))
-    return np.ascontiguousarray(np.concatenate(parts, axis=-1)).reshape(-1)
+    given = [_repeated(form, each, n, k) for each in (scales, minima) if each is not None]
+    units: list[Array] = []
+    if form.split:
+        split = _split(given[0], given[1] if form.minimum else None, form.block)
+        if split is None:
+            raise ValueError(f"form {form.name} needs bytes times an fp16 of {SUPER} weights")
+        given, units = [each for each, _ in split], [unit for _, unit in split]
+    parts = [_interleave(form, padded), *(_by_group(each, form.numbers) for each in given)]
+    body = np.concatenate(parts, axis=-1)
+    if not form.split:
+        return np.ascontiguousarray(body).reshape(-1)
+    heads = np.concatenate([_by_group(unit, np.dtype(np.float16)) for unit in units], axis=-1)
+    per, groups = SUPER // form.block, len(body)
+    pieces = []
+    for i in range(heads.shape[1]):
+        pieces += [heads[:, i], body[:, per * i : per * (i + 1)].reshape(groups, -1)]
+    return np.concatenate(pieces, axis=1).reshape(-1)
 
 
 def _zero_code(form: Form) -> int:
@@ -221,8 +301,8 @@ def _in_four(mask: int) -> np.uint32:
     return np.uint32(0x01010101 * mask)
 
 
-def _per_block(form: Form, values: Array, n: int, k: int) -> Array:
-    """[groups, blocks, scale_bytes]"""
+def _repeated(form: Form, values: Array, n: int, k: int) -> Array:
+    """Values of groups of columns for each block, [n, blocks]."""
     blocks, given = -(-k // form.block), values.shape[1]
     repeat = -(-blocks // given)
     if values.shape[0] != n or -(-blocks // repeat) != given:
@@ -230,16 +310,25 @@ def _per_block(form: Form, values: Array, n: int, k: int) -> Array:
             f"scales of shape {values.shape} do not fit {n} rows of {k} weights in blocks of"
             f" {form.block}: expected [{n}, groups of a multiple of {form.block} columns]"
         )
-    padded = np.zeros((-(-n // ROWS) * ROWS, blocks), np.float32 if form.wide else np.float16)
-    padded[:n] = np.repeat(values, repeat, axis=1)[:, :blocks]
-    by_group = padded.reshape(-1, ROWS, blocks).transpose(0, 2, 1)
-    return np.ascontiguousarray(by_group).view(np.uint8).reshape(-1, blocks, form.scale_bytes)
+    return np.repeat(values, repeat, axis=1)[:, :blocks]
+
+
+def _by_group(values: Array, kind: np.dtype[Any]) -> Array:
+    """Numbers [n, count] as bytes [groups, count, those of 16 rows]."""
+    n, count = values.shape
+    padded = np.zeros((-(-n // ROWS) * ROWS, count), kind)
+    padded[:n] = values
+    by_group = padded.reshape(-1, ROWS, count).transpose(0, 2, 1)
+    return np.ascontiguousarray(by_group).view(np.uint8).reshape(-1, count, ROWS * kind.itemsize)
 
 
 def unpack(form: Form, packed: Array, n: int, k: int) -> tuple[Array, Array, Array | None]:
     """What `pack` was given: codes uint8 [n, k], scales and minima fp32 [n, ceil(k / block)]."""
-    blocks = -(-k // form.block)
-    body = packed.reshape(-1, blocks, form.block_bytes)
+    blocks, units = -(-k // form.block), -(-k // SUPER)
+    groups = packed.reshape(-(-n // ROWS), -1)
+    starts = np.arange(units) * (SUPER // form.block * form.block_bytes + form.unit_bytes)
+    head = (starts[:, None] + np.arange(form.unit_bytes)).reshape(-1)
+    body = np.delete(groups, head, axis=1).reshape(-1, blocks, form.block_bytes)
     vectors = np.ascontiguousarray(body[:, :, : form.code_bytes]).view(np.uint32)
     vectors = vectors.reshape(len(body), blocks, -1, ROWS)
     chunks = np.zeros((len(body), blocks, form.block // 4, ROWS), np.uint32)
@@ -248,10 +337,20 @@ def unpack(form: Form, packed: Array, n: int, k: int) -> tuple[Array, Array, Arr
             chunks[:, :, at] |= (vectors[:, :, vector] >> np.uint32(shift)) & _in_four(mask)
     rows = np.ascontiguousarray(chunks.transpose(0, 3, 1, 2)).view(np.uint8)
     codes = rows.reshape(-1, blocks * form.block)[:n, :k]
-    numbers = body[:, :, form.code_bytes :].copy().view(np.float32 if form.wide else np.float16)
-    numbers = numbers.reshape(-1, blocks, 2 if form.minimum else 1, ROWS).transpose(2, 0, 3, 1)
-    held = numbers.reshape(numbers.shape[0], -1, blocks)[:, :n].astype(np.float32)
-    return codes, held[0], held[1] if form.minimum else None
+    found = _by_row(body[:, :, form.code_bytes :], form.numbers, form.minimum)[:, :n]
+    if form.split:
+        heads = groups[:, head].reshape(-1, units, form.unit_bytes)
+        unit = _by_row(heads, np.float16, form.minimum)
+        found = found * np.repeat(unit, SUPER // form.block, axis=2)[:, :n, :blocks]
+    return codes, found[0], found[1] if form.minimum else None
+
+
+def _by_row(held: Array, kind: Any, minimum: bool) -> Array:
+    """fp32 [1 or 2, rows, count] of bytes [groups, count, those of 16 scales and minima]."""
+    numbers = np.ascontiguousarray(held).view(kind)
+    numbers = numbers.reshape(*held.shape[:2], 1 + minimum, ROWS).transpose(2, 0, 3, 1)
+    rows: Array = numbers.reshape(1 + minimum, -1, held.shape[1]).astype(np.float32)
+    return rows
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,8 +20,9 @@ from leangen_kernels.dots import (
     sums,
     table_values,
 )
-from leangen_kernels.layout import FORMS, ROWS
+from leangen_kernels.layout import FORMS, ROWS, SUPER
 from leangen_kernels.simd import (
+    load_codes,
     load_floats,
     load_for_all,
     load_halves,
@@ -60,7 +61,7 @@ _PREFETCH = not _MANY_REGISTERS
 _PREFETCH_TILE = _MANY_REGISTERS
 
 # What a form and a tile fix, see `kernels`.
-CENTER = CODE_BYTES = BLOCK = BLOCK_BYTES = SPAN = DOTS = TOKENS = GROUPS = 0
+CENTER = CODE_BYTES = BLOCK = BLOCK_BYTES = PER = SPAN = DOTS = TOKENS = GROUPS = 0
 MINIMUM = False
 load_chunk: Any = None
 begin_sum: Any = None
@@ -70,29 +71,38 @@ end_sum: Any = None
 
 def int8(
     x: int, w: int, blocks: int, y: int, y_stride: int, tokens: int, n: int, first: int,
-    last: int, wide: int,
+    last: int, held: int,
 ) -> None:  # fmt: skip
     """Groups `first` to `last` of the outputs, from activations of int8 blocks.
 
     `x` is the address of packed tiles of TOKENS rows, `w` that of the whole packed matrix, `y` that
-    of output [0, 0]; `y_stride` is in bytes. `wide` is 1 where scales are fp32, else 0.
+    of output [0, 0]; `y_stride` is in bytes. `held` is how scales are: 0 fp16, 1 fp32, 2 split.
     """
-    at, codes, total, partial, product, start, scale, minimum = (
+    at, unit, codes, total, partial, product, start, scale, minimum = (
         registers(), registers(), registers(), registers(), registers(), registers(), registers(),
-        registers(),
+        registers(), registers(),
     )  # fmt: skip
-    block_bytes = CODE_BYTES + (1 + MINIMUM) * 2 * ROWS * (1 + wide)
+    number_bytes, unit_bytes = 2 * ROWS * (1 + held), 0
+    if held == 2:
+        number_bytes, unit_bytes = ROWS, (1 + MINIMUM) * 2 * ROWS
+    block_bytes = CODE_BYTES + (1 + MINIMUM) * number_bytes
+    group_bytes = blocks * block_bytes + (blocks + PER - 1) // PER * unit_bytes
     for group in range(first, last, GROUPS):
         for token in range(0, tokens, TOKENS):
             for g in static(GROUPS):
-                at[g] = w + min(group + g, last - 1) * blocks * block_bytes
+                at[g] = w + min(group + g, last - 1) * group_bytes
+                unit[g] = at[g]
                 for t in static(TOKENS):
                     total[g, t] = splat(0.0)
             x_at = x + token * blocks * BLOCK_BYTES
             next_tile = 0
             if token == 0:
-                next_tile = GROUPS * blocks * block_bytes
-            for _ in range(blocks):
+                next_tile = GROUPS * group_bytes
+            for block in range(blocks):
+                if unit_bytes and block % PER == 0:
+                    for g in static(GROUPS):
+                        unit[g] = at[g]
+                        at[g] += unit_bytes
                 if _PREFETCH and TOKENS == 1:
                     for g in static(GROUPS):
                         for line in static((CODE_BYTES + 127) // 64):
@@ -123,7 +133,9 @@ def int8(
                             if SPAN * (span + 1) % DOTS == 0:
                                 partial[g, t] = begin_sum(0)
                 for g in static(GROUPS):
-                    if wide:
+                    if held == 2:
+                        scale[g] = load_codes(at[g], CODE_BYTES) * load_halves(unit[g], 0)
+                    elif held:
                         scale[g] = load_floats(at[g], CODE_BYTES)
                     else:
                         scale[g] = load_halves(at[g], CODE_BYTES)
@@ -135,7 +147,10 @@ def int8(
                         )
                 if MINIMUM:
                     for g in static(GROUPS):
-                        if wide:
+                        if held == 2:
+                            minimum[g] = load_codes(at[g], CODE_BYTES + ROWS)
+                            minimum[g] = minimum[g] * load_halves(unit[g], 2 * ROWS)
+                        elif held:
                             minimum[g] = load_floats(at[g], CODE_BYTES + 4 * ROWS)
                         else:
                             minimum[g] = load_halves(at[g], CODE_BYTES + 2 * ROWS)
@@ -163,19 +178,27 @@ def int8(
 
 def fp32(
     x: int, w: int, blocks: int, y: int, y_stride: int, tokens: int, n: int, first: int,
-    last: int, wide: int,
+    last: int, held: int,
 ) -> None:  # fmt: skip
     """The same from fp32 activations, which are not rounded at all."""
     total, product = registers(), registers()
-    block_bytes = CODE_BYTES + (1 + MINIMUM) * 2 * ROWS * (1 + wide)
+    number_bytes, unit_bytes = 2 * ROWS * (1 + held), 0
+    if held == 2:
+        number_bytes, unit_bytes = ROWS, (1 + MINIMUM) * 2 * ROWS
+    block_bytes = CODE_BYTES + (1 + MINIMUM) * number_bytes
+    group_bytes = blocks * block_bytes + (blocks + PER - 1) // PER * unit_bytes
     for group in range(first, last):
         rows = n - ROWS * group
         for token in range(0, tokens, TOKENS):
-            codes_at = w + group * blocks * block_bytes
+            codes_at = w + group * group_bytes
+            unit_at = codes_at
             for t in static(TOKENS):
                 total[t] = splat(0.0)
             x_at = x + token * blocks * BLOCK_BYTES
-            for _ in range(blocks):
+            for block in range(blocks):
+                if unit_bytes and block % PER == 0:
+                    unit_at = codes_at
+                    codes_at += unit_bytes
                 for t in static(TOKENS):
                     if CENTER:
                         product[t] = load_for_all(x_at, BLOCK_BYTES * t + 4 * BLOCK)
@@ -190,14 +213,19 @@ def fp32(
                         product[t] = multiply_add(w_1, load_for_all(at, 16 * c + 4), product[t])
                         product[t] = multiply_add(w_2, load_for_all(at, 16 * c + 8), product[t])
                         product[t] = multiply_add(w_3, load_for_all(at, 16 * c + 12), product[t])
-                if wide:
+                if held == 2:
+                    scale = load_codes(codes_at, CODE_BYTES) * load_halves(unit_at, 0)
+                elif held:
                     scale = load_floats(codes_at, CODE_BYTES)
                 else:
                     scale = load_halves(codes_at, CODE_BYTES)
                 for t in static(TOKENS):
                     total[t] = multiply_add(scale, product[t], total[t])
                 if MINIMUM:
-                    if wide:
+                    if held == 2:
+                        minimum = load_codes(codes_at, CODE_BYTES + ROWS)
+                        minimum = minimum * load_halves(unit_at, 2 * ROWS)
+                    elif held:
                         minimum = load_floats(codes_at, CODE_BYTES + 4 * ROWS)
                     else:
                         minimum = load_halves(codes_at, CODE_BYTES + 2 * ROWS)
@@ -222,11 +250,12 @@ def kernels() -> dict[str, tuple[Callable[..., Any], str]]:
     found: dict[str, tuple[Callable[..., Any], str]] = {}
     fixed: dict[str, Any]
     for form in FORMS.values():
-        if form.wide and not form.table:
-            continue  # the same kernels as without
+        if form.held and not form.table:
+            continue  # the same kernels as for fp16
         fixed = {
             "CENTER": form.center, "MINIMUM": form.minimum,
-            "ROWS": ROWS, "BLOCK": form.block, "CODE_BYTES": form.code_bytes,
+            "ROWS": ROWS, "BLOCK": form.block, "PER": SUPER // form.block,
+            "CODE_BYTES": form.code_bytes,
             "_PREFETCH": _PREFETCH, "_PREFETCH_TILE": _PREFETCH_TILE,
         }  # fmt: skip
         fixed |= {f"load_chunk_{c}": chunk_loader(pieces) for c, pieces in enumerate(form.chunks)}

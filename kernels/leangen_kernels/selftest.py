@@ -58,7 +58,8 @@ def argmax_linear() -> tuple[Array, Array]:
 
 def _weights(rng: np.random.Generator, form: layout.Form, n: int = N, k: int = K) -> Array:
     codes = rng.integers(0, 1 << form.bits, (n, k), dtype=np.uint8)
-    scales = (rng.random((n, -(-k // form.block))) / 16).astype(np.float16).astype(np.float32)
+    scales = rng.integers(1, 64, (n, -(-k // form.block))).astype(np.float32)
+    scales /= 1024  # any form holds these
     return layout.pack(form, codes, scales, -8 * scales if form.minimum else None)
 
 

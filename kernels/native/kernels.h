@@ -17,7 +17,7 @@
 
 typedef int (*linear_fn)(void *, void **, int64_t x, int64_t w, int64_t blocks, int64_t y,
                          int64_t y_stride, int64_t tokens, int64_t n, int64_t first, int64_t last,
-                         int64_t wide);
+                         int64_t held);
 typedef int (*row_fn)(void *, void **, int64_t x, int64_t row, int64_t stride, int64_t k,
                       int64_t center);
 typedef int (*rms_norm_fn)(void *, void **, int64_t x, int64_t gain, int64_t y, int64_t k,

@@ -28,6 +28,9 @@
 
 enum { ROWS = 16, MAX_PARTS = 64 };
 
+/* Scales as bytes times a unit for so many weights of a row. */
+enum { SPLIT = 2, SUPER = 256 };
+
 /* Parts are multiples of so many groups, as a kernel for more than two tokens works on as many. */
 enum { STEP = 4, FEW_TOKENS = 2 };
 
@@ -51,16 +54,18 @@ typedef LinearJob Job;
 
 static const struct form {
   const char *name, *kernel;
-  int64_t bits, minimum, wide, block, table;
+  int64_t bits, minimum, held, block, table; /* held: scales are 0 fp16, 1 fp32, 2 split */
 } forms[] = {
     {"q4", "q4", 4, 0, 0, 32, 0},
     {"q4_wide", "q4", 4, 0, 1, 32, 0},
     {"q4_min", "q4_min", 4, 1, 0, 32, 0},
     {"q4_min_wide", "q4_min", 4, 1, 1, 32, 0},
+    {"q4_min_split", "q4_min", 4, 1, 2, 32, 0},
     {"q5", "q5", 5, 0, 0, 32, 0},
     {"q5_wide", "q5", 5, 0, 1, 32, 0},
     {"q5_min", "q5_min", 5, 1, 0, 32, 0},
     {"q5_min_wide", "q5_min", 5, 1, 1, 32, 0},
+    {"q5_min_split", "q5_min", 5, 1, 2, 32, 0},
     {"q8", "q8", 8, 0, 0, 32, 0},
     {"q8_wide", "q8", 8, 0, 1, 32, 0},
     {"q8_min", "q8_min", 8, 1, 0, 32, 0},
@@ -71,6 +76,7 @@ static const struct form {
     {"q4_min_g16_wide", "q4_min_g16", 4, 1, 1, 16, 0},
     {"q6_g16", "q6_g16", 6, 0, 0, 16, 0},
     {"q6_g16_wide", "q6_g16", 6, 0, 1, 16, 0},
+    {"q6_g16_split", "q6_g16", 6, 0, 2, 16, 0},
     {"q8_g16", "q8_g16", 8, 0, 0, 16, 0},
     {"q8_g16_wide", "q8_g16", 8, 0, 1, 16, 0},
     {"nf4_wide", "nf4", 4, 0, 1, 32, 1},
@@ -119,12 +125,13 @@ Status linear_init(Linear *op, Options from, int argmax) {
                 activations[activation]);
 
   memset(op, 0, sizeof *op);
-  op->k = k, op->n = n, op->gated = gated != 0, op->wide = form->wide, op->argmax = argmax;
+  op->k = k, op->n = n, op->gated = gated != 0, op->held = form->held, op->argmax = argmax;
   op->outputs = gated ? n / 2 : n;
   op->center = form->table || (form->minimum && form->bits < 8) ? 0 : 1 << (form->bits - 1);
   op->blocks = up_to(k, form->block) / form->block, op->groups = up_to(n, ROWS) / ROWS;
-  op->block_bytes = ROWS * form->block * form->bits / 8 +
-                    ROWS * (2 << form->wide) * (1 + form->minimum);
+  int64_t numbers = 1 + form->minimum, number = form->held == SPLIT ? 1 : 2 << form->held;
+  op->group_bytes = op->blocks * ROWS * (form->block * form->bits / 8 + number * numbers);
+  if (form->held == SPLIT) op->group_bytes += up_to(k, SUPER) / SUPER * ROWS * 2 * numbers;
   op->row_block_bytes = floats ? 4 * form->block + 4 : form->block + 8;
   op->row_bytes = op->blocks * op->row_block_bytes;
   op->epsilon = attribute_float(from, "epsilon", 1e-5f);
@@ -215,7 +222,7 @@ static void multiply(void *given, int64_t part, int64_t thread) {
       out = (int64_t)work - 4 * ROWS * first;
     }
     CALL_KERNEL(job->kernel, x, (int64_t)job->weights, op->blocks, out, out_stride, tokens, op->n,
-                first, last, op->wide);
+                first, last, op->held);
     for (int64_t i = 0; i < tokens; i++) {
       int64_t row = op->argmax ? (int64_t)work + out_stride * i : y + stride * i + 4 * from;
       if (op->gated)
@@ -239,7 +246,7 @@ static Status check(const Linear *op, const Tensor *in) {
   if (!x->rank || x->dims[x->rank - 1] != op->k)
     return fail("Linear: the last dimension of x is %lld, expected k = %lld",
                 (long long)(x->rank ? x->dims[x->rank - 1] : 0), (long long)op->k);
-  int64_t bytes = op->groups * op->blocks * op->block_bytes;
+  int64_t bytes = op->groups * op->group_bytes;
   if (weights->count != bytes)
     return fail("Linear: weights hold %lld bytes, expected %lld for n = %lld, k = %lld",
                 (long long)weights->count, (long long)bytes, (long long)op->n, (long long)op->k);
@@ -281,7 +288,7 @@ Status linear_plan(const Linear *op, const Tensor *in, Job *job) {
   /* gate and up stand in neighbouring groups */
   job->step = job->tokens > FEW_TOKENS ? STEP : 1 + op->gated;
   int64_t steps = up_to(op->groups, job->step) / job->step;
-  int64_t work = op->groups * op->blocks * op->block_bytes * job->tokens;
+  int64_t work = op->groups * op->group_bytes * job->tokens;
   job->row_parts = smaller(parts_for(work), steps);
   /* few rows of weights are too few parts to share out evenly */
   job->token_parts = op->argmax ? 1 : smaller(larger(MAX_PARTS / job->row_parts, 1), chunks);

@@ -8,7 +8,7 @@
 enum { LINEAR_TILES = 4, LINEAR_INPUTS = 6, LINEAR_PHASES = 2 };
 
 typedef struct {
-  int64_t k, n, outputs, center, wide, gated, argmax, block_bytes;
+  int64_t k, n, outputs, center, held, gated, argmax, group_bytes;
   int64_t blocks, groups, row_block_bytes, row_bytes;
   double epsilon;
   row_fn pack_row;

@@ -32,7 +32,7 @@ from leangen.lowering import cache
 if TYPE_CHECKING:
     from leangen.lowering.draft import Draft
 
-VERSION = 11
+VERSION = 13
 """To be raised when a rule or a packed layout changes, so that lowered models are made again."""
 
 RULES = {

@@ -41,6 +41,8 @@ def _linear(graph: Draft, node: NodeProto) -> str | None:
     form = layout.FORMS[options["form"].decode()]
     n, k = options["n"], options["k"]
     codes, scales, minima = layout.unpack(form, graph.array(node.input[1]), n, k)
+    if form.split:
+        form = layout.FORMS[f"{form.kernel}_wide"]
     if form.kernel == "q5":  # which a card holds in 8 bits
         codes = codes + np.uint8(128 - form.center)
         form = layout.form_for(8, scales)

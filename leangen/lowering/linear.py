@@ -5,8 +5,9 @@
     MatMulNBits + blocksum(x) @ offsets         what `exporters/llm_graph.py` writes for Q4_1, Q4_K
     MatMul of weights that ORT would unpack     what `treatments` calls w8 and w4
 
-Weights stay what they are, bit for bit: only their order changes, scales that fp16 holds exactly
-are kept as fp16, and 8-bit codes that fit 5 or 6 bits as those.
+Weights stay what they are: only their order changes, scales that fp16 holds exactly are kept as
+fp16, those that are whole numbers of an fp16, as in Q4_K, as such, and 8-bit codes that fit 5 or 6
+bits as those.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from leangen.lowering.draft import Draft, options_are
 from leangen.lowering.unpacked import Codes
 
 INT8_LEVEL = 4  # MatMulNBits' accuracy_level that rounds activations
+JOIN_BYTES = 256 << 10
+"""What memory gives in less time than waking threads once more takes."""
 
 
 def rewrite(graph: Draft) -> int:
@@ -31,6 +34,8 @@ def rewrite(graph: Draft) -> int:
     replaced = [_from_nbits(graph, node) for node in graph.all("MatMulNBits")]
     replaced += [_from_bnb(graph, node) for node in graph.all("MatMulBnb4")]
     replaced += [_from_unpacked(graph, node) for node in graph.all("MatMul")]
+    for node in graph.all("Concat"):
+        _join(graph, node)
     return sum(replaced)
 
 
@@ -149,6 +154,44 @@ def _from_unpacked(graph: Draft, node: NodeProto) -> bool:
     if weights is None:
         return False
     return put(graph, [node], node.input[0], "", node.output[0], weights, "fp32")
+
+
+def _join(graph: Draft, concat: NodeProto) -> None:
+    """One `Linear` in place of several side by side whose weights differ in bits alone.
+
+    A Q4_K_M file has values at more bits than queries and keys: those of few bits get more, if that
+    is not too much to read.
+    """
+    parts = [graph.producer(name, "Linear") for name in concat.input]
+    nodes = [node for node in parts if node is not None]
+    options = [attributes(node) for node in nodes]
+    forms = [layout.FORMS[each["form"].decode()] for each in options]
+    biases = [node.input[3] for node in nodes]
+    if (
+        len({id(node) for node in nodes}) < len(parts)
+        or attributes(concat)["axis"] != -1
+        or any(graph.only_reader(name, "Concat") is None for name in concat.input)
+        or len({(node.input[0], bool(node.input[3])) for node in nodes}) > 1
+        or len({each["activations"] for each in options}) > 1
+        or len({form.block for form in forms}) > 1
+        or any(form.minimum or form.table for form in forms)
+    ):
+        return
+    n, k, bits = sum(each["n"] for each in options), options[0]["k"], max(f.bits for f in forms)
+    codes, scales = [], []
+    for node, each, form in zip(nodes, options, forms, strict=True):
+        q, scale, _ = layout.unpack(form, graph.array(node.input[1]), each["n"], k)
+        codes.append(q + np.uint8((1 << (bits - 1)) - form.center))
+        scales.append(scale)
+    weights = Codes(bits, np.concatenate(codes), np.concatenate(scales))
+    joined = layout.form_for(bits, weights.scales, block=forms[0].block).packed_bytes(n, k)
+    if joined - sum(graph.array(node.input[1]).nbytes for node in nodes) > JOIN_BYTES:
+        return
+    bias = ""
+    if all(biases):
+        bias = graph.add(f"{concat.name}/bias", np.concatenate([graph.array(b) for b in biases]))
+    activations = options[0]["activations"].decode()
+    put(graph, [*nodes, concat], nodes[0].input[0], bias, concat.output[0], weights, activations)
 
 
 def put(

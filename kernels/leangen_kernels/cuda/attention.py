@@ -45,6 +45,9 @@ from leangen_kernels.unroll import registers, static, unrolled
 
 THREADS = 128
 WIDTHS = (64, 128)
+STATES = {64: 98, 128: 164}
+"""Words of shared memory for one row's state: 8 pitches, the top and the mass, and so many that the
+states of neighbouring lanes start in other banks."""
 QUERIES = 4
 """Rows (of a token and a query head) that one block attends with: those that share a key head."""
 
@@ -139,7 +142,7 @@ def _attend(
 
     `parts` gets, of every row and split, the values summed so far, the top score and the mass.
     """
-    WIDTH = BYTES = Q = DEEP = LANES = SIDES = registers()
+    WIDTH = BYTES = Q = DEEP = LANES = SIDES = PITCH = SIZE = registers()
     query, acc, score, low, high, top, mass, v, k, word, by = registers()
     lane = np.int64(cuda.threadIdx.x) & 31
     warp = np.int64(cuda.threadIdx.x) >> 5
@@ -233,14 +236,15 @@ def _attend(
                 )  # fmt: skip
         begin += DEEP * side
     # Every group of lanes has seen other positions: all states side by side, then one sum of each.
-    state = cuda.shared.array(Q * (WIDTH + 2) * SIDES, float32)
+    # Column d stands at (d & 7) * PITCH + d // 8: no two lanes meet in a bank, here or below.
+    state = cuda.shared.array(Q * SIZE * SIDES, float32)
     for i in static(Q):
-        mine = (who * Q + i) * (WIDTH + 2)
+        mine = (who * Q + i) * SIZE
         for d in static(8):
-            state[mine + dim + d] = acc[i, d]
+            state[mine + d * PITCH + (lane & (LANES - 1))] = acc[i, d]
         if dim == 0:
-            state[mine + WIDTH] = top[i]
-            state[mine + WIDTH + 1] = mass[i]
+            state[mine + SIZE - 2] = top[i]
+            state[mine + SIZE - 1] = mass[i]
     cuda.syncthreads()
     item = np.int64(cuda.threadIdx.x)
     while item < Q * WIDTH:
@@ -249,16 +253,16 @@ def _attend(
         best = np.float32(-1e30)
         other = np.int64(0)
         while other < side:
-            best = most(best, state[(other * Q + i) * (WIDTH + 2) + WIDTH])
+            best = most(best, state[(other * Q + i) * SIZE + SIZE - 2])
             other += 1
         value = np.float32(0)
         weight = np.float32(0)
         other = np.int64(0)
         while other < side:
-            here = (other * Q + i) * (WIDTH + 2)
-            shrink = power2(state[here + WIDTH] - best)
-            value = fused(shrink, state[here + d], value)
-            weight = fused(shrink, state[here + WIDTH + 1], weight)
+            here = (other * Q + i) * SIZE
+            shrink = power2(state[here + SIZE - 2] - best)
+            value = fused(shrink, state[here + (d & 7) * PITCH + (d >> 3)], value)
+            weight = fused(shrink, state[here + SIZE - 1], weight)
             other += 1
         row = first + i
         if row < rows:
@@ -310,6 +314,7 @@ def kernels() -> dict[str, Kernel]:
             found[f"append_{cache}_{width}"] = Kernel(make, "i" * 13 + "ff", 32)
             lanes = width // 8
             shape |= {"Q": QUERIES, "DEEP": 2, "LANES": lanes, "SIDES": THREADS // lanes}
+            shape |= {"PITCH": lanes + 4, "SIZE": STATES[width]}
             make = partial(unrolled, _attend, **shape)
             found[f"attend_{cache}_{width}"] = Kernel(make, "i" * 10, THREADS)
         make = partial(unrolled, _merge, WIDTH=width)
