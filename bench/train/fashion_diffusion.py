@@ -141,9 +141,15 @@ class Pictures:
 
     def batch(self, rng: np.random.Generator, size: int) -> tuple[Tensor, Tensor]:
         """Some of them, half of them mirrored, and their labels."""
-        rows = torch.from_numpy(rng.integers(0, len(self.pixels), size))
+        return self.mirrored(rng, rng.integers(0, len(self.pixels), size))
+
+    def mirrored(
+        self, rng: np.random.Generator, chosen: np.ndarray[Any, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """Those of the rows `chosen`, half of them mirrored, and their labels."""
+        rows = torch.from_numpy(chosen)
         x, label = self.pixels[rows].to(DEVICE), self.labels[rows].to(DEVICE)
-        flipped = torch.from_numpy(rng.random(size) < 0.5).to(DEVICE)
+        flipped = torch.from_numpy(rng.random(len(rows)) < 0.5).to(DEVICE)
         return torch.where(flipped[:, None, None, None], x.flip(-1), x), label
 
 

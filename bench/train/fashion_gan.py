@@ -1,12 +1,18 @@
 """Train the zoo's fashion-gan: `python bench/train/fashion_gan.py -o DIR`
 
-A conditional GAN: a projection discriminator (Miyato and Koyama 2018) with spectral norm (Miyato et
-al. 2018), hinge losses (Lim and Ye 2017), both networks trained at once, and the generator's
-weights averaged (Yaz et al. 2019). The curve is the sum of both losses: it says that neither has
-won, not how good the pictures are.
+A conditional GAN: a projection discriminator (Miyato and Koyama 2018) that is also shown how unlike
+each other the pictures of a group are (Karras et al. 2018), the losses of Goodfellow et al. (2014),
+a penalty on its slope at real pictures (Mescheder et al. 2018), both networks trained at once, and
+the generator's weights averaged (Yaz et al. 2019). The curve is the sum of all losses: it says that
+neither has won, not how good the pictures are.
+
+The pictures of a group have one label: beside those of other labels it went unseen that a label had
+nearly one picture (Frechet distance 200 at 2,300 steps; so had spectral norm and hinge losses).
 """
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import torch
@@ -15,10 +21,13 @@ from shared import DEVICE, train
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
-from torch.nn.utils.parametrizations import spectral_norm
 
-BATCH, RATE = 64, 5e-4
+BATCH, RATE = 64, 4e-4
 LATENT, TOLD = 64, 64
+GROUP = 4
+"""Pictures of one label that the discriminator sees side by side."""
+STEEP, PENALTY = 4, 0.5
+"""Groups of real pictures whose slope is taken, and what its square costs."""
 
 
 class Grow(nn.Module):
@@ -61,40 +70,68 @@ class Discriminator(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        shapes = ((1, 32, 4, 2), (32, 32, 3, 1), (32, 64, 4, 2), (64, 128, 3, 1), (128, 128, 3, 2))
+        shapes = ((1, 32, 4, 2), (32, 32, 3, 1), (32, 64, 4, 2), (64, 128, 3, 1), (129, 128, 3, 2))
         self.body = nn.ModuleList(
-            spectral_norm(nn.Conv2d(inner, outer, size, stride=stride, padding=1))
+            nn.Conv2d(inner, outer, size, stride=stride, padding=1)
             for inner, outer, size, stride in shapes
         )
-        self.head = spectral_norm(nn.Linear(128, 1))
-        self.told = spectral_norm(nn.Embedding(NOTHING, 128))
+        self.dense, self.head = nn.Linear(128 * 16, 128), nn.Linear(128, 1)
+        self.told = nn.Embedding(NOTHING, 128)
+        for layer in (*self.body, self.dense):
+            nn.init.kaiming_normal_(layer.weight, 0.2)
+            nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor, label: Tensor) -> Tensor:
-        for conv in self.body:
+        for conv in self.body[:-1]:
             x = F.leaky_relu(conv(x), 0.2)
-        x = x.sum((2, 3))
-        return self.head(x)[:, 0] + (self.told(label) * x).sum(1)
+        x = F.leaky_relu(self.body[-1](beside_spread(x)), 0.2)
+        x = F.leaky_relu(self.dense(x.flatten(1)), 0.2)
+        return self.head(x)[:, 0] + (self.told(label) * x).sum(1) / math.sqrt(x.shape[1])
+
+
+def beside_spread(x: Tensor) -> Tensor:
+    """Features [b, c, h, w] and one channel more: where pictures of a group differ, how much."""
+    groups = x.float().reshape(GROUP, -1, *x.shape[1:])
+    spread = groups.var(0, correction=0).add(1e-8).sqrt().mean(1, keepdim=True)
+    return torch.cat([x, spread.to(x.dtype).repeat(GROUP, 1, 1, 1)], 1)
+
+
+def some(x: Tensor) -> Tensor:
+    """The first STEEP groups of a batch."""
+    return x.reshape(GROUP, -1, *x.shape[1:])[:, :STEEP].flatten(0, 1)
+
+
+def steepness(discriminator: nn.Module, real: Tensor, label: Tensor) -> Tensor:
+    """Mean squared gradient of the score of real pictures by their pixels."""
+    real = real.detach().requires_grad_()
+    scores = discriminator(real, label)
+    (slope,) = torch.autograd.grad(scores.sum(), real, create_graph=True)
+    return slope.square().sum((1, 2, 3)).mean()
 
 
 def main() -> None:
     """Train, export the generator."""
-    args = arguments(__doc__, steps=1500)
+    args = arguments(__doc__, steps=3000)
     pictures = Pictures(args.data)
+    rows = pictures.labels.argsort(stable=True).reshape(NOTHING, -1).numpy()  # as many of each
     players = nn.ModuleDict({"generator": Generator(), "discriminator": Discriminator()}).to(DEVICE)
     generator, discriminator = players["generator"], players["discriminator"]
 
     def loss_of(rng: np.random.Generator) -> Tensor:
-        real, label = pictures.batch(rng, BATCH)
+        labels = np.tile(rng.integers(0, NOTHING, BATCH // GROUP), GROUP)
+        chosen = rows[labels, rng.integers(0, rows.shape[1], BATCH)]
+        real, label = pictures.mirrored(rng, chosen)
         noise = rng.standard_normal((BATCH, LATENT), np.float32)
         with torch.autocast(DEVICE, torch.bfloat16):
             fake = generator(torch.from_numpy(noise).to(DEVICE), label)
-            both = torch.cat([real, fake.detach().float()])
-            scores = discriminator(both, torch.cat([label, label])).float()
+            right = discriminator(real, label).float()
+            wrong = discriminator(fake.detach(), label).float()
             # The generator learns from the discriminator as it stands: its weights are constants.
             fixed = {name: weight.detach() for name, weight in discriminator.named_parameters()}
             fooled = functional_call(discriminator, fixed, (fake, label)).float()
-        found = F.relu(1 - scores[:BATCH]).mean() + F.relu(1 + scores[BATCH:]).mean()
-        return found - fooled.mean()
+        found = F.softplus(-right).mean() + F.softplus(wrong).mean()
+        steep = steepness(discriminator, some(real), some(label))
+        return found + F.softplus(-fooled).mean() + PENALTY / 2 * steep
 
     curve, weights = train(
         players,

@@ -146,7 +146,7 @@ ENTRIES = (
         "generator of 0.8M parameters, clothes by label in one step",
         "fashion_gan",
         GENERATOR,
-        sha256="e822c8daaca427c1db080541c511940fca184d787699c2fd7e3e7f7f14f19cce",
-        size_bytes=1_501_732,
+        sha256="ce48de57b44d950e17a09e17c2b6abb9dc74a7a5be85200df0c1e325020f19c7",
+        size_bytes=1_502_216,
     ),
 )
