@@ -11,7 +11,7 @@
 
 #include "op.h"
 
-enum { PHASES = 200, PARTS = 40, RUNS = 30, THREADS = 16 };
+enum { PHASES = 200, PARTS = 40, RUNS = 10, THREADS = 16 };
 
 any_fn *ort_api;
 
@@ -29,6 +29,7 @@ typedef struct {
 static void part(void *given, int64_t i, int64_t thread) {
   const Job *job = given;
   uint64_t sum = (uint64_t)i + 1;
+  if ((i + job->phase) % 16 == 0) usleep(1); /* let others in, though cores are few or busy */
   for (int j = 0; j < job->before; j++)
     sum = sum * 6364136223846793005u + job->data->made[job->phase - 1][j];
   job->data->running[thread]++;

@@ -245,6 +245,6 @@ with ledger.writing():
     ledger.append(ledger_fakes.receipt("last"))
     sys.exit(3)
 """
-    ended = python(code, tmp_path / "ledger.db")
-    assert ended.wait(30) == 3, ended.stderr.read()
+    with python(code, tmp_path / "ledger.db") as ended:
+        assert ended.wait(30) == 3, ended.stderr.read()
     assert [entry["id"] for entry in Ledger(tmp_path / "ledger.db").entries()] == ["rlast"]
