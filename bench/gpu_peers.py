@@ -12,6 +12,8 @@ from gpu_rows import MATRICES, TOKENS, Bench, torch_timed
 from leangen_kernels import layout
 from leangen_kernels.cuda import launches, tiles
 
+from leangen import devices
+
 
 def peers(bench: Bench) -> Iterator[Row]:
     """The same shapes as the part `kernels`."""
@@ -108,7 +110,7 @@ def _onnxruntime(bench: Bench, name: str, n: int, k: int, tokens: int) -> Figure
     import onnxruntime as ort
     from onnx import TensorProto, helper, numpy_helper
 
-    if "CUDAExecutionProvider" not in ort.get_available_providers():
+    if devices.CUDA_PROVIDER not in ort.get_available_providers():
         return {"absent": "onnxruntime has no CUDA provider: pip install 'leangen[gpu]'"}
     layers = max(1, min(-(-8 * bench.card.l2_bytes // (n * k)), 16))
     codes = bench.rng.integers(0, 256, (n, k // 32, 16), dtype=np.uint8)
@@ -129,10 +131,9 @@ def _onnxruntime(bench: Bench, name: str, n: int, k: int, tokens: int) -> Figure
     )
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
     proto = helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
-    ort.preload_dlls()
-    session = ort.InferenceSession(proto, providers=["CUDAExecutionProvider"], enable_fallback=0)
-    if "CUDAExecutionProvider" not in session.get_providers():  # it goes on without
-        return {"absent": "onnxruntime's CUDA provider does not start; its log says why"}
+    if (why := devices.lacks(0)) is not None:
+        return {"absent": why}
+    session = ort.InferenceSession(proto, providers=[devices.CUDA_PROVIDER], **devices.ALONE)
     binding = session.io_binding()
     binding.bind_ortvalue_input("x", ort.OrtValue.ortvalue_from_numpy(x, "cuda", 0))
     for at in range(layers):

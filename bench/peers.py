@@ -164,17 +164,17 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         counters = meters.select()
         rounds: dict[str, list[dict[str, Any]]] = {engine.name: [] for engine in engines}
         size = bytes_a_token(model)
-        stream = Stream(size, args.threads)
         reads_per_s = []
-        for number in range(args.rounds + 1):
-            reads_per_s.append(READS / sum(stream.seconds() for _ in range(READS)))
-            for engine in engines if number % 2 else engines[::-1]:
-                window = meters.begin(counters, aligned=True)
-                answer = engine.round(prompt, args.new_tokens)
-                read = [each.energy_uj for each in meters.end(window)]
-                measured = counters.source == "measured" and None not in read
-                answer["joules"] = sum(filter(None, read)) / 1e6 if measured else None
-                rounds[engine.name].append(answer)
+        with Stream(size, args.threads) as stream:
+            for number in range(args.rounds + 1):
+                reads_per_s.append(READS / sum(stream.seconds() for _ in range(READS)))
+                for engine in engines if number % 2 else engines[::-1]:
+                    window = meters.begin(counters, aligned=True)
+                    answer = engine.round(prompt, args.new_tokens)
+                    read = [each.energy_uj for each in meters.end(window)]
+                    measured = counters.source == "measured" and None not in read
+                    answer["joules"] = sum(filter(None, read)) / 1e6 if measured else None
+                    rounds[engine.name].append(answer)
         for engine in started:
             engine.close()
     results = {

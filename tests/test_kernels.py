@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 from kernels_machines import Emulated, Here, here
-from leangen_kernels import layout, reference
+from leangen_kernels import layout, reference, units
 
 FORMS = list(layout.FORMS.values())
 
@@ -40,9 +40,9 @@ def numbers(rng, form, n, k):
     shape = (n, -(-k // form.block))
     if not form.split:
         return (rng.standard_normal(shape) / 16).astype(form.numbers).astype(np.float32)
-    per = layout.SUPER // form.block
-    units = (rng.random((n, -(-shape[1] // per))) / 1000).astype(np.float16).astype(np.float32)
-    found = rng.integers(-127, 127, shape) * np.repeat(units, per, axis=1)[:, : shape[1]]
+    per = units.SUPER // form.block
+    unit = (rng.random((n, -(-shape[1] // per))) / 1000).astype(np.float16).astype(np.float32)
+    found = rng.integers(-127, 127, shape) * np.repeat(unit, per, axis=1)[:, : shape[1]]
     return found.astype(np.float32)
 
 

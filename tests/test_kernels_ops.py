@@ -12,6 +12,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 from leangen_kernels import layout, reference
+from leangen_kernels.selftest import weights as packed
 from onnx import TensorProto, helper
 
 pytestmark = pytest.mark.skipif(
@@ -64,13 +65,6 @@ def session(proto, threads=2):
 @pytest.fixture
 def rng():
     return np.random.default_rng()
-
-
-def packed(rng, form, n, k):
-    blocks = -(-k // form.block)
-    codes = rng.integers(0, 1 << form.bits, (n, k), dtype=np.uint8)
-    scales = rng.integers(1, 64, (n, blocks)).astype(np.float32) / 1024  # any form holds these
-    return layout.pack(form, codes, scales, -8 * scales if form.minimum else None)
 
 
 def close(y, expected, places=1e-5):

@@ -36,11 +36,11 @@ from typing import Any
 
 import numpy as np
 
+from leangen_kernels.units import SUPER, split
+
 ROWS = 16
 BLOCK = 32
 BLOCKS = (16, BLOCK)
-SUPER = 256
-"""Weights along k that share a unit."""
 VECTOR = 4 * ROWS
 """Bytes of a vector of codes: four of each row."""
 Array = np.ndarray[Any, Any]
@@ -185,18 +185,20 @@ FORMS = {
 def form_for(bits: int, scales: Array, minima: Array | None = None, block: int = BLOCK) -> Form:
     """The smallest form that holds these scales and minima, one for `block` weights.
 
-    Without loss; but of minima in split forms the last bits of fp32 may be others, see `_split`.
+    Without loss; but of minima in split forms the last bits of fp32 may be others, see `units`.
     Raises ValueError when there is none: 5 bits for 16, 6 bits for 32, minima for 16 above 4 bits.
     """
-    held = [scales] if minima is None else [scales, minima]
-    wide = not all(_fits_half(values) for values in held)
     wanted = (bits, minima is not None, block, ())
-    forms = [f for f in FORMS.values() if (f.bits, f.minimum, f.block, f.table) == wanted]
-    if wide and any(form.split for form in forms) and _split(scales, minima, block) is not None:
-        return next(form for form in forms if form.split)
-    for form in forms:
-        if form.wide == wide and not form.split:
-            return form
+    forms = {
+        form.held: form
+        for form in FORMS.values()
+        if (form.bits, form.minimum, form.block, form.table) == wanted
+    }
+    held = 0
+    if not all(_fits_half(values) for values in (scales, minima) if values is not None):
+        held = 2 if 2 in forms and split(scales, minima, block) is not None else 1
+    if held in forms:
+        return forms[held]
     given = f"{bits} bits {'with' if minima is not None else 'without'} minima for {block} weights"
     expected = "4, 5 or 8 bits for 32, or 4, 6 or 8 without minima for 16"
     raise ValueError(f"no layout holds {given}: expected {expected}")
@@ -205,48 +207,6 @@ def form_for(bits: int, scales: Array, minima: Array | None = None, block: int =
 def _fits_half(values: Array) -> bool:
     with np.errstate(over="ignore"):
         return bool(np.array_equal(values.astype(np.float16).astype(np.float32), values))
-
-
-def _split(scales: Array, minima: Array | None, block: int) -> list[tuple[Array, Array]] | None:
-    """Bytes [n, blocks] and fp16 units of scales [n, blocks], then of minima; None without.
-
-    A bundle holds minima as sums with the scales in fp32, from which they come back less what the
-    sum was rounded by: a minimum may differ from byte times unit by as much.
-    """
-    found = [_bytes_and_units(scales, np.zeros_like(scales), block)]
-    if minima is not None:
-        rounding = np.float32(2.0**-23) * (np.abs(minima) + 16 * np.abs(scales))
-        found.append(_bytes_and_units(minima, rounding, block))
-    whole = [each for each in found if each is not None]
-    return whole if len(whole) == len(found) else None
-
-
-def _bytes_and_units(values: Array, rounding: Array, block: int) -> tuple[Array, Array] | None:
-    n, blocks = values.shape
-    if n > ROWS and _bytes_and_units(values[:ROWS], rounding[:ROWS], block) is None:
-        return None  # soon
-    per = SUPER // block
-    units = -(-blocks // per)
-    padded = np.zeros((2, n, units * per), np.float32)
-    padded[0, :, :blocks], padded[1, :, :blocks] = values, rounding
-    given, slack = padded.reshape(2, n * units, per)
-    at = np.abs(given).argmax(axis=1)
-    most = -given[np.arange(len(given)), at]  # which becomes a negative byte: there is one more
-    unit, found = np.zeros(len(given), np.float32), np.zeros(given.shape, np.int8)
-    left = np.flatnonzero(most)
-    for byte in (63, 128, 127, *range(1, 127)):  # the first three are what llama.cpp makes
-        if not len(left):
-            break
-        with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
-            trial = (most[left] / byte).astype(np.float16).astype(np.float32)
-            count = np.rint(given[left] / trial[:, None])
-            fits = np.abs(count * trial[:, None] - given[left]) <= slack[left]
-        done = fits.all(axis=1) & (np.abs(count) <= 128).all(axis=1) & (count.max(axis=1) < 128)
-        unit[left[done]], found[left[done]] = trial[done], count[done].astype(np.int8)
-        left = left[~done]
-    if len(left):
-        return None
-    return found.reshape(n, -1)[:, :blocks], unit.reshape(n, units).astype(np.float16)
 
 
 def pack(form: Form, codes: Array, scales: Array, minima: Array | None = None) -> Array:
@@ -264,10 +224,10 @@ def pack(form: Form, codes: Array, scales: Array, minima: Array | None = None) -
     given = [_repeated(form, each, n, k) for each in (scales, minima) if each is not None]
     units: list[Array] = []
     if form.split:
-        split = _split(given[0], given[1] if form.minimum else None, form.block)
-        if split is None:
+        found = split(given[0], given[1] if form.minimum else None, form.block)
+        if found is None:
             raise ValueError(f"form {form.name} needs bytes times an fp16 of {SUPER} weights")
-        given, units = [each for each, _ in split], [unit for _, unit in split]
+        given, units = [each for each, _ in found], [unit for _, unit in found]
     parts = [_interleave(form, padded), *(_by_group(each, form.numbers) for each in given)]
     body = np.concatenate(parts, axis=-1)
     if not form.split:

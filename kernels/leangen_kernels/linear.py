@@ -20,7 +20,7 @@ from leangen_kernels.dots import (
     sums,
     table_values,
 )
-from leangen_kernels.layout import FORMS, ROWS, SUPER
+from leangen_kernels.layout import FORMS, ROWS
 from leangen_kernels.simd import (
     load_codes,
     load_floats,
@@ -36,6 +36,7 @@ from leangen_kernels.simd import (
     store_floats,
     to_floats,
 )
+from leangen_kernels.units import SUPER
 from leangen_kernels.unroll import registers, static, unrolled
 from leangen_kernels.vectors import VARIANT
 

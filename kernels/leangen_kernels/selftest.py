@@ -34,7 +34,7 @@ def linear() -> tuple[Array, Array]:
     """All forms of weights, one token and several, both kinds of activations."""
     rng, found, expected = np.random.default_rng(1), [], []
     for form in layout.FORMS.values():
-        packed = _weights(rng, form)
+        packed = weights(rng, form)
         kinds = ((2, "fp32"),) if form.table else ((1, "int8"), (5, "int8"), (2, "fp32"))
         for tokens, activations in kinds:
             x = rng.standard_normal((tokens, K)).astype(np.float32)
@@ -48,7 +48,7 @@ def linear() -> tuple[Array, Array]:
 def argmax_linear() -> tuple[Array, Array]:
     """The largest of the products, and its place."""
     rng, form = np.random.default_rng(3), layout.FORMS["q8"]
-    packed, x = _weights(rng, form), rng.standard_normal((3, K)).astype(np.float32)
+    packed, x = weights(rng, form), rng.standard_normal((3, K)).astype(np.float32)
     outputs = {"index": np.int64, "most": np.float32}
     attributes = {"form": form.name, "n": N, "k": K}
     index, most = _run("ArgmaxLinear", {"x": x, "weights": packed}, outputs, **attributes)
@@ -56,7 +56,8 @@ def argmax_linear() -> tuple[Array, Array]:
     return np.concatenate([index, most]), np.concatenate([y.argmax(-1), y.max(-1)])
 
 
-def _weights(rng: np.random.Generator, form: layout.Form, n: int = N, k: int = K) -> Array:
+def weights(rng: np.random.Generator, form: layout.Form, n: int = N, k: int = K) -> Array:
+    """A packed matrix [n, k] at random."""
     codes = rng.integers(0, 1 << form.bits, (n, k), dtype=np.uint8)
     scales = rng.integers(1, 64, (n, -(-k // form.block))).astype(np.float32)
     scales /= 1024  # any form holds these
@@ -149,7 +150,7 @@ def attention() -> tuple[Array, Array]:
 def chain() -> tuple[Array, Array]:
     """Two linear layers, the second on what the first makes, with a residual."""
     rng, form = np.random.default_rng(7), layout.FORMS["q4"]
-    first, second = _weights(rng, form), _weights(rng, form, N, N)
+    first, second = weights(rng, form), weights(rng, form, N, N)
     feeds = {"x": rng.standard_normal((3, K)).astype(np.float32), "first": first, "second": second}
     feeds["residual"] = rng.standard_normal((3, N)).astype(np.float32)
     steps: dict[str, Any] = {"inputs_0": (0, 1, -1, -1, -1, -1), "inputs_1": (4, 2, -1, -1, 3, -1)}
