@@ -127,7 +127,7 @@ def test_logprobs(client):
         assert token.logprob == token.top_logprobs[0].logprob <= 0  # greedy
     plain = client.completions.create(**asked, prompt="hello", logprobs=2).choices[0]
     assert len(plain.logprobs.tokens) == len(plain.logprobs.token_logprobs)
-    assert "".join(plain.logprobs.tokens[:2]) in plain.text
+    assert plain.text.startswith(plain.logprobs.tokens[0])
 
 
 def test_logprobs_are_streamed_with_their_tokens(client):
@@ -151,6 +151,35 @@ def test_logprobs_are_streamed_with_their_tokens(client):
     for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
         joined = [value for part in parts if part for value in getattr(part, name)]
         assert joined == getattr(plain, name)
+
+
+def test_the_bytes_of_tokens_that_are_parts_of_a_character_join_to_the_text(client):
+    # The three bytes of 日, of which each is a token; a bias makes their order certain.
+    asked = {"model": "tiny-text", "max_tokens": 1, "temperature": 0}
+    parts = []
+    for token in (165, 248, 101):
+        asked["logit_bias"] = {token: 100}
+        chosen = client.chat.completions.create(**asked, messages=CHAT, logprobs=True).choices[0]
+        [told] = chosen.logprobs.content
+        parts += told.bytes
+        assert told.token == f"\\x{told.bytes[0]:02x}"
+        plain = client.completions.create(**asked, prompt="hello", logprobs=1).choices[0].logprobs
+        assert plain.tokens == [f"bytes:{told.token}"]
+    assert bytes(parts).decode() == "日"
+
+
+def test_each_token_has_its_place_in_the_text(client):
+    asked = {"model": "tiny-text", "max_tokens": 40, "temperature": 1.5, "seed": 3}
+    told = client.completions.create(
+        **asked, prompt="hello", logprobs=0, extra_body={"ignore_eos": True}
+    ).choices[0]
+    whole = [
+        (token, at)
+        for token, at in zip(told.logprobs.tokens, told.logprobs.text_offset, strict=True)
+    ]
+    assert any(token.startswith("bytes:") for token, _ in whole)
+    for token, at in whole:
+        assert token.startswith(("bytes:", "<")) or told.text[at:].startswith(token)
 
 
 def test_a_reply_that_must_be_json(client):
