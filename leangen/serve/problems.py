@@ -32,6 +32,10 @@ class BudgetError(LeangenError):
 class RateError(LeangenError):
     """A client asks more often than it may."""
 
+    def __init__(self, message: str, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
 
 class DeadlineError(LeangenError):
     """The request's time was over before it was done."""

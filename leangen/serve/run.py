@@ -29,7 +29,6 @@ from leangen.session import Session
 from leangen.store import Store
 
 KEEP_ALIVE_S = 15
-CONNECTIONS = 512
 
 
 def build(
@@ -146,14 +145,15 @@ def run(options: Options) -> None:
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=int(options.grace_s) + 5,
-        limit_concurrency=CONNECTIONS,
     )
+    web = Graceful(config)
+    guarded.connections = lambda: len(web.server_state.connections)
     listener = _listen(config)
     address = listener.getsockname()
     names = ", ".join(server.models.by_name)
     say(f"serving {names} at http://{_shown(address[0])}:{address[1]}, Ctrl-C ends")
     try:
-        asyncio.run(Graceful(config).serve(sockets=[listener]))
+        asyncio.run(web.serve(sockets=[listener]))
     finally:
         server.models.stop(0)  # done already, unless the web server failed
         listener.close()

@@ -306,9 +306,7 @@ class _Places:
 
     def pass_over(self, said: bytes) -> int:
         """The next token's place."""
-        begun, _ = self._decoder.getstate()
-        goes_on = bool(said) and said[0] & 0xC0 == 0x80
-        place = self._letters + (1 if begun and not goes_on else 0)  # 1: it was never completed
+        place = self._letters
         self._letters += len(self._decoder.decode(said))
         return place
 
