@@ -111,6 +111,15 @@ def test_completions_of_several_prompts_and_replies(client):
     assert by_tokens.usage.completion_tokens == 4
 
 
+def test_prompts_may_be_tokens(client):
+    asked = {"model": "tiny-text", "max_tokens": 3, "temperature": 0}
+    prompts = [[5, 6, 7], [8]]
+    together = client.completions.create(**asked, prompt=prompts)
+    alone = [client.completions.create(**asked, prompt=prompt) for prompt in prompts]
+    assert [c.text for c in together.choices] == [reply.choices[0].text for reply in alone]
+    assert together.usage.prompt_tokens == sum(reply.usage.prompt_tokens for reply in alone)
+
+
 def test_stop_strings_end_a_reply(client):
     asked = {"model": "tiny-text", "prompt": "hello", "max_tokens": 30, "seed": 1}
     text = client.completions.create(**asked, extra_body={"ignore_eos": True}).choices[0].text
@@ -413,7 +422,7 @@ def test_json_that_is_sent_as_something_else_is_told_apart(http):
     ("path", "body", "status", "says"),
     [
         ("/v1/completions", b"{nonsense", 400, "JSON"),
-        ("/v1/completions", b"[]", 400, "valid dictionary"),
+        ("/v1/completions", b"[]", 400, "JSON object"),
         ("/v1/completions", {"model": "tiny-text"}, 400, "prompt"),
         ("/v1/completions", {"model": "no", "prompt": "a"}, 404, "not served here"),
         ("/v1/completions", {"model": "../../etc/passwd", "prompt": "a"}, 404, "not served here"),
@@ -507,6 +516,15 @@ def test_json_that_is_sent_as_something_else_is_told_apart(http):
         ("/v1/flows/log_density", {"model": "tiny-flow", "rows": [[1]]}, 400, "shape"),
         ("/v1/flows/log_density", {"model": "tiny-flow", "rows": "/etc/passwd"}, 400, "list"),
         ("/v1/nothing", {}, 404, "Not Found"),
+        ("/v1/completions", b'{"model":', 400, "not JSON: Expecting value at character 9"),
+        ("/v1/completions", b"", 400, "body is empty"),
+        ("/v1/flows/log_density", {"model": "tiny-flow", "rows": [[1], [1, 2]]}, 400, "3 numbers"),
+        (
+            "/v1/chat/completions",
+            {"model": "tiny-text", "messages": CHAT, "top_logprobs": 2},
+            400,
+            "logprobs is not",
+        ),
     ],
 )
 def test_bad_requests_get_openais_error_shape(http, path, body, status, says):
@@ -517,6 +535,33 @@ def test_bad_requests_get_openais_error_shape(http, path, body, status, says):
     assert set(error) == {"message", "type", "param", "code"}
     assert says in error["message"]
     assert "Traceback" not in reply.text
+
+
+@pytest.mark.parametrize(
+    ("asked", "param", "says"),
+    [
+        ({"colour": "red"}, "colour", "is not known here: leave it out"),
+        ({"prompt": [1, -2]}, "prompt.1", "greater than or equal to 0"),
+        ({"prompt": ["a", 1]}, "prompt.1", "valid string"),
+        ({"prompt": [[1], [2, "a"]]}, "prompt.1.1", "valid integer"),
+        ({"prompt": []}, "prompt", "at least 1"),
+        ({"prompt": {"a": 1}}, "prompt", "valid string"),
+        ({"stop": ["a"] * 17}, "stop", "at most 16"),
+        ({"stream_options": {"x": 1}}, "stream_options.x", "not known here"),
+    ],
+)
+def test_what_is_wrong_with_a_value_is_named_by_its_place(http, asked, param, says):
+    reply = http.post("/v1/completions", json={"model": "tiny-text", "prompt": "a"} | asked)
+    assert reply.status_code == 400
+    assert reply.json()["error"]["param"] == param
+    assert says in reply.json()["error"]["message"]
+
+
+def test_a_part_of_a_message_that_is_no_text_is_named(http):
+    picture = {"type": "image_url", "image_url": {"url": "x"}}
+    asked = {"model": "tiny-text", "messages": [{"role": "user", "content": [picture]}]}
+    error = http.post("/v1/chat/completions", json=asked).json()["error"]
+    assert error["param"] == "messages.0.content.0.type"
 
 
 def test_the_openai_client_raises_its_own_errors(client):

@@ -94,13 +94,7 @@ def router(server: Server) -> APIRouter:
     async def completions(body: CompletionBody, request: Request) -> Response:
         body.refuse_unsupported()
         seeds = _seeds(body)
-        prompts: Sequence[dict[str, Any]]
-        if isinstance(body.prompt, str):
-            prompts = [{"prompt": body.prompt}]
-        elif isinstance(body.prompt[0], str):
-            prompts = [{"prompt": text} for text in body.prompt]
-        else:
-            prompts = [{"tokens": body.prompt}]
+        prompts = body.prompts()
         length = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
         requests = [
             language.Request(**prompt, **body.options(length, seed))
