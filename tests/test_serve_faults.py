@@ -545,6 +545,27 @@ def test_a_used_up_budget_is_429(text_model):
         assert error["code"] == "budget_exceeded"
         assert "1e-09 J spent" in error["message"]
         assert "estimated" in error["message"]
+        assert "leangen budget" not in error["message"]  # a client cannot raise it
+
+
+def test_what_waits_does_not_begin_when_a_budget_is_used_up_meanwhile(text_model, slowly):
+    limit = budget.Budget(per="day", limit=1e-9, on_exceed="refuse")
+    limits = Limits(max_batch=1, context=128)
+    with serving.serving([text_model], budgets=[limit], limits=limits) as (address, _):
+        replies = []
+
+        def ask():
+            with client(address) as http:
+                replies.append(http.post("/v1/completions", json=LONG | {"max_tokens": 5}))
+
+        threads = [threading.Thread(target=ask) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        statuses = sorted(reply.status_code for reply in replies)
+        assert statuses[0] == 200 and statuses[-1] == 429
+        assert statuses.count(200) < 3  # the one that ran, and one whose receipt was being written
 
 
 def test_a_cheaper_precision_answers_near_the_end_of_a_budget(tmp_path):

@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -23,7 +24,7 @@ from leangen.serve.access import Access, read_keys
 from leangen.serve.account import Account
 from leangen.serve.calls import Server
 from leangen.serve.options import Options
-from leangen.serve.power import PowerCap
+from leangen.serve.power import PowerCap, hold_to_budgets
 from leangen.serve.prometheus import Metrics
 from leangen.session import Session
 from leangen.store import Store
@@ -95,6 +96,7 @@ def build(
             build=engine_of,
             memory_bytes=options.memory_bytes,
             cap=cap,
+            allow=partial(hold_to_budgets, guard, options.tag),
         ),
         account=account,
         ledger=ledger,

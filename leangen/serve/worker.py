@@ -73,7 +73,9 @@ class ModelWorker:
         metrics: Metrics,
         limits: Limits,
         cap: PowerCap | None = None,
+        allow: Callable[[], None] = lambda: None,
     ) -> None:
+        """`allow` raises a LeangenError where no further job may begin."""
         self.name = name
         self.memory_bytes = memory_bytes
         """What it may come to hold: its weights, and the cache of a full batch."""
@@ -84,6 +86,7 @@ class ModelWorker:
         self._metrics = metrics
         self._limits = limits
         self._cap = cap
+        self._allow = allow
         self._wake = threading.Condition()
         self._queue = FairQueue(limits.queue)
         self._running: dict[Job, _Running] = {}
@@ -288,6 +291,7 @@ class ModelWorker:
             self._metrics.queued(self.name, (now_ns - job.queued_ns) / 1e9)
             self._running[job] = _Running(self._account.open(), now_ns)
             try:
+                self._allow()  # others may have used up a budget since it came
                 runner.add(job)
             except LeangenError as error:
                 self._end(job, None)
