@@ -304,7 +304,17 @@ def test_images(client, running):
         )
         assert first.size == second.size == (size, size)
         assert first.tobytes() != second.tobytes()
-        assert kept(running, reply.usage.energy["receipts"][0])["units"]["count"] == units
+        [receipt_id] = reply.usage.energy["receipts"]
+        assert kept(running, receipt_id)["units"]["count"] == units
+        assert json.loads(first.text["Comment"])["id"] == receipt_id
+
+
+def test_a_size_that_a_model_does_not_draw_costs_nothing(client, running):
+    before = len(running[1].ledger.entries())
+    for model, size in (("tiny-image", "8x8"), ("tiny-pixels", "6x6")):
+        with pytest.raises(openai.BadRequestError, match=f"draws {size}"):
+            client.images.generate(model=model, prompt="", size="1024x1024")
+    assert len(running[1].ledger.entries()) == before
 
 
 def test_speech(client, running):
@@ -323,10 +333,16 @@ def test_speech(client, running):
     assert float(headers["x-leangen-energy-joules"]) > 0
     asked = {"model": "tiny-voice", "input": "abc ab.", "extra_body": {"phonemes": True, "seed": 1}}
     named = client.audio.speech.create(**asked, voice="alloy", response_format="wav")
-    assert named.content == sound
+    with wave.open(io.BytesIO(sound)) as file, wave.open(io.BytesIO(named.content)) as again:
+        assert file.readframes(file.getnframes()) == again.readframes(again.getnframes())
     with pytest.raises(openai.BadRequestError, match="expected one of default"):
         client.audio.speech.create(**asked, voice="bob", response_format="wav")
-    assert kept(running, headers["x-leangen-receipt"])["family"] == "flow"
+    receipt_id = headers["x-leangen-receipt"]
+    assert kept(running, receipt_id)["family"] == "flow"
+    assert receipt_id.encode() in sound  # the file tells what it cost, raw samples cannot
+    raw = client.audio.speech.create(**asked, voice="default", response_format="pcm")
+    with wave.open(io.BytesIO(sound)) as file:
+        assert raw.content == file.readframes(file.getnframes())
 
 
 def test_transcriptions(client, http, running):
@@ -357,6 +373,14 @@ def test_bad_uploads_get_openais_error_shape(http):
         ({"model": "tiny-ears", "temperature": "hot"}, sound, "temperature"),
         ({"model": "tiny-ears", "prompt": "names"}, sound, "prompt is not supported"),
         ({"model": "tiny-ears", "language": "de"}, sound, "de"),
+        ({"model": "tiny-ears", "colour": "red"}, sound, "colour is not known here"),
+        ({"model": "tiny-ears", "defer": "true"}, sound, "--intensity"),
+        ({"model": "tiny-ears", "deadline_s": "0"}, sound, "deadline_s"),
+        (
+            {"model": "tiny-ears", "timestamp_granularities[]": ["word", "segment"]},
+            sound,
+            "timestamp_granularities",
+        ),
         ({}, sound, "model"),
     ):
         reply = http.post("/v1/audio/transcriptions", data=data, files={"file": ("a", content)})

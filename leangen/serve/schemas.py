@@ -17,6 +17,8 @@ from leangen.families.sampling import MOST_LOGPROBS
 Model = Annotated[str, Field(min_length=1, max_length=200)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Priority = Annotated[int, Field(ge=-1000, le=1000)]
+Deadline = Annotated[Number, Field(gt=0)] | None
 
 MOST_REPLIES = 16
 MOST_TOKENS = 1_000_000
@@ -44,11 +46,11 @@ class Body(BaseModel):
 
     model: Model
     seed: Seed | None = None
-    priority: Annotated[int, Field(ge=-1000, le=1000)] = 0
+    priority: Priority = 0
     """Lower goes first, as in vLLM."""
     defer: bool = False
     """May wait for an hour with cleaner electricity."""
-    deadline_s: Annotated[Number, Field(gt=0)] | None = None
+    deadline_s: Deadline = None
     """Seconds after which the reply is of no more use; the server's own limit holds as well."""
     user: Any = None
     metadata: Any = None
