@@ -15,8 +15,9 @@ from dataclasses import dataclass, field, replace
 
 from leangen import clock, host
 from leangen.console import say
-from leangen.engine import Engine, Measured
+from leangen.engine import Engine
 from leangen.errors import LeangenError
+from leangen.receipts import Measured
 from leangen.records import Output
 from leangen.serve import problems, runners
 from leangen.serve.account import Account, Tab, Worker
