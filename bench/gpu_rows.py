@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from gpu import Figures, Row
-from leangen_kernels import layout
+from leangen_kernels import cache_layout, layout
 from leangen_kernels.cuda import driver, launches, tiles
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
@@ -207,7 +207,7 @@ class Bench:
         return {**figures, "bytes": tiles.packed_bytes(form, n, k) + 2 * n * k}
 
     def _attention(self, context: int, cache: str, batch: int) -> Figures:
-        held = layout.CACHES[cache]
+        held = cache_layout.CACHES[cache]
         op = launches.Attention(32, 8, 128, cache)
         count = batch * 8 * context * held.columns(128)
         size = count * held.size

@@ -22,7 +22,7 @@ import leangen_kernels
 import numpy as np
 import onnx
 import onnxruntime as ort
-from leangen_kernels import layout
+from leangen_kernels import cache_layout, conv_layout, layout
 from memory_stream import Stream
 from onnx import TensorProto, helper, numpy_helper
 
@@ -100,7 +100,7 @@ class Attention:
     HEADS, KV_HEADS, WIDTH, LAYERS = 9, 3, 64, 16
 
     def __init__(self, cache: str, stock: bool, past: int, new: int, threads: int) -> None:
-        held = layout.CACHES[cache]
+        held = cache_layout.CACHES[cache]
         kind = helper.np_dtype_to_tensor_dtype(held.dtype)
         capacity = -(-(past + new) // 16) * 16
         shape = (1, self.KV_HEADS, capacity, held.columns(self.WIDTH))
@@ -166,7 +166,7 @@ def conv_session(kind: str, shape: tuple, threads: int) -> ort.InferenceSession:
     if kind == "leangen":
         flat = codes.reshape(n, -1)
         scales = rng.random((n, -(-flat.shape[1] // 32))).astype(np.float32)
-        constants = {"w": layout.pack_conv(8, flat, scales, 32)}
+        constants = {"w": conv_layout.pack(8, flat, scales, 32)}
         more = {"domain": "leangen", "n": n, "bits": 8, "block": 32}
         nodes = [helper.make_node("Conv", ["x", "w"], ["y"], **attributes, **more)]
     elif kind == "fp32":
@@ -277,7 +277,7 @@ def main() -> None:
                         flush=True,
                     )
     for past, new in ((255, 1), (4095, 1), (0, 256)):
-        for cache in layout.CACHES:
+        for cache in cache_layout.CACHES:
             ours = Attention(cache, False, past, new, options.threads)
             stock = Attention("fp32", True, past, new, options.threads)
             seconds = [

@@ -9,7 +9,6 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import os
-import uuid
 import weakref
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -24,7 +23,8 @@ from leangen.budget import Guard
 from leangen.bundle import Bundle
 from leangen.errors import RequestError
 from leangen.ledger import Ledger, Ticket
-from leangen.records import Latency, Media, MeterWindow, Output, Receipt, Runtime, Step, Units
+from leangen.receipts import Measured, receipt_of
+from leangen.records import Media, Output, Receipt, Step
 from leangen.session import Session
 
 BASELINE_S = 1.0
@@ -175,33 +175,6 @@ def _close_streams() -> None:
 
 
 os.register_at_fork(after_in_child=_streams.clear)  # they are the parent's
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Measured:
-    """What was observed of one window of work."""
-
-    started_at: str
-    begin_boottime_ns: int | None
-    """None when the figures are a share of windows that other requests had too."""
-    duration_ns: int
-    windows: Sequence[MeterWindow]
-    steps: Sequence[tuple[str, float, int]]
-    """(kind, units, duration in ns)"""
-    marks: Mapping[int, int] = dataclasses.field(default_factory=dict)
-    """Microjoules up to the end of a step, by its index."""
-    counts: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    """Sums of the steps' counts."""
-    cpu: tuple[attribution.CpuTimes, attribution.CpuTimes] | None = None
-    repeats: int = 1
-    """Generations within the window."""
-    own_ns: int | None = None
-    """The part of the time that is this request's, where it shared the machine with others."""
-    busy_ns: Sequence[int] | None = None
-    """The computing time of each step, where it is less than the step took."""
-    note: str | None = None
-    """How the figures were shared."""
-    receipt_id: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)
 
 
 class Engine:
@@ -359,86 +332,14 @@ class Engine:
 
     def receipt(self, request: Any, output: Output | None, measured: Measured) -> Receipt:
         """What the generation of `output` cost; None for one that was ended early."""
-        session, bundle = self.session, self.bundle
-        count = sum(units for _, units, _ in measured.steps)
-        repeated = {"repeats": measured.repeats} if measured.repeats > 1 else {}
-        busy_ns = measured.busy_ns or [step_ns for _, _, step_ns in measured.steps]
-        spent = energy.account(
-            measured.windows,
-            scope=self.selection.scope,
-            reason="; ".join(filter(None, (self.selection.reason, measured.note))) or None,
-            duration_ns=measured.duration_ns if measured.own_ns is None else measured.own_ns,
+        return receipt_of(
+            measured,
+            session=self.session,
+            request=request,
+            output=output,
+            unit=self.family.UNIT,
+            selection=self.selection,
             baseline=self.baseline(),
-            units=count,
-            steps=list(zip((kind for kind, _, _ in measured.steps), busy_ns, strict=True)),
-            marks=measured.marks,
-            cpu=measured.cpu,
-        )
-        if measured.own_ns is not None:
-            spent = dataclasses.replace(
-                spent,
-                steps=tuple(
-                    dataclasses.replace(step, method="shared", each_method="shared")
-                    for step in spent.steps
-                ),
-            )
-        return Receipt(
-            id=measured.receipt_id,
-            started_at=measured.started_at,
-            duration_ns=measured.duration_ns,
-            host=host.host(device=session.device.name),
-            model=bundle.name,
-            scheme=bundle.scheme,
-            bundle=bundle.digest,
-            family=bundle.family,
-            request={**request.describe(), **repeated},
-            units=Units(
-                kind=self.family.UNIT,
-                count=count,
-                prompt=output.prompt_units * measured.repeats if output is not None else 0,
-                counts=dict(measured.counts),
-            ),
-            energy=spent,
-            latency=latency_of(measured.steps, measured.duration_ns, measured.repeats),
-            carbon=self.footprint.of(
-                spent.gross_j,
-                spent.u_j,
-                started_at=measured.started_at,
-                duration_s=measured.duration_ns / 1e9,
-                units=count,
-            ),
-            peak_rss_bytes=host.peak_rss_bytes(),
-            runtime=Runtime(
-                provider=session.provider,
-                threads=session.threads,
-                kernels=session.kernels,
-                reasons=session.reasons,
-                versions=host.versions(),
-            ),
+            footprint=self.footprint,
             tag=self.tag,
-            begin_boottime_ns=measured.begin_boottime_ns,
         )
-
-
-def latency_of(
-    steps: Sequence[tuple[str, float, int]], duration_ns: int, repeats: int = 1
-) -> Latency:
-    """Total of one generation, time to the first unit, and the spread of the steps after it."""
-    done_ns = 0
-    ttft_s = None
-    first = 0
-    for index, (_, units, step_ns) in enumerate(steps):
-        done_ns += step_ns
-        if units > 0:
-            ttft_s = done_ns / 1e9
-            first = index
-            break
-    later = [step_ns for _, _, step_ns in steps[first + 1 :]] or [ns for _, _, ns in steps]
-    # As np.percentile does it, which imports numpy.ma: 8 ms of the first token.
-    p50, p95 = np.interp([0.5, 0.95], np.linspace(0, 1, len(later)), np.sort(later)) / 1e9
-    return Latency(
-        total_s=duration_ns / 1e9 / repeats,
-        ttft_s=ttft_s,
-        step_p50_s=float(p50),
-        step_p95_s=float(p95),
-    )

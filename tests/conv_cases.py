@@ -10,7 +10,7 @@ from __future__ import annotations
 import leangen_kernels
 import numpy as np
 import onnxruntime as ort
-from leangen_kernels import layout, reference
+from leangen_kernels import conv_layout, reference
 from onnx import TensorProto, helper, numpy_helper
 
 ACTIVATIONS = (("", 0.0), ("silu", 0.0), ("leaky_relu", 0.1), ("leaky_relu", 0.0))
@@ -62,7 +62,7 @@ def weights(rng, bits, n, k, block):
     codes = rng.integers(low, high, (n, k)).astype(np.int8)
     scales = (rng.random((n, -(-fours // block))) / 50).astype(np.float32)
     spread = np.repeat(scales, block, 1)[:, :k].astype(np.float64)
-    return codes * spread, layout.pack_conv(bits, codes, scales, block), block
+    return codes * spread, conv_layout.pack(bits, codes, scales, block), block
 
 
 def close(y, expected, step, places=1e-5):
@@ -110,8 +110,8 @@ def check_conv(rng, shape, bits, block, scale=1.0):
 def check_transposed(rng, n, c, width, kernel, stride, crop, bits):
     """Against the definition: x[i] * w[t] lands on i * stride + t - crop."""
     w = rng.integers(-8, 8, (n, c, kernel)).astype(np.int8)
-    phases = layout.transposed_weights(w, stride).reshape(n * stride, -1)
-    packed = layout.pack_conv(bits, phases, np.full((len(phases), 1), 0.5, np.float32), 4096)
+    phases = conv_layout.transposed(w, stride).reshape(n * stride, -1)
+    packed = conv_layout.pack(bits, phases, np.full((len(phases), 1), 0.5, np.float32), 4096)
     x = rng.integers(0, 253, (1, c, width)).astype(np.float32)
     x[:, :, :] = np.where(x > 0, x, 1)
     whole = np.zeros((n, (width - 1) * stride + kernel))

@@ -147,12 +147,12 @@ def attention(
     cache: str, width: int, heads: int, kv_heads: int, new: int, past: int, **options: Any
 ) -> Any:
     """A case: the operator `Attention`, two sequences, the second shorter."""
-    from leangen_kernels import layout, reference
+    from leangen_kernels import cache_layout, reference
     from leangen_kernels.cuda import launches
 
     def case(machine: Any, rng: Any) -> str | None:
         given = dict(options)
-        held = layout.CACHES[cache]
+        held = cache_layout.CACHES[cache]
         capacity, batch = -(-(past + new) // 16) * 16, 2
         lengths = np.array([past + new, past // 2 + new], np.int32)
         qkv = rng.standard_normal((batch, new, (heads + 2 * kv_heads) * width)).astype(np.float32)
@@ -167,7 +167,7 @@ def attention(
         shape = (batch, kv_heads, capacity, width)
         plain = [rng.standard_normal(shape) for _ in range(2)]
         raw = [_stored(values, held) for values in plain]
-        keys, values = (layout.read_cache(held, part, keys=False) for part in raw)
+        keys, values = (cache_layout.read(held, part, keys=False) for part in raw)
         wanted, new_keys, new_values = reference.attention(
             qkv, keys, values, lengths, cosines, sines, heads=heads, cache=held, **gains, **given,
         )  # fmt: skip
@@ -183,7 +183,7 @@ def attention(
         _launch(machine, op.launches(batch, new, capacity, at, machine.multiprocessors))
         for name, expected in (("keys", new_keys), ("values", new_values)):
             found = arrays[name].get().view(held.dtype).reshape(raw[0].shape)
-            found = layout.read_cache(held, found, keys=False)
+            found = cache_layout.read(held, found, keys=False)
             if problem := _far(found, expected, 1e-3):
                 return f"{name}: {problem}"
         return _far(y.get().reshape(wanted.shape), wanted, 1e-3)

@@ -11,7 +11,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 from kernels_machines import Emulated, Here, here
-from leangen_kernels import layout, reference
+from leangen_kernels import conv_layout, reference
 
 needs_kernels = pytest.mark.skipif(
     leangen_kernels.library() is None, reason="no kernels: " + leangen_kernels.status()[1]
@@ -42,7 +42,7 @@ def check_tile(machine, rng):
     """Patches of 16 pixels packed, multiplied and scaled back, kernel by kernel."""
     n, k, bits = 3, 10, 4
     w, packed, block = conv_cases.weights(rng, bits, n, k, 4)
-    size, _ = layout.conv_bytes(bits, n, k, block)
+    size, _ = conv_layout.packed_bytes(bits, n, k, block)
     codes = np.zeros(2 * size, np.uint8)
     machine.call("unpack_nibbles", packed[:size].copy(), codes, size // 64)
     image = rng.standard_normal((k, 16)).astype(np.float32)
@@ -91,10 +91,10 @@ def check_attention_tile(machine, rng):
     exact = np.exp(expected - expected.max(0))
     assert np.abs(found[:keys] - exact / exact.sum(0)).max() <= 0.51 / 252
     assert not found[keys:].any()
-    size, rest = layout.conv_bytes(8, width, keys, 32)
+    size, rest = conv_layout.packed_bytes(8, width, keys, 32)
     codes, numbers, room = (np.zeros(count, np.uint8) for count in (size, rest, 32))
     machine.call("round_values", v, 4 * keys, width, keys, codes, numbers, room)
-    got, step = layout.unpack_conv(8, np.concatenate([codes, numbers]), width, keys, 32)
+    got, step = conv_layout.unpack(8, np.concatenate([codes, numbers]), width, keys, 32)
     assert np.allclose(got * step, reference.symmetric(v, 32), atol=1e-6)
 
 
@@ -118,9 +118,9 @@ def test_weights_pack_and_unpack_without_loss(rng):
             codes = rng.integers(low, high, (n, k)).astype(np.int8)
             blocks = -(-(-(-k // 4) * 4) // block)
             scales = rng.standard_normal((n, blocks)).astype(np.float32)
-            packed = layout.pack_conv(bits, codes, scales, block)
-            assert packed.size == sum(layout.conv_bytes(bits, n, k, block))
-            got_codes, got_scales = layout.unpack_conv(bits, packed, n, k, block)
+            packed = conv_layout.pack(bits, codes, scales, block)
+            assert packed.size == sum(conv_layout.packed_bytes(bits, n, k, block))
+            got_codes, got_scales = conv_layout.unpack(bits, packed, n, k, block)
             assert np.array_equal(got_codes, codes)
             assert np.array_equal(got_scales, scales)
 
@@ -128,17 +128,17 @@ def test_weights_pack_and_unpack_without_loss(rng):
 def test_weights_that_do_not_fit_are_refused(rng):
     codes = np.full((4, 8), -128, np.int8)
     with pytest.raises(ValueError, match="expected -127 to 127"):
-        layout.pack_conv(8, codes, np.ones((4, 1), np.float32), 8)
+        conv_layout.pack(8, codes, np.ones((4, 1), np.float32), 8)
     with pytest.raises(ValueError, match="do not fit codes"):
-        layout.pack_conv(8, codes + 1, np.ones((4, 2), np.float32), 8)
+        conv_layout.pack(8, codes + 1, np.ones((4, 2), np.float32), 8)
     with pytest.raises(ValueError, match="side by side differ"):
-        layout.conv_blocks(rng.random((2, 8)))
+        conv_layout.scale_blocks(rng.random((2, 8)))
 
 
 def test_scales_are_kept_in_the_largest_blocks_that_hold_them(rng):
     for block, k in ((4, 64), (8, 64), (32, 96), (100, 98)):
         given = np.repeat(rng.random((3, -(-k // block))), block, 1)[:, :k].astype(np.float32)
-        found, scales = layout.conv_blocks(given)
+        found, scales = conv_layout.scale_blocks(given)
         assert found == block
         assert np.array_equal(np.repeat(scales, block, 1)[:, :k], given)
 

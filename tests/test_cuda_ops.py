@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from leangen_kernels import layout
+from leangen_kernels import cache_layout, layout
 from leangen_kernels.cuda import launches, tiles
 
 TESTS = Path(__file__).parent
@@ -200,7 +200,7 @@ ATTENTION = ("qkv", "key", "value", "last", "cosines", "sines", "query_gain", "k
 def test_attention_launches_what_python_says(
     process, library, cache, width, heads, kv_heads, batch, new, more
 ):
-    capacity, held = 512, layout.CACHES[cache]
+    capacity, held = 512, cache_layout.CACHES[cache]
     shape = [batch, kv_heads, capacity, held.columns(width)]
     sizes = {"cosines": [capacity, width // 2], "sines": [capacity, width // 2],
              "query_gain": [width], "key_gain": [width]}  # fmt: skip

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 from kernels_machines import Emulated, Here, here
-from leangen_kernels import layout, reference, units
+from leangen_kernels import cache_layout, layout, reference, units
 
 FORMS = list(layout.FORMS.values())
 
@@ -245,7 +245,7 @@ def held(machine, cache, rows, *, keys):
 
 def check_attend(machine, rng):
     shapes = ((16, 1, 0, 1, 0), (64, 3, 130, 3, 0), (32, 2, 3, 80, 7), (64, 7, 60, 5, 50))
-    for cache in layout.CACHES.values():
+    for cache in cache_layout.CACHES.values():
         for width, group, past, new, window in shapes:
             total = past + new
             room = -(-total // 16) * 16
@@ -256,7 +256,7 @@ def check_attend(machine, rng):
                 held(machine, cache, values, keys=False),
             )
             plain = [
-                layout.read_cache(cache, given, keys=order)[0, 0]
+                cache_layout.read(cache, given, keys=order)[0, 0]
                 for given, order in ((keys, True), (values, False))
             ]
             results = []

@@ -4,7 +4,7 @@ import leangen_kernels
 import numpy as np
 import onnxruntime as ort
 import pytest
-from leangen_kernels import layout, reference
+from leangen_kernels import cache_layout, reference
 from onnx import TensorProto, helper
 
 pytestmark = pytest.mark.skipif(
@@ -61,7 +61,7 @@ def session(own, heads, kv_heads, threads=2, *, norm=False, rotated=True, **attr
 
 def inputs(rng, batch, new, heads, kv_heads, width, lengths, cache="fp32"):
     angles = np.outer(np.arange(CAPACITY), 1e4 ** (-np.arange(width // 2) / (width // 2)))
-    held = layout.CACHES[cache]
+    held = cache_layout.CACHES[cache]
     shape = (batch, kv_heads, CAPACITY, held.columns(width))
     return {
         "qkv": rng.standard_normal((batch, new, (heads + 2 * kv_heads) * width)).astype("f4"),
@@ -75,7 +75,7 @@ def inputs(rng, batch, new, heads, kv_heads, width, lengths, cache="fp32"):
 
 def plain_order(keys, cache="fp32"):
     """Keys by position from keys by blocks of 16 positions."""
-    return layout.read_cache(layout.CACHES[cache], keys, keys=True)
+    return cache_layout.read(cache_layout.CACHES[cache], keys, keys=True)
 
 
 @pytest.fixture
@@ -83,13 +83,13 @@ def rng():
     return np.random.default_rng()
 
 
-@pytest.mark.parametrize("cache", layout.CACHES)
+@pytest.mark.parametrize("cache", cache_layout.CACHES)
 @pytest.mark.parametrize("window", [0, 5, 70])
 @pytest.mark.parametrize("shape", [(1, 1, 16), (9, 3, 64), (4, 4, 32), (8, 1, 80)])
 def test_prompt_then_tokens(shape, window, cache, rng):
     heads, kv_heads, width = shape
     run = session(True, heads, kv_heads, window=window, cache=cache)
-    held = layout.CACHES[cache]
+    held = cache_layout.CACHES[cache]
     # A number that is rounded from another side of a tie moves the result by a step of the cache.
     places = {"fp32": 2e-5, "fp16": 2e-3, "int8": 3e-2}[cache]
     for batch, prompt in ((1, 1), (1, 23), (2, 17), (1, 130)):
@@ -111,11 +111,11 @@ def test_prompt_then_tokens(shape, window, cache, rng):
             used = slice(0, prompt + step)
             found = plain_order(feeds["past_key"], cache)[:, :, used]
             assert np.allclose(found, keys[:, :, used], atol=places)
-            found = layout.read_cache(held, feeds["past_value"], keys=False)[:, :, used]
+            found = cache_layout.read(held, feeds["past_value"], keys=False)[:, :, used]
             assert np.array_equal(found, values[:, :, used])
 
 
-@pytest.mark.parametrize("cache", layout.CACHES)
+@pytest.mark.parametrize("cache", cache_layout.CACHES)
 def test_a_row_has_the_same_bits_alone_and_among_others(cache, rng):
     """What speculative decoding asks of attention: one token at a time, or all at once."""
     for window in (0, 40):
@@ -240,7 +240,7 @@ def test_a_bad_shape_is_an_error(changes, message, rng):
 def test_bad_attributes_are_an_error():
     with pytest.raises(Exception, match="heads 3, kv_heads 2"):
         session(True, 3, 2)
-    with pytest.raises(Exception, match="cache 'int4', expected fp32, fp16 or int8"):
+    with pytest.raises(Exception, match="cache 'int4', expected one of fp32, fp16, int8"):
         session(True, 4, 2, cache="int4")
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from leangen_kernels import layout
+from leangen_kernels import cache_layout, layout
 from onnx import TensorProto, helper, numpy_helper
 
 from leangen.lowering import chain
@@ -30,7 +30,7 @@ class Layers:
     def __init__(self, rng, cache="fp16", activations="int8"):
         self.rng, self.activations = rng, activations
         self.nodes, self.constants = [], []
-        held, info = layout.CACHES[cache], helper.make_tensor_value_info
+        held, info = cache_layout.CACHES[cache], helper.make_tensor_value_info
         shape = ["batch", KV_HEADS, CAPACITY, held.columns(HEAD)]
         self.inputs = [
             info("x", TensorProto.FLOAT, ["batch", "new", "width"]),
@@ -101,7 +101,7 @@ def session(model, threads=2):
 
 
 def feeds(rng, cache, batch, new, past):
-    held = layout.CACHES[cache]
+    held = cache_layout.CACHES[cache]
     shape = (batch, KV_HEADS, CAPACITY, held.columns(HEAD))
     given = {
         "x": rng.standard_normal((batch, new, WIDTH)).astype(np.float32),
@@ -120,7 +120,7 @@ def rng():
 
 
 @pytest.mark.parametrize("activations", ["int8", "fp32"])
-@pytest.mark.parametrize("cache", layout.CACHES)
+@pytest.mark.parametrize("cache", cache_layout.CACHES)
 def test_the_same_bits_as_one_by_one_on_any_number_of_threads(cache, activations, rng):
     model = Layers(rng, cache, activations).model()
     alone, together = session(model), [session(fused(model), n) for n in (1, 2, 4)]
@@ -205,7 +205,7 @@ def changed(model, **attributes):
         ),
         ({"inputs_1": [-1] * 8}, "input 0 of step 1 is value -1"),
         ({"form_2": "q3"}, "form 'q3' is unknown"),
-        ({"cache_1": "fp8"}, "cache 'fp8', expected fp32, fp16 or int8"),
+        ({"cache_1": "fp8"}, "cache 'fp8', expected one of fp32, fp16, int8"),
         ({"results": [77, 9]}, "a result of step 77, expected one of 10"),
     ],
 )

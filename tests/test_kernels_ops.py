@@ -245,15 +245,15 @@ def test_python_threads_share_sessions(rng):
     ("changes", "message"),
     [
         ({"form": "q3"}, "form 'q3' is unknown"),
-        ({"activations": "int4"}, "activations 'int4', expected int8 or fp32"),
+        ({"activations": "int4"}, "activations 'int4', expected one of int8, fp32"),
         ({"n": 0}, "n 0, k 64, expected 1 to"),
         ({"n": 48, "gated": 1}, "gated with n 48, expected a multiple of 32"),
         (
             {"gated": 1, "activation": "relu"},
             "'relu', expected none .SiLU. or gelu_tanh",
         ),
-        ({"norm": "batch"}, "norm 'batch', expected rms or layer"),
-        ({"activation": "elu"}, "activation 'elu', expected none or gelu_tanh"),
+        ({"norm": "batch"}, "norm 'batch', expected one of rms, layer"),
+        ({"activation": "elu"}, "activation 'elu', expected one of none, gelu_tanh"),
         ({"form": "nf4_wide"}, "form 'nf4_wide' with int8 activations, expected fp32"),
     ],
 )

@@ -12,6 +12,7 @@ import pytest
 import serving
 
 from leangen import audio
+from leangen.serve.app import PAGE
 
 SHOWN = {
     "tiny-text": "#out",
@@ -23,6 +24,7 @@ SHOWN = {
     "tiny-image": "#out img",
     "tiny-shot": "#out img",
     "tiny-pixels": "#out img",
+    "tiny-rows": "#out img",
 }
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
@@ -57,11 +59,18 @@ def page(browser):
     assert complaints == []
 
 
+def test_the_page_knows_every_family():
+    kinds = re.search(r"^const KINDS = {\n(.*?)^};", PAGE.read_text(), re.MULTILINE | re.DOTALL)[1]
+    offered = {kind.strip('" ') for kind in re.findall(r"^  (.*?): {", kinds, re.MULTILINE)}
+    assert offered == set(serving.NAMES)
+    assert set(SHOWN) == set(serving.NAMES.values())
+
+
 def fill(page, name, tmp_path):
     page.select_option("#model", name)
     if name == "tiny-ears":
         sound = tmp_path / "sound.wav"
-        audio.write_wav(sound, np.sin(np.arange(16_000) / 10), 16_000)
+        sound.write_bytes(audio.wav_bytes(np.sin(np.arange(16_000) / 10), 16_000))
         page.set_input_files("input[type=file]", sound)
     elif name == "tiny-voice":
         page.fill("textarea", "abc ab.")

@@ -1,6 +1,6 @@
 """Grouped-query attention of a few query rows to a stretch of one head's cached keys and values.
 
-The cache is laid out as `layout.Cache` says. Work is cut at every CHUNK positions: `attend` leaves
+The cache is laid out as cache_layout.py says. Work is cut at every CHUNK positions: `attend` leaves
 a part of the softmax, `merge` joins two of them and `finish` divides, always in this order, so that
 a row's bits depend neither on the threads nor on the other rows (Milakov and Gimelshein 2018).
 """
@@ -11,7 +11,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from leangen_kernels.layout import CACHES, ROWS
+from leangen_kernels.cache_layout import CACHES
+from leangen_kernels.layout import ROWS
 from leangen_kernels.simd import (
     exponential,
     larger,

@@ -27,8 +27,8 @@ from leangen_kernels import toolchain, variants
 
 LIBRARY = "libleangen_kernels.so"
 SOURCES = (
-    "variants", "vectors", "simd", "dots", "unroll", "units", "layout", "linear", "rows",
-    "attention", "build", "conv_simd", "conv", "conv_attention",
+    "variants", "vectors", "simd", "dots", "unroll", "units", "layout", "cache_layout",
+    "conv_layout", "linear", "rows", "attention", "build", "conv_simd", "conv", "conv_attention",
 )  # fmt: skip
 _TYPES = {"i": "int64_t", "d": "double"}
 _TRIPLES = {"x86_64": "x86_64-unknown-linux-gnu", "aarch64": "aarch64-unknown-linux-gnu"}

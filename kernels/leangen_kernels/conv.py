@@ -13,9 +13,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from leangen_kernels.conv_layout import OUTPUTS
 from leangen_kernels.conv_simd import (
     CENTER,
-    ROUNDER,
     activation_dot,
     centered,
     exponential_of_2,
@@ -23,10 +23,11 @@ from leangen_kernels.conv_simd import (
     smaller,
     store_bytes,
 )
-from leangen_kernels.dots import high_nibbles, low_nibbles
-from leangen_kernels.layout import CONV_OUTPUTS, ROWS
+from leangen_kernels.dots import chunk_loader
+from leangen_kernels.layout import FORMS, ROWS
 from leangen_kernels.rows import TINY
 from leangen_kernels.simd import (
+    ROUNDER,
     larger,
     load_bytes,
     load_first_floats,
@@ -50,6 +51,7 @@ from leangen_kernels.unroll import registers, static, unrolled
 # What a kernel's name fixes, see `kernels`.
 SILU = False
 VECTORS = 0
+load_chunk: Any = None
 
 LOG2_E = 1.4426950408889634
 LEVELS = 252.0
@@ -153,50 +155,50 @@ def multiply(
     """A tile of `outputs` outputs by VECTORS times 16 pixels, of which `pixels` are stored.
 
     `patches` and `scales` are as `pack_patches` left them, a vector after the other; `codes` and
-    `numbers` groups of weights as layout.py says, with `block` fours to a scale. `residual`, at the
-    same places as `y`, is added unless 0.
+    `numbers` groups of weights as conv_layout.py says, with `block` fours to a scale. `residual`,
+    at the same places as `y`, is added unless 0.
     """
     total, part, four = registers(), registers(), registers()
     ahead = residual
     while outputs > 0:
         if residual != 0:  # the next group's, and the first one's too: rows are far apart
-            while ahead <= residual + CONV_OUTPUTS * y_stride:
-                for o in static(CONV_OUTPUTS):
+            while ahead <= residual + OUTPUTS * y_stride:
+                for o in static(OUTPUTS):
                     for v in static(VECTORS):
                         prefetch(ahead + o * y_stride, 4 * ROWS * v)
-                ahead += CONV_OUTPUTS * y_stride
-        for o in static(CONV_OUTPUTS):
+                ahead += OUTPUTS * y_stride
+        for o in static(OUTPUTS):
             for v in static(VECTORS):
                 total[o, v] = splat(0.0)
         at, left = patches, fours
         while left > 0:
-            for o in static(CONV_OUTPUTS):
+            for o in static(OUTPUTS):
                 for v in static(VECTORS):
                     part[o, v] = splat_int(0)
             for _ in range(min(block, left)):
                 for v in static(VECTORS):
                     four[v] = load_bytes(at, 4 * ROWS * v)
-                for o in static(CONV_OUTPUTS):
+                for o in static(OUTPUTS):
                     for v in static(VECTORS):
                         part[o, v] = activation_dot(part[o, v], four[v], codes, 4 * o)
                 at += 4 * ROWS * VECTORS
-                codes += 4 * CONV_OUTPUTS
-            for o in static(CONV_OUTPUTS):
+                codes += 4 * OUTPUTS
+            for o in static(OUTPUTS):
                 scale = load_for_all(numbers, 4 * o)
                 for v in static(VECTORS):
                     total[o, v] = multiply_add(to_floats(part[o, v]), scale, total[o, v])
-            numbers += 4 * CONV_OUTPUTS
+            numbers += 4 * OUTPUTS
             left -= block
         for v in static(VECTORS):
             scale, zero = (
                 load_floats(scales, 8 * ROWS * v),
                 load_floats(scales, 8 * ROWS * v + 4 * ROWS),
             )
-            for o in static(CONV_OUTPUTS):
+            for o in static(OUTPUTS):
                 value = total[o, v] - zero * load_for_all(numbers, 4 * o)
                 total[o, v] = multiply_add(value, scale, load_for_all(bias, 4 * o))
         whole = pixels >= ROWS * VECTORS
-        for o in static(CONV_OUTPUTS):
+        for o in static(OUTPUTS):
             if o < outputs:
                 for v in static(VECTORS):
                     to, rest = o * y_stride + 4 * ROWS * v, pixels - ROWS * v
@@ -210,33 +212,33 @@ def multiply(
                         store_floats(y + to, total[o, v])
                     else:
                         store_first_floats(y + to, total[o, v], rest)
-        numbers += 4 * CONV_OUTPUTS
-        bias += 4 * CONV_OUTPUTS
-        y += CONV_OUTPUTS * y_stride
+        numbers += 4 * OUTPUTS
+        bias += 4 * OUTPUTS
+        y += OUTPUTS * y_stride
         if residual != 0:
-            residual += CONV_OUTPUTS * y_stride
-        outputs -= CONV_OUTPUTS
+            residual += OUTPUTS * y_stride
+        outputs -= OUTPUTS
 
 
 def unpack_nibbles(packed: int, codes: int, chunks: int) -> None:
     """Bytes of weights from nibbles: chunks of 64 bytes, low halves first, become 128."""
     for _ in range(chunks):
-        both = load_bytes(packed, 0)
-        store_bytes(codes, centered(low_nibbles(both)))
-        store_bytes(codes + 64, centered(high_nibbles(both)))
+        for half in static(2):
+            store_bytes(codes + 64 * half, centered(load_chunk[half](packed)))
         packed += 64
         codes += 128
 
 
 def kernels() -> dict[str, tuple[Callable[..., Any], str]]:
     """Name of each kernel -> what makes its function, and the C types of its arguments."""
-    fixed = {"ROWS": ROWS, "CONV_OUTPUTS": CONV_OUTPUTS, "LOG2_E": LOG2_E}
+    fixed = {"ROWS": ROWS, "OUTPUTS": OUTPUTS, "LOG2_E": LOG2_E}
+    nibbles = {f"load_chunk_{half}": chunk_loader(FORMS["q4"].chunks[half]) for half in range(2)}
     found: dict[str, tuple[Callable[..., Any], str]] = {
         "moments": (partial(unrolled, moments, **fixed), "iiid"),
         "activate_linear": (partial(unrolled, activate, SILU=False, **fixed), "i" * 9 + "d"),
         "activate_silu": (partial(unrolled, activate, SILU=True, **fixed), "i" * 9 + "d"),
         "pack_patches": (partial(unrolled, pack_patches, **fixed), "i" * 10),
-        "unpack_nibbles": (partial(unrolled, unpack_nibbles, **fixed), "iii"),
+        "unpack_nibbles": (partial(unrolled, unpack_nibbles, **nibbles), "iii"),
     }
     for vectors in (1, 2):
         make = partial(unrolled, multiply, VECTORS=vectors, **fixed)

@@ -11,18 +11,19 @@ from functools import partial
 from typing import Any
 
 from leangen_kernels.conv import LEVELS, LOG2_E
+from leangen_kernels.conv_layout import OUTPUTS
 from leangen_kernels.conv_simd import (
     CENTER,
-    ROUNDER,
     activation_dot,
     exponential_of_2,
     join_bytes,
     join_codes,
     store_bytes,
 )
-from leangen_kernels.layout import CONV_OUTPUTS, ROWS
+from leangen_kernels.layout import ROWS
 from leangen_kernels.rows import TINY
 from leangen_kernels.simd import (
+    ROUNDER,
     larger,
     larger_magnitude,
     largest_magnitude,
@@ -85,16 +86,16 @@ def round_keys(
 def round_values(
     x: int, x_stride: int, width: int, keys: int, codes: int, numbers: int, room: int
 ) -> None:
-    """Values as the weights of a convolution with `width` outputs, as layout.py says.
+    """Values as the weights of a convolution with `width` outputs, as conv_layout.py says.
 
     `x` is as in `round_keys`, a block is BLOCK keys; `room` is for BLOCK bytes.
     """
     given = registers()
     fours, blocks = (keys + 3) // 4, (keys + BLOCK - 1) // BLOCK
     for c in range(width):
-        group, within = c // CONV_OUTPUTS, c % CONV_OUTPUTS
-        to = codes + (group * fours * CONV_OUTPUTS + within) * 4
-        number = numbers + (group * (blocks + 1) * CONV_OUTPUTS + within) * 4
+        group, within = c // OUTPUTS, c % OUTPUTS
+        to = codes + (group * fours * OUTPUTS + within) * 4
+        number = numbers + (group * (blocks + 1) * OUTPUTS + within) * 4
         total = 0.0
         for first in range(0, keys, BLOCK):
             most = splat(TINY)
@@ -110,10 +111,10 @@ def round_values(
                 store_ints_as_bytes(room + ROWS * i, rounded)
             for i in range(min(BLOCK // 4, fours - first // 4)):
                 store_int(to, load_int(room, 4 * i))
-                to += 4 * CONV_OUTPUTS
+                to += 4 * OUTPUTS
             scale = largest / 127.0
             store_float(number, scale)
-            number += 4 * CONV_OUTPUTS
+            number += 4 * OUTPUTS
             total += scale * sum_ints(sums)
         store_float(number, total)
         x += x_stride
@@ -188,7 +189,7 @@ def shares(scores: int, peak: int, scales: int, fours: int, out: int) -> None:
 def kernels() -> dict[str, tuple[Callable[..., Any], str]]:
     """Name of each kernel -> what makes its function, and the C types of its arguments."""
     fixed = {
-        "ROWS": ROWS, "VECTORS": VECTORS, "BLOCK": BLOCK, "CONV_OUTPUTS": CONV_OUTPUTS,
+        "ROWS": ROWS, "VECTORS": VECTORS, "BLOCK": BLOCK, "OUTPUTS": OUTPUTS,
         "TINY": TINY, "LEVELS": LEVELS, "CENTER": CENTER, "LOG2_E": LOG2_E, "ROUNDER": ROUNDER,
     }  # fmt: skip
     return {

@@ -11,6 +11,7 @@ from typing import Any
 from numba import types
 
 from leangen_kernels.dots import DOT, UNSIGNED, four_for_all, signed
+from leangen_kernels.simd import ROUNDER
 from leangen_kernels.vectors import (
     BYTES,
     FLOATS,
@@ -23,9 +24,6 @@ from leangen_kernels.vectors import (
 
 CENTER = 0 if UNSIGNED else 128
 """What is subtracted from activation codes before they are multiplied."""
-
-# 1.5 * 2**23: adding it leaves the nearest integer, ties to even, in the low mantissa bits.
-ROUNDER = 12582912.0
 
 
 @operation(FLOATS, FLOATS, FLOATS)

@@ -64,17 +64,6 @@ def chunk_loader(pieces: Pieces) -> Any:
     return load_chunk
 
 
-@operation(BYTES, BYTES)
-def low_nibbles(b: Any, codes: Any) -> Any:
-    return b.and_(codes, filled(BYTES.llvm, 15))
-
-
-@operation(BYTES, BYTES)
-def high_nibbles(b: Any, codes: Any) -> Any:
-    wide = b.lshr(b.bitcast(codes, SHORTS.llvm), filled(SHORTS.llvm, 4))
-    return b.and_(b.bitcast(wide, BYTES.llvm), filled(BYTES.llvm, 15))
-
-
 def _code(shift: int) -> Any:
     @operation(FLOATS, BYTES)
     def code(b: Any, codes: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The one owner of the packed layouts: weights in memory, and activation rows made for them.
+"""The one owner of the layouts of linear layers: packed weights, and activation rows made for them.
 
 **Weights** [n, k] stand in groups of 16 rows, each group in blocks of 32 (or 16) weights along k,
 one block after the other, so that a group is one sequential stream. A block holds
@@ -22,11 +22,6 @@ padded to whole groups and blocks with weights that are zero.
 the scale (fp32), else `-center` times the integer sum (int32). With fp32 activations it is as many
 floats and their sum times 1 or `-center`. Rows stand in tiles of as many tokens as the kernel takes
 at once: the first block of each row of the tile, then the second of each, and so on.
-
-**Caches** of keys and values [batch, heads, capacity, columns] stand in blocks of 16 positions of a
-head. A block of keys is [width, 16], so that 16 scores need no horizontal sum; one of values is
-[16, width]. Their numbers are fp32, fp16 or int8; columns are the width, with int8 four more: after
-the codes of a block come its 16 scales (fp32), one for each position. A number is `scale * code`.
 """
 
 from __future__ import annotations
@@ -36,7 +31,7 @@ from typing import Any
 
 import numpy as np
 
-from leangen_kernels.units import SUPER, split
+from leangen_kernels.units import SUPER, Split, split
 
 ROWS = 16
 BLOCK = 32
@@ -188,17 +183,25 @@ def form_for(bits: int, scales: Array, minima: Array | None = None, block: int =
     Without loss; but of minima in split forms the last bits of fp32 may be others, see `units`.
     Raises ValueError when there is none: 5 bits for 16, 6 bits for 32, minima for 16 above 4 bits.
     """
+    return _smallest(bits, scales, minima, block)[0]
+
+
+def _smallest(
+    bits: int, scales: Array, minima: Array | None, block: int
+) -> tuple[Form, Split | None]:
+    """What `form_for` says, and of a split form what the scales and minima are split into."""
     wanted = (bits, minima is not None, block, ())
     forms = {
         form.held: form
         for form in FORMS.values()
         if (form.bits, form.minimum, form.block, form.table) == wanted
     }
-    held = 0
+    held, found = 0, None
     if not all(_fits_half(values) for values in (scales, minima) if values is not None):
-        held = 2 if 2 in forms and split(scales, minima, block) is not None else 1
+        found = split(scales, minima, block) if 2 in forms else None
+        held = 1 if found is None else 2
     if held in forms:
-        return forms[held]
+        return forms[held], found
     given = f"{bits} bits {'with' if minima is not None else 'without'} minima for {block} weights"
     expected = "4, 5 or 8 bits for 32, or 4, 6 or 8 without minima for 16"
     raise ValueError(f"no layout holds {given}: expected {expected}")
@@ -215,6 +218,23 @@ def pack(form: Form, codes: Array, scales: Array, minima: Array | None = None) -
     A group of columns is any number of the form's blocks; its scale is repeated in each of them.
     Raises ValueError on shapes that do not fit together.
     """
+    return _pack(form, codes, scales, minima, None)
+
+
+def pack_smallest(
+    bits: int, codes: Array, scales: Array, minima: Array | None = None, block: int = BLOCK
+) -> tuple[Form, Array]:
+    """`pack` into what `form_for` says: the form, and the bytes. Raises ValueError as they do.
+
+    Both look for what split scales are multiples of, which takes as long as the rest: this once.
+    """
+    form, found = _smallest(bits, scales, minima, block)
+    return form, _pack(form, codes, scales, minima, found)
+
+
+def _pack(
+    form: Form, codes: Array, scales: Array, minima: Array | None, found: Split | None
+) -> Array:
     n, k = codes.shape
     if (minima is not None) != form.minimum:
         raise ValueError(f"form {form.name} {'needs' if form.minimum else 'takes no'} minima")
@@ -224,7 +244,8 @@ def pack(form: Form, codes: Array, scales: Array, minima: Array | None = None) -
     given = [_repeated(form, each, n, k) for each in (scales, minima) if each is not None]
     units: list[Array] = []
     if form.split:
-        found = split(given[0], given[1] if form.minimum else None, form.block)
+        if found is None or found[0][0].shape != given[0].shape:
+            found = split(given[0], given[1] if form.minimum else None, form.block)
         if found is None:
             raise ValueError(f"form {form.name} needs bytes times an fp16 of {SUPER} weights")
         given, units = [each for each, _ in found], [unit for _, unit in found]
@@ -313,47 +334,6 @@ def _by_row(held: Array, kind: Any, minimum: bool) -> Array:
     return rows
 
 
-@dataclass(frozen=True, slots=True)
-class Cache:
-    """How keys and values are held."""
-
-    name: str
-    size: int
-    """Bytes of a number."""
-    scaled: bool
-    """Whether every position of every head has a scale."""
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """What ONNX Runtime sees."""
-        return np.dtype({"fp32": np.float32, "fp16": np.float16, "int8": np.int8}[self.name])
-
-    def columns(self, width: int) -> int:
-        """The last dimension of a cache for heads of this width."""
-        return width + (4 if self.scaled else 0)
-
-
-CACHES = {
-    cache.name: cache
-    for cache in (Cache("fp32", 4, False), Cache("fp16", 2, False), Cache("int8", 1, True))
-}
-
-
-def read_cache(cache: Cache, held: Array, *, keys: bool) -> Array:
-    """The float64 keys or values [batch, heads, capacity, width] that a cache stands for."""
-    batch, heads, capacity, columns = held.shape
-    width = columns - cache.columns(0)
-    blocks = held.reshape(batch, heads, capacity // ROWS, ROWS * columns)
-    numbers = blocks[..., : ROWS * width].astype(np.float64)
-    if keys:
-        numbers = numbers.reshape(*blocks.shape[:3], width, ROWS).swapaxes(-1, -2)
-    numbers = numbers.reshape(batch, heads, capacity, width)
-    if cache.scaled:
-        scales = np.ascontiguousarray(blocks[..., ROWS * width :]).view(np.float32)
-        numbers = numbers * scales.reshape(batch, heads, capacity, 1)
-    return np.ascontiguousarray(numbers)
-
-
 def interleave_gate_up(gate: Array, up: Array) -> Array:
     """Rows of two matrices [n, ...] by turns of 16, as the gated form of `Linear` expects them.
 
@@ -365,101 +345,3 @@ def interleave_gate_up(gate: Array, up: Array) -> Array:
         )
     both = np.stack([gate.reshape(-1, ROWS, *gate.shape[1:]), up.reshape(-1, ROWS, *up.shape[1:])])
     return np.ascontiguousarray(both.swapaxes(0, 1)).reshape(-1, *gate.shape[1:])
-
-
-# Convolutions. Their weights [n, k], k running over channels, then the kernel's rows and columns,
-# stand in groups of 4 outputs as signed bytes, four consecutive weights of each output (16 bytes),
-# then the next four. After the codes of all groups come each group's numbers, fp32: the scales of
-# its 4 outputs for the first block of k, for the next, ..., at last what the weights of each output
-# sum to. At 4 bits codes are nibbles 8 above the weight's: of each 128 bytes the first 64 in the
-# low halves, the last 64 in the high ones. Outputs, k and codes are padded with weights that are 0.
-
-CONV_OUTPUTS = 4
-_UNIT = 128
-"""Codes are padded to a multiple of this, in bytes at 8 bits."""
-
-
-def conv_bytes(bits: int, n: int, k: int, block: int) -> tuple[int, int]:
-    """Bytes of the codes and of the numbers of packed convolution weights."""
-    fours, groups = -(-k // 4), -(-n // CONV_OUTPUTS)
-    codes = -(-groups * fours * 4 * CONV_OUTPUTS // _UNIT) * _UNIT
-    return codes * bits // 8, groups * (-(-4 * fours // block) + 1) * 4 * CONV_OUTPUTS
-
-
-def pack_conv(bits: int, codes: Array, scales: Array, block: int) -> Array:
-    """Codes int8 [n, k] and scales [n, ceil(k / block)] as packed bytes, uint8 1-D.
-
-    The weight is `scale * code`; `block` is a multiple of 4. Raises ValueError on shapes that do
-    not fit together and on codes beyond -127..127, at 4 bits -8..7.
-    """
-    n, k = codes.shape
-    fours, groups = -(-k // 4), -(-n // CONV_OUTPUTS)
-    blocks = -(-4 * fours // block)
-    if block < 4 or block % 4 or scales.shape != (n, blocks):
-        raise ValueError(
-            f"scales {scales.shape} with blocks of {block} do not fit codes {codes.shape}:"
-            f" expected blocks of a multiple of 4 and scales [{n}, {blocks}]"
-        )
-    low, high = (-127, 127) if bits == 8 else (-8, 7)
-    if codes.size and not low <= int(codes.min()) <= int(codes.max()) <= high:
-        raise ValueError(f"codes from {codes.min()} to {codes.max()}: expected {low} to {high}")
-    padded = np.zeros((groups * CONV_OUTPUTS, fours * 4), np.int8)
-    padded[:n, :k] = codes
-    in_order = padded.reshape(groups, CONV_OUTPUTS, fours, 4).transpose(0, 2, 1, 3).reshape(-1)
-    stream = np.zeros(-(-in_order.size // _UNIT) * _UNIT, np.int8)
-    stream[: in_order.size] = in_order
-    if bits == 4:
-        nibbles = (stream + 8).astype(np.uint8).reshape(-1, 2, _UNIT // 2)
-        packed = (nibbles[:, 0] | nibbles[:, 1] << 4).reshape(-1)
-    else:
-        packed = stream.view(np.uint8)
-    numbers = np.zeros((groups * CONV_OUTPUTS, blocks + 1), np.float32)
-    numbers[:n, :-1] = scales
-    spread = np.repeat(scales.astype(np.float64), block, 1)[:, :k]
-    numbers[:n, -1] = (codes * spread).sum(1)
-    by_group = numbers.reshape(groups, CONV_OUTPUTS, blocks + 1).transpose(0, 2, 1)
-    return np.concatenate([packed, np.ascontiguousarray(by_group).view(np.uint8).reshape(-1)])
-
-
-def unpack_conv(bits: int, packed: Array, n: int, k: int, block: int) -> tuple[Array, Array]:
-    """What `pack_conv` was given: codes int8 [n, k] and scales fp32 [n, ceil(k / block)]."""
-    fours, groups = -(-k // 4), -(-n // CONV_OUTPUTS)
-    size, _ = conv_bytes(bits, n, k, block)
-    stream = packed[:size].view(np.int8)
-    if bits == 4:
-        pairs = packed[:size].reshape(-1, _UNIT // 2)
-        stream = np.stack([pairs & 15, pairs >> 4], 1).reshape(-1).view(np.int8) - np.int8(8)
-    in_order = stream[: groups * fours * 4 * CONV_OUTPUTS].reshape(groups, fours, CONV_OUTPUTS, 4)
-    codes = in_order.transpose(0, 2, 1, 3).reshape(groups * CONV_OUTPUTS, fours * 4)[:n, :k]
-    numbers = packed[size:].view(np.float32).reshape(groups, -1, CONV_OUTPUTS)
-    return codes, numbers[:, :-1].transpose(0, 2, 1).reshape(groups * CONV_OUTPUTS, -1)[:n]
-
-
-def conv_blocks(scales: Array) -> tuple[int, Array]:
-    """The largest block within which no row's scales [n, k] differ, and the scales per block.
-
-    At least a row's whole length, or 32, 16, 8 or 4; raises ValueError if scales differ in fours.
-    """
-    k = -(-scales.shape[1] // 4) * 4
-    padded = np.pad(scales, [(0, 0), (0, k - scales.shape[1])], "edge")
-    for block in (k, 32, 16, 8, 4):
-        whole = -(-k // block) * block
-        blocks = np.pad(padded, [(0, 0), (0, whole - k)], "edge").reshape(len(scales), -1, block)
-        if (blocks == blocks[..., :1]).all():
-            return block, np.ascontiguousarray(blocks[..., 0], np.float32)
-    raise ValueError("the scales of four weights side by side differ")
-
-
-def transposed_weights(values: Array, stride: int, *, edge: bool = False) -> Array:
-    """Weights [n, channels, kernel] of a transposed convolution as those of a plain one.
-
-    Output `q * stride + r` of the former is output q of row `n * stride + r` of the latter, which
-    are [n * stride, channels, ceil(kernel / stride)]; its taps read x[q - taps + 1] to x[q]. A last
-    tap that is not whole is filled with 0, or with what is at its `edge`.
-    """
-    n, channels, kernel = values.shape
-    taps = -(-kernel // stride)
-    width = [(0, 0), (0, 0), (0, taps * stride - kernel)]
-    padded = np.pad(values, width, "edge") if edge else np.pad(values, width)
-    phases = padded.reshape(n, channels, taps, stride)[:, :, ::-1].transpose(0, 3, 1, 2)
-    return np.ascontiguousarray(phases).reshape(n * stride, channels, taps)

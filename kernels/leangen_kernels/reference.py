@@ -9,7 +9,8 @@ import math
 
 import numpy as np
 
-from leangen_kernels.layout import BLOCK, CACHES, Array, Cache, Form, unpack
+from leangen_kernels.cache_layout import CACHES, Cache
+from leangen_kernels.layout import BLOCK, Array, Form, unpack
 
 TINY = np.float32(1e-30)
 

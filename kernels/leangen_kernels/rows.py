@@ -35,7 +35,6 @@ from leangen_kernels.unroll import registers, static, unrolled
 TINY = 1e-30
 """A block whose largest magnitude is below this counts as zero: its inverse would overflow."""
 
-
 # How many activations share a scale, see `kernels`.
 BLOCK = 0
 

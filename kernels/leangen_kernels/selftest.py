@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 import leangen_kernels
-from leangen_kernels import layout, reference
+from leangen_kernels import conv_layout, layout, reference
 from leangen_kernels.layout import Array
 
 TOLERANCE = 3e-3
@@ -73,7 +73,7 @@ def conv() -> tuple[Array, Array]:
     w = (codes * np.repeat(scales, block, 1).astype(np.float64)).reshape(n, channels, 3, 3)
     feeds = {
         "x": rng.standard_normal((1, channels, *size)).astype(np.float32),
-        "weights": layout.pack_conv(8, codes, scales, block),
+        "weights": conv_layout.pack(8, codes, scales, block),
         "bias": rng.standard_normal(n).astype(np.float32),
         "residual": rng.standard_normal((1, n, *size)).astype(np.float32),
         "gain": rng.random(channels).astype(np.float32),
@@ -101,10 +101,10 @@ def conv_transpose() -> tuple[Array, Array]:
     """Against the definition: x[i] * w[t] lands on i * stride + t."""
     rng, n, channels, width, kernel, stride = np.random.default_rng(5), 5, 4, 21, 4, 2
     w = rng.integers(-127, 128, (n, channels, kernel)).astype(np.int8)
-    phases = layout.transposed_weights(w, stride).reshape(n * stride, -1)
+    phases = conv_layout.transposed(w, stride).reshape(n * stride, -1)
     scales = np.full((len(phases), 1), 0.5, np.float32)
     x = rng.integers(0, 253, (1, channels, width)).astype(np.float32)
-    feeds = {"x": x, "weights": layout.pack_conv(8, phases, scales, 4096)}
+    feeds = {"x": x, "weights": conv_layout.pack(8, phases, scales, 4096)}
     attributes = {"n": n, "bits": 8, "block": 4096, "kernel_shape": (kernel,)}
     (y,) = _run("ConvTranspose", feeds, FLOAT, pads=(0, 0), strides=(stride,), **attributes)
     expected = np.zeros((1, n, (width - 1) * stride + kernel))

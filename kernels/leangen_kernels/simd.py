@@ -162,13 +162,13 @@ def to_floats(b: Any, x: Any) -> Any:
 
 
 # 1.5 * 2**23: adding it leaves the nearest integer, ties to even, in the low mantissa bits.
-_ROUNDER = 12582912.0
+ROUNDER = 12582912.0
 
 
 @operation(INTS, FLOATS)
 def round_to_ints(b: Any, x: Any) -> Any:
     """The nearest integers, ties to even, for |x| up to 2**22; any bits outside that."""
-    shifted = b.bitcast(b.fadd(x, filled(FLOATS.llvm, _ROUNDER)), INTS.llvm)
+    shifted = b.bitcast(b.fadd(x, filled(FLOATS.llvm, ROUNDER)), INTS.llvm)
     return b.sub(shifted, filled(INTS.llvm, 0x4B400000))
 
 
@@ -230,9 +230,9 @@ def exponential(b: Any, x: Any) -> Any:
     top, bottom = filled(x.type, _EXP_LIMIT), filled(x.type, -_EXP_LIMIT)
     vanishes = b.fcmp_ordered("<", x, bottom)
     x = b.select(b.fcmp_ordered(">", x, top), top, b.select(vanishes, bottom, x))
-    shifted = b.fadd(b.fmul(x, filled(x.type, _LOG2_E)), filled(x.type, _ROUNDER))
+    shifted = b.fadd(b.fmul(x, filled(x.type, _LOG2_E)), filled(x.type, ROUNDER))
     power = b.sub(b.bitcast(shifted, INTS.llvm), filled(INTS.llvm, 0x4B400000))
-    rest, count = x, b.fsub(shifted, filled(x.type, _ROUNDER))
+    rest, count = x, b.fsub(shifted, filled(x.type, ROUNDER))
     for part in _LN2:
         rest = call(b, _MULTIPLY_ADD, x.type, count, filled(x.type, -part), rest)
     value = filled(x.type, _EXP_TERMS[0])

@@ -13,8 +13,12 @@ SUPER = 256
 _SAMPLE = 16
 
 
-def split(scales: Array, minima: Array | None, block: int) -> list[tuple[Array, Array]] | None:
-    """Bytes [n, blocks] and fp16 units of scales [n, blocks], then of minima; None without.
+Split = list[tuple[Array, Array]]
+"""Bytes [n, blocks] and fp16 units of scales, then of minima."""
+
+
+def split(scales: Array, minima: Array | None, block: int) -> Split | None:
+    """What scales (and minima) [n, blocks] are bytes times units of; None where they are not.
 
     A bundle holds minima as sums with the scales in fp32, from which they come back less what the
     sum was rounded by: a minimum may differ from byte times unit by as much.
@@ -31,7 +35,7 @@ def _bytes_and_units(values: Array, rounding: Array, block: int) -> tuple[Array,
     n, blocks = values.shape
     sample = slice(_SAMPLE)
     if n > _SAMPLE and _bytes_and_units(values[sample], rounding[sample], block) is None:
-        return None  # soon
+        return None  # most weights are not split: a few rows say so at a fraction of the cost
     per = SUPER // block
     units = -(-blocks // per)
     padded = np.zeros((2, n, units * per), np.float32)

@@ -32,9 +32,8 @@ def registers() -> Any:
 def unrolled(function: Callable[..., Any], **given: Any) -> Callable[..., Any]:
     """`function` with its static loops unrolled and its free names in `given` fixed.
 
-    A number or tuple of numbers becomes a constant, anything else what that name refers to.
-
-    A subscript that is no constant, such as one of a GPU's shared memory, stays one.
+    A number or tuple of numbers becomes a constant, anything else what that name refers to. A
+    subscript that is no constant, such as one of a GPU's shared memory, stays one.
     """
     source = textwrap.dedent(inspect.getsource(function))
     tree = ast.parse(source)

@@ -16,7 +16,7 @@ class Variant:
     cpu: str
     features: str
     dot: str
-    """How four products are summed: one key of `simd.DOTS`."""
+    """How four products are summed: a key of `dots.DOT`."""
 
 
 VARIANTS = (

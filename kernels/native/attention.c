@@ -1,7 +1,7 @@
 /* Attention: rotary grouped-query attention that appends to a preallocated cache.
  *
  *   qkv          float [batch, new, (heads + 2 kv_heads) * width]
- *   past_key     [batch, kv_heads, capacity, columns], opaque: layout.py says what it holds
+ *   past_key     [batch, kv_heads, capacity, columns], opaque: cache_layout.py says what it holds
  *   past_value   as past_key
  *   seqlens_k    int32 [batch]: positions in the cache after this run, less one
  *   cosines      float [positions, width / 2], optional: no rotation without
@@ -29,8 +29,6 @@ enum { PART_WORK = 16 << 10 };
 
 /* Fewer heads times tiles of queries than this are cut along the keys as well. */
 enum { FEW_TILES = 16 };
-
-enum { QKV, KEY, VALUE, LENGTHS, COSINES, SINES, QUERY_GAIN, KEY_GAIN };
 
 typedef struct {
   Attention op;
@@ -339,7 +337,8 @@ size_t attention_phases(Job *job, const Tensor *in, void *y, char *memory, Phase
   job->q = (float *)memory;
   job->states = job->q + job->states_at, job->work = job->q + job->work_at;
   if (!job->batch || !job->new) return 0;
-  phases[0] = (Phase){.part = append, .ask = ask_for_places, .job = job, .parts = (int32_t)job->append_parts};
+  phases[0] = (Phase){.part = append, .ask = ask_for_places, .job = job,
+                      .parts = (int32_t)job->append_parts};
   phases[1] = (Phase){.part = job->split ? attend_chunks : attend_tiles, .job = job,
                       .parts = (int32_t)job->parts};
   if (job->split) phases[1].ask = ask_for_keys;
@@ -365,17 +364,10 @@ static Status compute(void *self, void *context) {
 }
 
 Status attention_init(Attention *op, Options from) {
-  static const struct {
-    const char *name;
-    int type, size, scaled;
-  } caches[] = {{"fp32", TENSOR_FLOAT, 4, 0}, {"fp16", TENSOR_FLOAT16, 2, 0},
-                {"int8", TENSOR_INT8, 1, 1}};
-  char cache[16], kernel_name[64];
-  attribute_string(from, "cache", cache, sizeof cache);
-  if (!*cache) strcpy(cache, "fp32");
-  int kind = 0;
-  while (kind < 3 && strcmp(cache, caches[kind].name)) kind++;
-  if (kind == 3) return fail("Attention: cache '%s', expected fp32, fp16 or int8", cache);
+  static const char *const caches[] = {"fp32", "fp16", "int8", NULL};
+  static const int types[] = {TENSOR_FLOAT, TENSOR_FLOAT16, TENSOR_INT8}, sizes[] = {4, 2, 1};
+  int cache;
+  TRY(attribute_word(from, "Attention", "cache", caches, &cache));
   int64_t heads = attribute_int(from, "heads", 0), kv_heads = attribute_int(from, "kv_heads", 0);
   int64_t window = attribute_int(from, "window", 0);
   if (heads < 1 || kv_heads < 1 || heads % kv_heads || window < 0)
@@ -385,17 +377,18 @@ Status attention_init(Attention *op, Options from) {
   *op = (Attention){.heads = heads, .kv_heads = kv_heads, .window = window};
   op->scale = attribute_float(from, "scale", 0);
   op->epsilon = attribute_float(from, "epsilon", 1e-5f);
-  op->type = caches[kind].type, op->size = caches[kind].size, op->scaled = caches[kind].scaled;
+  op->type = types[cache], op->size = sizes[cache], op->scaled = types[cache] == TENSOR_INT8;
   const char *variant = leangen_kernels_variant(NULL);
   op->rms_norm = leangen_kernels_find(variant, "rms_norm");
   op->rotate = leangen_kernels_find(variant, "rotate");
   op->merge = leangen_kernels_find(variant, "merge");
   op->finish = leangen_kernels_find(variant, "finish");
-  snprintf(kernel_name, sizeof kernel_name, "narrow_%s", cache);
+  char kernel_name[64];
+  snprintf(kernel_name, sizeof kernel_name, "narrow_%s", caches[cache]);
   op->narrow = leangen_kernels_find(variant, kernel_name); /* none for fp32 */
   static const int shapes[][2] = {{8, 2}, {4, 4}, {4, 1}};
   for (int i = 0; i < 3; i++) {
-    snprintf(kernel_name, sizeof kernel_name, "attend_%s_%d_%d", cache, shapes[i][0],
+    snprintf(kernel_name, sizeof kernel_name, "attend_%s_%d_%d", caches[cache], shapes[i][0],
              shapes[i][1]);
     op->tiles[i] =
         (AttentionTile){shapes[i][0], shapes[i][1], leangen_kernels_find(variant, kernel_name)};
@@ -415,32 +408,23 @@ static Status create(const CustomOp *self, const void *api, const void *info, vo
   return NULL;
 }
 
-static Status infer(const CustomOp *self, void *context) {
+Status attention_infer(const CustomOp *self, void *context) {
   (void)self;
-  TRY(infer_like(context, 1, 1));
-  return infer_like(context, 2, 2);
+  TRY(infer_like(context, 1, KEY));
+  return infer_like(context, 2, VALUE);
 }
 
-static const char *name(const CustomOp *op) { return (void)op, "Attention"; }
-static int input_type(const CustomOp *op, size_t index) {
-  return (void)op, index == 3 ? TENSOR_INT32 : index == 1 || index == 2 ? ANY_TYPE : TENSOR_FLOAT;
+int attention_input_type(const CustomOp *op, size_t index) {
+  if (index == KEY || index == VALUE) return ANY_TYPE;
+  return (void)op, index == LENGTHS ? TENSOR_INT32 : TENSOR_FLOAT;
 }
-static int output_type(const CustomOp *op, size_t index) {
-  return (void)op, index ? ANY_TYPE : TENSOR_FLOAT;
-}
-static int characteristic(const CustomOp *op, size_t index) {
+
+int attention_input_needed(const CustomOp *op, size_t index) {
   return (void)op, index < COSINES ? REQUIRED : OPTIONAL;
 }
-static size_t inputs(const CustomOp *op) { return (void)op, ATTENTION_INPUTS; }
-static size_t outputs(const CustomOp *op) { return (void)op, 3; }
 
-const CustomOp attention_op = {
-    OP_COMMON,
-    .name = name,
-    .input_type = input_type,
-    .input_count = inputs,
-    .output_type = output_type,
-    .output_count = outputs,
-    .input_characteristic = characteristic,
-    .infer_shape = infer,
-};
+int attention_output_type(const CustomOp *op, size_t index) {
+  return (void)op, index ? ANY_TYPE : TENSOR_FLOAT;
+}
+
+OPERATOR(attention_op, "Attention", ATTENTION_INPUTS, ATTENTION_OUTPUTS, OP_ON_CPU, OP_ATTENDING);

@@ -5,7 +5,8 @@
 #include "kernels.h"
 #include "op.h"
 
-enum { ATTENTION_INPUTS = 8, ATTENTION_PHASES = 3 };
+enum { QKV, KEY, VALUE, LENGTHS, COSINES, SINES, QUERY_GAIN, KEY_GAIN, ATTENTION_INPUTS };
+enum { ATTENTION_OUTPUTS = 3, ATTENTION_PHASES = 3 };
 
 typedef struct {
   int64_t queries, columns; /* rows at once; vectors of 16 that the width is a multiple of */
@@ -49,5 +50,16 @@ Status attention_plan(const Attention *op, const Tensor *in, AttentionJob *job);
 Status attention_caches(void *context, size_t first, const Tensor *in, AttentionJob *job);
 /* The phases of the run, at most ATTENTION_PHASES; how many. */
 size_t attention_phases(AttentionJob *job, const Tensor *in, void *y, char *memory, Phase *phases);
+
+int attention_input_type(const CustomOp *, size_t);
+int attention_input_needed(const CustomOp *, size_t);
+int attention_output_type(const CustomOp *, size_t);
+/* The shapes of the caches, from what is known before the graph runs. */
+Status attention_infer(const CustomOp *self, void *context);
+
+/* Fields of an operator with these inputs and outputs. */
+#define OP_ATTENDING \
+  .input_type = attention_input_type, .input_characteristic = attention_input_needed, \
+  .output_type = attention_output_type, .infer_shape = attention_infer
 
 #endif

@@ -65,11 +65,6 @@ Status get_output(void *context, size_t index, const int64_t *dims, size_t rank,
   return ORT(GetTensorMutableData)(value, data);
 }
 
-Status run_parts(void *context, void (*part)(void *, size_t), int64_t parts, void *job) {
-  if (parts == 1) return part(job, 0), NULL;
-  return ORT(KernelContext_ParallelFor)(context, part, (size_t)parts, (size_t)0, job);
-}
-
 static int absent(Status status) {
   if (status) ORT(ReleaseStatus)(status);
   return status != NULL;
@@ -100,6 +95,18 @@ void attribute_string(Options from, const char *name, char *out, size_t size) {
   char room[64];
   name = full_name(from, name, room);
   if (absent(ORT(KernelInfoGetAttribute_string)(from.info, name, out, &size))) out[0] = 0;
+}
+
+Status attribute_word(Options from, const char *owner, const char *name, const char *const *words,
+                      int *at) {
+  char given[32], expected[128] = "";
+  attribute_string(from, name, given, sizeof given);
+  *at = 0;
+  if (!*given) return NULL;
+  for (; words[*at]; (*at)++)
+    if (!strcmp(given, words[*at])) return NULL;
+  for (int i = 0; words[i]; i++) append_name(expected, sizeof expected, words[i]);
+  return fail("%s: %s '%s', expected one of %s", owner, name, given, expected);
 }
 
 size_t attribute_ints(Options from, const char *name, int64_t *out, size_t most) {
@@ -207,15 +214,12 @@ char *scratch(size_t bytes) {
   return memory->data;
 }
 
-const char *op_provider(const CustomOp *op) { return (void)op, NULL; /* any CPU */ }
-int op_none(const CustomOp *op, size_t index) { return (void)op, (void)index, 0; }
-int op_outputs(const CustomOp *op, size_t index) {
-  return (void)index, op == &chain_op ? VARIADIC : REQUIRED;
-}
+const char *op_any_cpu(const CustomOp *op) { return (void)op, NULL; }
+int op_default_memory(const CustomOp *op, size_t index) { return (void)op, (void)index, 0; }
+int op_required(const CustomOp *op, size_t index) { return (void)op, (void)index, REQUIRED; }
 int op_one(const CustomOp *op) { return (void)op, 1; }
 int op_mixed(const CustomOp *op) { return (void)op, 0; }
 int op_float(const CustomOp *op, size_t index) { return (void)op, (void)index, TENSOR_FLOAT; }
-size_t op_single(const CustomOp *op) { return (void)op, 1; }
 int op_packed_second(const CustomOp *op, size_t index) {
   return (void)op, index == 1 ? TENSOR_UINT8 : TENSOR_FLOAT;
 }

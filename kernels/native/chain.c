@@ -5,9 +5,9 @@
  *   -> present_key, present_value of each attention, in order
  *
  * Attributes: kinds (of each step: 0 Linear, 1 Attention), results (steps whose y is an output),
- * given (how many inputs there are), and for step i the attributes of its operator with _i behind their
- * names, and inputs_i: for each of its inputs the number of an input of the chain, or that plus j
- * for the y of step j, or -1 for none.
+ * given (how many inputs there are), and for step i the attributes of its operator with _i behind
+ * their names, and inputs_i: for each of its inputs the number of an input of the chain, or `given`
+ * plus j for the y of step j, or -1 for none.
  *
  * ORT's threads are woken once, not at each of a hundred and more operators, which for one token
  * cost a tenth of the time. */
@@ -20,7 +20,6 @@
 
 enum { LINEAR, ATTENTION };
 enum { MOST_STEPS = 1024, MOST_INPUTS = 8, MOST_PHASES = 3 };
-enum { KEY = 1, VALUE = 2, LENGTHS = 3 }; /* of Attention: never made by a step */
 
 typedef struct {
   int64_t kind, inputs[MOST_INPUTS];
@@ -58,7 +57,8 @@ static Status read_step(Options from, int64_t kind, int64_t inputs, Step *step) 
   if (attribute_ints(from, "inputs", step->inputs, MOST_INPUTS) != step->input_count)
     return fail("Chain: step %lld, expected %zu inputs", (long long)from.step, step->input_count);
   for (size_t i = 0; i < step->input_count; i++) {
-    int made = kind == LINEAR ? i != 1 : i < KEY || i > LENGTHS; /* may be */
+    /* which of its inputs may be made by a step before */
+    int made = kind == LINEAR ? i != WEIGHTS : i != KEY && i != VALUE && i != LENGTHS;
     int64_t most = made ? inputs + from.step : inputs;
     if (step->inputs[i] >= most || step->inputs[i] < (i ? -1 : 0))
       return fail("Chain: input %zu of step %lld is value %lld, expected one below %lld", i,
@@ -129,7 +129,7 @@ static Status gather(const Chain *chain, const Run *run, int64_t at, Tensor *in)
   for (size_t i = 0; i < step->input_count; i++) {
     in[i] = step->inputs[i] < 0 ? (Tensor){0} : run->values[step->inputs[i]];
     int type = TENSOR_FLOAT;
-    if (step->kind == LINEAR && i == 1) type = TENSOR_UINT8;
+    if (step->kind == LINEAR && i == WEIGHTS) type = TENSOR_UINT8;
     if (step->kind == ATTENTION && i == LENGTHS) type = TENSOR_INT32;
     if (step->kind == ATTENTION && (i == KEY || i == VALUE)) type = step->attention.type;
     if (in[i].rank && in[i].type != type)
@@ -276,17 +276,9 @@ static Status infer(const CustomOp *self, void *context) {
   return NULL;
 }
 
-static const char *name(const CustomOp *op) { return (void)op, "Chain"; }
 static int any_type(const CustomOp *op, size_t index) { return (void)op, (void)index, ANY_TYPE; }
 static int variadic(const CustomOp *op, size_t index) { return (void)op, (void)index, VARIADIC; }
 
-const CustomOp chain_op = {
-    OP_COMMON,
-    .name = name,
-    .input_type = any_type,
-    .input_count = op_single,
-    .input_characteristic = variadic,
-    .output_type = any_type,
-    .output_count = op_single,
-    .infer_shape = infer,
-};
+OPERATOR(chain_op, "Chain", 1, 1, .provider = op_any_cpu, .input_type = any_type,
+         .input_characteristic = variadic, .output_type = any_type,
+         .output_characteristic = variadic, .infer_shape = infer);

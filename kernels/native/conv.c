@@ -1,7 +1,7 @@
 /* Conv: y = conv(activation(norm(x)), w) + bias + residual, and ConvTranspose, the same in 1-D.
  *
  *   x         float [batch, channels, (height,) width]
- *   weights   uint8, layout.pack_conv of [n, channels * kernel]
+ *   weights   uint8, conv_layout.pack of [n, channels * kernel]
  *   bias      float [n], optional
  *   residual  float, shaped as y or with a batch of 1, optional
  *   gain      float [channels], optional: a norm first, over groups of channels:
@@ -12,7 +12,7 @@
  * Attributes: n, bits (of a weight: 8, 4), block (weights of a row that share a scale),
  * kernel_shape, pads, dilations, norm_groups, epsilon, activation ("silu", "leaky_relu" or none),
  * alpha (of leaky_relu). Strides are 1. ConvTranspose has strides instead of dilations; its weights
- * are those of a convolution with n * stride outputs, see layout.transposed_weights.
+ * are those of a convolution with n * stride outputs, see conv_layout.transposed.
  *
  * A part of the output, a strip of rows or a stretch of samples, is one thread's work at a time;
  * conv.py says what is done to it. Where strips are few, several threads share one: its patches are
@@ -60,7 +60,7 @@ typedef struct {
   int64_t rows, columns, y_w;         /* of the convolution; of y, which has as many rows */
   int64_t residual_step;              /* from one batch to the next */
   int64_t n, fours, blocks, groups;   /* of the weights; n counts phases */
-  int64_t units;                      /* of the codes */
+  int64_t units;                      /* of their codes */
   int64_t strip_rows, strip_columns, strips, splits, norm_parts, unpack_parts;
   int64_t lead, pitch, copy, copies, plane; /* of a strip's image, in floats */
   int64_t tiles;                      /* of a strip */
@@ -131,6 +131,11 @@ static Status create(const CustomOp *self, const void *api, const void *info, vo
   return NULL;
 }
 
+/* Groups of channels that share a mean, or images where there is no norm. */
+static int64_t norms_of(const Job *job) {
+  return job->batch * (job->gain ? job->op->norm_groups : 1);
+}
+
 /* What each channel of a group is multiplied with, and what is added, before the activation. */
 static void make_gains(const Job *job, int64_t group) {
   int64_t groups = job->gain ? job->op->norm_groups : 1, each = job->channels / groups;
@@ -160,7 +165,7 @@ static void prepare(void *given, int64_t part, int64_t thread) {
   const Job *job = given;
   (void)thread;
   if (part < job->norm_parts) {
-    int64_t all = job->batch * (job->gain ? job->op->norm_groups : 1);
+    int64_t all = norms_of(job);
     for (int64_t i = all * part / job->norm_parts; i < all * (part + 1) / job->norm_parts; i++)
       make_gains(job, i);
     return;
@@ -480,6 +485,7 @@ static Status measure(Job *job, const Tensor *x, const Tensor *residual, int64_t
   job->fours = up_to(job->channels * op->kernel[0] * op->kernel[1], 4) / 4;
   job->blocks = up_to(4 * job->fours, op->block) / op->block;
   job->groups = up_to(job->n, OUTPUTS) / OUTPUTS;
+  job->units = up_to(job->groups * job->fours * 4 * OUTPUTS, UNIT) / UNIT;
   int same = residual->rank == x->rank;
   for (size_t i = 1; same && i < x->rank; i++) same = residual->dims[i] == dims[i];
   same = same && (residual->dims[0] == 1 || residual->dims[0] == dims[0]);
@@ -495,6 +501,31 @@ static Status measure(Job *job, const Tensor *x, const Tensor *residual, int64_t
   return NULL;
 }
 
+/* Memory for what all strips share, and for what each thread works with. */
+static Status allocate(Job *job) {
+  const Conv *op = job->op;
+  int64_t biases = up_to(4 * OUTPUTS * job->groups, 64);
+  int64_t codes = op->bits == 4 ? job->units * UNIT : 0;
+  int64_t moments = up_to(8 * norms_of(job), 64), gains = up_to(8 * job->batch * job->channels, 64);
+  int64_t offsets = up_to(16 * job->fours, 64);
+  int64_t taps = up_to(4 * op->kernel[0] * op->kernel[1], 64);
+  int64_t tiles = job->splits > 1 ? job->batch * job->strips * job->tiles : 0;
+  int64_t kept = tiles * 4 * TILE * job->fours, kept_scales = tiles * 8 * TILE;
+  char *memory = scratch((size_t)(biases + codes + moments + gains + offsets + taps + kept +
+                                  kept_scales + MOST_THREADS * job->work_bytes));
+  if (!memory) return fail("%s: out of memory", op->name);
+  job->biases = (float *)memory, memory += biases;
+  if (codes) job->codes = job->unpacked = memory, memory += codes;
+  job->moments = (float *)memory, memory += moments;
+  job->gains = (float *)memory, memory += gains;
+  job->offsets = (int32_t *)memory, memory += offsets;
+  job->taps = (int32_t *)memory, memory += taps;
+  job->kept = memory, memory += kept;
+  job->kept_scales = (float *)memory, memory += kept_scales;
+  job->work = memory;
+  return NULL;
+}
+
 static Status compute(void *self, void *context) {
   const Conv *op = self;
   Tensor in[INPUTS];
@@ -502,38 +533,19 @@ static Status compute(void *self, void *context) {
   TRY(check(op, in));
   Job job = {.op = op, .x = in[X].data, .bias = in[BIAS].data, .residual = in[RESIDUAL].data,
              .gain = in[GAIN].data, .shift = in[SHIFT].data, .film = in[FILM].data,
-             .codes = in[WEIGHTS].data};
+             .codes = in[WEIGHTS].data, .nibbles = in[WEIGHTS].data};
   int64_t dims[MAX_RANK];
   TRY(measure(&job, &in[X], &in[RESIDUAL], dims));
   TRY(get_output(context, 0, dims, in[X].rank, (void **)&job.y));
   if (!job.batch) return NULL;
-
-  int64_t strips = job.batch * job.strips, all = job.batch * (job.gain ? op->norm_groups : 1);
-  job.units = up_to(job.groups * job.fours * 4 * OUTPUTS, UNIT) / UNIT;
-  int64_t biases = up_to(4 * OUTPUTS * job.groups, 64), codes = op->bits == 4 ? job.units * UNIT : 0;
-  int64_t moments = up_to(8 * all, 64), gains = up_to(8 * job.batch * job.channels, 64);
-  int64_t offsets = up_to(16 * job.fours, 64);
-  int64_t taps = up_to(4 * op->kernel[0] * op->kernel[1], 64);
-  int64_t tiles = job.splits > 1 ? strips * job.tiles : 0, kept = tiles * 4 * TILE * job.fours;
-  char *memory = scratch((size_t)(biases + codes + moments + gains + offsets + taps + kept +
-                                  tiles * 8 * TILE + MOST_THREADS * job.work_bytes));
-  if (!memory) return fail("%s: out of memory", op->name);
-  job.biases = (float *)memory, memory += biases;
-  job.nibbles = in[WEIGHTS].data;
+  TRY(allocate(&job));
   job.numbers = (const float *)(job.nibbles + job.units * UNIT * op->bits / 8);
-  if (codes) job.codes = job.unpacked = memory, memory += codes;
-  job.moments = (float *)memory, memory += moments;
-  job.gains = (float *)memory, memory += gains;
-  job.offsets = (int32_t *)memory, memory += offsets;
-  job.taps = (int32_t *)memory, memory += taps;
-  job.kept = memory, memory += kept;
-  job.kept_scales = (float *)memory, memory += tiles * 8 * TILE;
-  job.work = memory;
   for (int64_t i = 0; i < OUTPUTS * job.groups; i++)
     job.biases[i] = job.bias && i < job.n ? job.bias[i / op->stride] : 0;
   make_offsets(&job);
-  job.norm_parts = job.gain ? larger(smaller(smaller(all, 8), in[X].count / NORM_WORK), 1) : 1;
-  job.unpack_parts = codes ? larger(smaller(job.units / UNPACK_WORK, 8), 1) : 0;
+  int64_t strips = job.batch * job.strips, norms = job.gain ? norms_of(&job) : 1;
+  job.norm_parts = larger(smaller(smaller(norms, 8), in[X].count / NORM_WORK), 1);
+  job.unpack_parts = job.unpacked ? larger(smaller(job.units / UNPACK_WORK, 8), 1) : 0;
   Phase phases[] = {
       {.part = prepare, .job = &job, .parts = (int32_t)(job.norm_parts + job.unpack_parts)},
       {.part = convolve, .job = &job, .parts = (int32_t)strips},
@@ -568,15 +580,7 @@ static Status infer(const CustomOp *self, void *context) {
   return infer_output(context, 0, dims, names, rank);
 }
 
-static const char *name(const CustomOp *op) { return (void)op, "Conv"; }
-static const char *transpose_name(const CustomOp *op) { return (void)op, "ConvTranspose"; }
-static size_t inputs(const CustomOp *op) { return (void)op, INPUTS; }
-
-#define CONV(name_) \
-  { \
-    OP_COMMON, OP_WEIGHTED, .name = name_, .input_count = inputs, .output_type = op_float, \
-    .output_count = op_single, .infer_shape = infer, \
-  }
-
-const CustomOp conv_op = CONV(name);
-const CustomOp conv_transpose_op = CONV(transpose_name);
+OPERATOR(conv_op, "Conv", INPUTS, 1, OP_ON_CPU, OP_WEIGHTED, .output_type = op_float,
+         .infer_shape = infer);
+OPERATOR(conv_transpose_op, "ConvTranspose", INPUTS, 1, OP_ON_CPU, OP_WEIGHTED,
+         .output_type = op_float, .infer_shape = infer);

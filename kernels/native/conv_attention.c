@@ -116,6 +116,36 @@ static void attend(void *given, int64_t i, int64_t thread) {
               (int64_t)job->zeros, (int64_t)0);
 }
 
+/* Memory for keys and values as weights, for what convolution's kernels want besides, and for what
+ * each thread works with. */
+static Status allocate(Job *job) {
+  int64_t key_fours = up_to(job->width, 4) / 4, value_fours = up_to(job->pixels, 4) / 4;
+  int64_t blocks = up_to(job->pixels, BLOCK) / BLOCK;
+  job->key_codes = up_to(job->pixels, LANES) * key_fours * 4;
+  job->head_codes = job->key_codes + up_to(job->width, OUTPUTS) * value_fours * 4;
+  job->key_numbers = up_to(job->pixels, LANES) * 2;
+  job->head_numbers = job->key_numbers + up_to(job->width, OUTPUTS) * (blocks + 1);
+  int64_t patch_bytes = larger(key_fours, value_fours) * 4 * TILE;
+  job->work_bytes = up_to(4 * TILE * (5 + 4 * key_fours + 4 * value_fours) + patch_bytes, 64);
+  int64_t codes = up_to(job->heads * job->head_codes, 64);
+  int64_t numbers = up_to(4 * job->heads * job->head_numbers, 64);
+  int64_t offsets = up_to(16 * key_fours, 64), gains = up_to(8 * job->width, 64);
+  int64_t zeros = up_to(4 * up_to(job->width, OUTPUTS), 64);
+  char *memory = scratch((size_t)(codes + numbers + offsets + gains + zeros +
+                                  MOST_THREADS * job->work_bytes));
+  if (!memory) return fail("PixelAttention: out of memory for %lld pixels", (long long)job->pixels);
+  job->codes = memory, memory += codes;
+  job->numbers = (float *)memory, memory += numbers;
+  job->offsets = (int32_t *)memory, memory += offsets;
+  job->gains = (float *)memory, memory += gains;
+  job->zeros = (float *)memory, memory += zeros;
+  job->work = memory;
+  for (int64_t i = 0; i < 4 * key_fours; i++) job->offsets[i] = (int32_t)(4 * TILE * i);
+  for (int64_t i = 0; i < job->width; i++) job->gains[2 * i] = 1, job->gains[2 * i + 1] = 0;
+  memset(job->zeros, 0, (size_t)zeros);
+  return NULL;
+}
+
 static Status compute(void *self, void *context) {
   const PixelAttention *op = self;
   static const Tensor unknown;
@@ -136,30 +166,7 @@ static Status compute(void *self, void *context) {
   if (job.pixels > 1 << 20 || job.width > 1 << 16 || job.heads * job.tiles > MOST_PARTS)
     return fail("PixelAttention: %lld pixels of %lld channels a head are too many",
                 (long long)job.pixels, (long long)job.width);
-  int64_t key_fours = up_to(job.width, 4) / 4, value_fours = up_to(job.pixels, 4) / 4;
-  int64_t blocks = up_to(job.pixels, BLOCK) / BLOCK;
-  job.key_codes = up_to(job.pixels, LANES) * key_fours * 4;
-  job.head_codes = job.key_codes + up_to(job.width, OUTPUTS) * value_fours * 4;
-  job.key_numbers = up_to(job.pixels, LANES) * 2;
-  job.head_numbers = job.key_numbers + up_to(job.width, OUTPUTS) * (blocks + 1);
-  int64_t patch_bytes = larger(key_fours, value_fours) * 4 * TILE;
-  job.work_bytes = up_to(4 * TILE * (5 + 4 * key_fours + 4 * value_fours) + patch_bytes, 64);
-  int64_t codes = up_to(job.heads * job.head_codes, 64);
-  int64_t numbers = up_to(4 * job.heads * job.head_numbers, 64);
-  int64_t offsets = up_to(16 * key_fours, 64), gains = up_to(8 * job.width, 64);
-  int64_t zeros = up_to(4 * up_to(job.width, OUTPUTS), 64);
-  char *memory = scratch((size_t)(codes + numbers + offsets + gains + zeros +
-                                  MOST_THREADS * job.work_bytes));
-  if (!memory) return fail("PixelAttention: out of memory for %lld pixels", (long long)job.pixels);
-  job.codes = memory, memory += codes;
-  job.numbers = (float *)memory, memory += numbers;
-  job.offsets = (int32_t *)memory, memory += offsets;
-  job.gains = (float *)memory, memory += gains;
-  job.zeros = (float *)memory, memory += zeros;
-  job.work = memory;
-  for (int64_t i = 0; i < 4 * key_fours; i++) job.offsets[i] = (int32_t)(4 * TILE * i);
-  for (int64_t i = 0; i < job.width; i++) job.gains[2 * i] = 1, job.gains[2 * i + 1] = 0;
-  memset(job.zeros, 0, (size_t)zeros);
+  TRY(allocate(&job));
   Phase phases[] = {
       {.part = round_head, .job = &job, .parts = (int32_t)(2 * job.heads)},
       {.part = attend, .job = &job, .parts = (int32_t)(job.heads * job.tiles)},
@@ -178,15 +185,5 @@ static Status infer(const CustomOp *self, void *context) {
   return infer_output(context, 0, dims, names, rank);
 }
 
-static const char *name(const CustomOp *op) { return (void)op, "PixelAttention"; }
-
-const CustomOp pixel_attention_op = {
-    OP_COMMON,
-    .name = name,
-    .input_type = op_float,
-    .input_count = op_single,
-    .output_type = op_float,
-    .output_count = op_single,
-    .input_characteristic = op_none,
-    .infer_shape = infer,
-};
+OPERATOR(pixel_attention_op, "PixelAttention", 1, 1, OP_ON_CPU, .input_type = op_float,
+         .input_characteristic = op_required, .output_type = op_float, .infer_shape = infer);

@@ -7,8 +7,9 @@
  *
  * CudaLinear   x, weights (tiles.py), gain, bias, residual, shift as Linear's; table float [16]
  *              Attributes as Linear's.
- * CudaAttention  inputs and attributes as Attention's, caches fp16 or int8 (tiles.py), gains for
- *              one head. Lengths stay in device memory: a position beyond the capacity is dropped. */
+ * CudaAttention
+ *              inputs and attributes as Attention's, caches fp16 or int8 (tiles.py), gains for one
+ *              head. Lengths stay in device memory: a position beyond the capacity is dropped. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <math.h>
@@ -17,8 +18,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "kernels.h"
-#include "op.h"
+#include "attention.h"
+#include "linear.h"
 
 #ifndef CUDA_PROVIDER
 #define CUDA_PROVIDER "CUDAExecutionProvider"
@@ -187,12 +188,11 @@ static Argument real(double value) {
   return argument;
 }
 
-/* A graph of one session runs on one device: what was found for it stays. */
-enum { X, WEIGHTS, GAIN, BIAS, RESIDUAL, SHIFT, LOOKUP, LINEAR_INPUTS };
-enum { QKV, KEY, VALUE, LENGTHS, COSINES, SINES, QUERY_GAIN, KEY_GAIN, ATTENTION_INPUTS };
+enum { LOOKUP = LINEAR_INPUTS, INPUTS }; /* CudaLinear's beside those of Linear */
 enum { SHAPES = 3 };
 static const int shapes[SHAPES][3] = {{1, 1, 8}, {2, 2, 4}, {2, 4, 4}}; /* tiles, eights, warps */
 
+/* A graph of one session runs on one device: the kernels found for it stay. */
 typedef struct {
   int attention, half, layer, wide, gated, curve, scaled;
   int64_t n, k, outputs, unit_bytes, heads, kv_heads, window;
@@ -201,28 +201,34 @@ typedef struct {
   void *rows, *products[SHAPES], *append, *attend, *merge;
 } Op;
 
-static Status run_linear(Op *op, void *context, int device, void *stream) {
-  Tensor none[LINEAR_INPUTS] = {0}, in[LINEAR_INPUTS];
-  TRY(get_inputs(context, none, LINEAR_INPUTS, in));
-  int64_t units = up_to(op->k, UNIT) / UNIT, tokens = 1, outputs = op->outputs;
-  int64_t along = up_to(op->n, TILE) / TILE;
+static Status check_linear(const Op *op, const Tensor *in) {
+  int64_t bytes = up_to(op->n, TILE) / TILE * (up_to(op->k, UNIT) / UNIT) * op->unit_bytes;
   if (!in[X].rank || in[X].dims[in[X].rank - 1] != op->k)
     return fail("CudaLinear: x has %lld columns, expected %lld",
                 (long long)(in[X].rank ? in[X].dims[in[X].rank - 1] : 0), (long long)op->k);
-  if (in[WEIGHTS].count != along * units * op->unit_bytes)
+  if (in[WEIGHTS].count != bytes)
     return fail("CudaLinear: weights have %lld bytes, expected %lld",
-                (long long)in[WEIGHTS].count, (long long)(along * units * op->unit_bytes));
+                (long long)in[WEIGHTS].count, (long long)bytes);
   if ((in[GAIN].data && in[GAIN].count != op->k) || (in[SHIFT].data && in[SHIFT].count != op->k) ||
-      (in[BIAS].data && in[BIAS].count != outputs) || (op->layer && !in[SHIFT].data) ||
+      (in[BIAS].data && in[BIAS].count != op->outputs) || (op->layer && !in[SHIFT].data) ||
       (!strcmp(op->kind, "table")) != (in[LOOKUP].data && in[LOOKUP].count == 16))
     return fail("CudaLinear: gain and shift take %lld elements, bias %lld, a table 16",
-                (long long)op->k, (long long)outputs);
-  int64_t dims[MAX_RANK];
-  for (size_t i = 0; i + 1 < in[X].rank; i++) tokens *= dims[i] = in[X].dims[i];
-  dims[in[X].rank - 1] = outputs;
-  if (in[RESIDUAL].data && in[RESIDUAL].count != tokens * outputs)
+                (long long)op->k, (long long)op->outputs);
+  int64_t elements = in[X].count / op->k * op->outputs;
+  if (in[RESIDUAL].data && in[RESIDUAL].count != elements)
     return fail("CudaLinear: residual has %lld elements, expected %lld",
-                (long long)in[RESIDUAL].count, (long long)(tokens * outputs));
+                (long long)in[RESIDUAL].count, (long long)elements);
+  return NULL;
+}
+
+static Status run_linear(Op *op, void *context, int device, void *stream) {
+  Tensor none[INPUTS] = {0}, in[INPUTS];
+  TRY(get_inputs(context, none, INPUTS, in));
+  TRY(check_linear(op, in));
+  int64_t units = up_to(op->k, UNIT) / UNIT, along = up_to(op->n, TILE) / TILE;
+  int64_t tokens = in[X].count / op->k, dims[MAX_RANK];
+  memcpy(dims, in[X].dims, sizeof dims);
+  dims[in[X].rank - 1] = op->outputs;
   void *y;
   TRY(get_output(context, 0, dims, in[X].rank, &y));
   if (!tokens) return NULL;
@@ -263,16 +269,13 @@ static Status run_linear(Op *op, void *context, int device, void *stream) {
                 32 * shape[2], stream, product, 15);
 }
 
-static Status run_attention(Op *op, void *context, int device, void *stream) {
-  Tensor none[ATTENTION_INPUTS] = {0}, in[ATTENTION_INPUTS];
-  TRY(get_inputs(context, none, ATTENTION_INPUTS, in));
+static Status check_attention(const Op *op, const Tensor *in) {
   const int64_t *key = in[KEY].dims;
   if (in[QKV].rank != 3 || in[KEY].rank != 4 || in[VALUE].rank != 4 ||
       memcmp(key, in[VALUE].dims, 4 * sizeof *key))
     return fail("CudaAttention: expected qkv [batch, new, columns] and two caches alike, [batch,"
                 " heads, capacity, columns]");
-  int64_t batch = in[QKV].dims[0], new = in[QKV].dims[1], capacity = key[2];
-  int64_t width = key[3] - (op->scaled ? 4 : 0), group = op->heads / op->kv_heads;
+  int64_t batch = in[QKV].dims[0], capacity = key[2], width = key[3] - (op->scaled ? 4 : 0);
   int type = op->scaled ? TENSOR_INT8 : TENSOR_FLOAT16;
   if ((width != 64 && width != 128) || capacity % 16 || key[0] != batch ||
       key[1] != op->kv_heads || in[KEY].type != type || in[VALUE].type != type ||
@@ -288,6 +291,16 @@ static Status run_attention(Op *op, void *context, int device, void *stream) {
     if (in[i].data && in[i].count < capacity * width / 2)
       return fail("CudaAttention: rotations for %lld positions, expected at least %lld",
                   (long long)(in[i].count / (width / 2)), (long long)capacity);
+  return NULL;
+}
+
+static Status run_attention(Op *op, void *context, int device, void *stream) {
+  Tensor none[ATTENTION_INPUTS] = {0}, in[ATTENTION_INPUTS];
+  TRY(get_inputs(context, none, ATTENTION_INPUTS, in));
+  TRY(check_attention(op, in));
+  const int64_t *key = in[KEY].dims;
+  int64_t batch = in[QKV].dims[0], new = in[QKV].dims[1], capacity = key[2];
+  int64_t width = key[3] - (op->scaled ? 4 : 0), group = op->heads / op->kv_heads;
   void *y, *keys, *values;
   int64_t dims[] = {batch, new, op->heads * width};
   TRY(get_output(context, 0, dims, 3, &y));
@@ -341,27 +354,17 @@ static Status compute(void *self, void *context) {
   return (op->attention ? run_attention : run_linear)(op, context, device, stream);
 }
 
-/* The place of an attribute among words, 0 where it is absent; fails on another. */
-static Status word(Options from, const char *name, const char *const *words, int *at) {
-  char given[32];
-  attribute_string(from, name, given, sizeof given);
-  *at = 0;
-  if (!*given) return NULL;
-  for (; words[*at]; (*at)++)
-    if (!strcmp(given, words[*at])) return NULL;
-  return fail("%s '%s', expected one of %s, %s ...", name, given, words[0], words[1]);
-}
-
 static Status read_linear(Options from, Op *op) {
   static const char *const forms[] = {"q4", "q4_wide", "q4_min", "q4_min_wide", "q8", "q8_wide",
                                       "nf4_wide", "fp4_wide", NULL};
-  static const char *const kinds[] = {"int8", "fp32", NULL}, *const norms[] = {"rms", "layer", NULL};
+  static const char *const kinds[] = {"int8", "fp32", NULL};
+  static const char *const norms[] = {"rms", "layer", NULL};
   static const char *const curves[] = {"none", "gelu_tanh", "gelu", "relu", NULL};
   int form;
-  TRY(word(from, "form", forms, &form));
-  TRY(word(from, "activations", kinds, &op->half));
-  TRY(word(from, "norm", norms, &op->layer));
-  TRY(word(from, "activation", curves, &op->curve));
+  TRY(attribute_word(from, "CudaLinear", "form", forms, &form));
+  TRY(attribute_word(from, "CudaLinear", "activations", kinds, &op->half));
+  TRY(attribute_word(from, "CudaLinear", "norm", norms, &op->layer));
+  TRY(attribute_word(from, "CudaLinear", "activation", curves, &op->curve));
   int table = form >= 6, minimum = form == 2 || form == 3, bits = form == 4 || form == 5 ? 8 : 4;
   op->wide = table || form % 2;
   op->half = op->half || table;
@@ -379,7 +382,7 @@ static Status read_linear(Options from, Op *op) {
 
 static Status read_attention(Options from, Op *op) {
   static const char *const caches[] = {"fp16", "int8", NULL};
-  TRY(word(from, "cache", caches, &op->scaled));
+  TRY(attribute_word(from, "CudaAttention", "cache", caches, &op->scaled));
   op->attention = 1;
   op->heads = attribute_int(from, "heads", 0), op->kv_heads = attribute_int(from, "kv_heads", 0);
   op->window = attribute_int(from, "window", 0);
@@ -402,56 +405,10 @@ static Status create(const CustomOp *self, const void *api, const void *info, vo
   return NULL;
 }
 
-static Status infer_linear(const CustomOp *self, void *context) {
-  (void)self;
-  int64_t n, gated;
-  TRY(infer_attribute_int(context, "n", 0, &n));
-  TRY(infer_attribute_int(context, "gated", 0, &gated));
-  return infer_like_first(context, 0, gated ? n / 2 : n);
-}
-
-static Status infer_attention(const CustomOp *self, void *context) {
-  (void)self;
-  TRY(infer_like(context, 1, 1));
-  return infer_like(context, 2, 2);
-}
-
 static const char *provider(const CustomOp *op) { return (void)op, CUDA_PROVIDER; }
-static const char *linear_name(const CustomOp *op) { return (void)op, "CudaLinear"; }
-static const char *attention_name(const CustomOp *op) { return (void)op, "CudaAttention"; }
-static size_t linear_inputs(const CustomOp *op) { return (void)op, LINEAR_INPUTS; }
-static size_t attention_inputs(const CustomOp *op) { return (void)op, ATTENTION_INPUTS; }
-static size_t three(const CustomOp *op) { return (void)op, 3; }
-static int attention_type(const CustomOp *op, size_t index) {
-  return (void)op, index == LENGTHS ? TENSOR_INT32 : index == KEY || index == VALUE ? ANY_TYPE
-                                                                                   : TENSOR_FLOAT;
-}
-static int attention_made(const CustomOp *op, size_t index) {
-  return (void)op, index ? ANY_TYPE : TENSOR_FLOAT;
-}
-static int attention_needed(const CustomOp *op, size_t index) {
-  return (void)op, index < COSINES ? REQUIRED : OPTIONAL;
-}
+#define ON_CARD .provider = provider, .output_characteristic = op_required
 
-const CustomOp cuda_linear_op = {
-    OP_ANYWHERE,
-    .provider = provider,
-    OP_WEIGHTED,
-    .name = linear_name,
-    .input_count = linear_inputs,
-    .output_type = op_float,
-    .output_count = op_single,
-    .infer_shape = infer_linear,
-};
-
-const CustomOp cuda_attention_op = {
-    OP_ANYWHERE,
-    .provider = provider,
-    .name = attention_name,
-    .input_type = attention_type,
-    .input_count = attention_inputs,
-    .output_type = attention_made,
-    .output_count = three,
-    .input_characteristic = attention_needed,
-    .infer_shape = infer_attention,
-};
+OPERATOR(cuda_linear_op, "CudaLinear", INPUTS, 1, ON_CARD, OP_WEIGHTED, .output_type = op_float,
+         .infer_shape = linear_infer);
+OPERATOR(cuda_attention_op, "CudaAttention", ATTENTION_INPUTS, ATTENTION_OUTPUTS, ON_CARD,
+         OP_ATTENDING);

@@ -43,7 +43,7 @@ static int cpu_runs(const char *variant) {
 static const char *chosen;
 static char why[256];
 
-static void append(char *list, size_t size, const char *name) {
+void append_name(char *list, size_t size, const char *name) {
   size_t used = strlen(list);
   snprintf(list + used, size - used, "%s%s", used ? ", " : "", name);
 }
@@ -62,11 +62,11 @@ static void choose(void) {
     const char *variant = entries[i].variant;
     if (!strcmp(variant, last)) continue; /* the kernels of a variant stand together */
     last = variant;
-    append(names, sizeof names, variant);
+    append_name(names, sizeof names, variant);
     if (forced && strcmp(variant, forced)) continue;
     known = 1;
     if (!chosen && cpu_runs(variant)) chosen = variant;
-    if (!chosen) append(lacking, sizeof lacking, variant);
+    if (!chosen) append_name(lacking, sizeof lacking, variant);
   }
   if (chosen && forced)
     snprintf(why, sizeof why, "forced by LEANGEN_KERNELS=%s", forced);

@@ -57,6 +57,9 @@ typedef int (*shares_fn)(void *, void **, int64_t scores, int64_t peak, int64_t 
 /* Name of the variant in use, and why; NULL with the reason when there is none. Decided once. */
 EXPORT const char *leangen_kernels_variant(const char **reason);
 
+/* Put a name behind those in a list, as far as there is room. */
+void append_name(char *list, size_t size, const char *name);
+
 /* A kernel of any variant, NULL when unknown or when this CPU cannot run it. */
 EXPORT void *leangen_kernels_find(const char *variant, const char *name);
 

@@ -43,8 +43,6 @@ enum { PART_WORK = 8 << 10 };
 /* Rows whose products are held at once where only the largest is kept. */
 enum { ARGMAX_CHUNK = 8 };
 
-enum { X, WEIGHTS, GAIN, BIAS, RESIDUAL, SHIFT };
-
 typedef struct {
   Linear op;
   Tensor constants[LINEAR_INPUTS];
@@ -89,28 +87,40 @@ static const struct form *find_form(const char *name) {
   return NULL;
 }
 
-/* An attribute that is one of a few words, the first where it is absent. */
-static Status choose_word(Options from, const char *name, const char *const *words, int *at) {
-  char given[32];
-  attribute_string(from, name, given, sizeof given);
-  *at = 0;
-  if (!*given) return NULL;
-  for (; words[*at]; (*at)++)
-    if (!strcmp(given, words[*at])) return NULL;
-  return fail("Linear: %s '%s', expected %s or %s", name, given, words[0], words[1]);
+/* The kernels for weights of a form; `activation` is none where it is NULL. */
+static Status find_kernels(Linear *op, const struct form *form, int floats, int layer,
+                           const char *activation) {
+  const char *variant = leangen_kernels_variant(NULL);
+  char name[64];
+  snprintf(name, sizeof name, "%s%s", floats ? "keep" : "quantize", form->block == 16 ? "_16" : "");
+  op->pack_row = leangen_kernels_find(variant, name);
+  if (layer)
+    op->layer_norm = leangen_kernels_find(variant, "layer_norm");
+  else
+    op->rms_norm = leangen_kernels_find(variant, "rms_norm");
+  op->add = leangen_kernels_find(variant, "add");
+  op->gate = leangen_kernels_find(variant, activation ? "gelu_tanh_multiply" : "silu_multiply");
+  if (activation && !op->gated) op->activate = leangen_kernels_find(variant, activation);
+  for (int i = 0; i < LINEAR_TILES; i++) {
+    snprintf(name, sizeof name, "%s_%s_%d", floats ? "fp32" : "int8", form->kernel, 1 << i);
+    op->tiles[i] = leangen_kernels_find(variant, name);
+  }
+  if (!op->tiles[0]) return fail("Linear: the library has no kernels for form '%s'", form->name);
+  return NULL;
 }
 
 Status linear_init(Linear *op, Options from, int argmax) {
-  static const char *const kinds[] = {"int8", "fp32", NULL}, *const norms[] = {"rms", "layer", NULL};
+  static const char *const kinds[] = {"int8", "fp32", NULL};
+  static const char *const norms[] = {"rms", "layer", NULL};
   static const char *const activations[] = {"none", "gelu_tanh", "gelu", "relu", NULL};
-  char form_name[32], name[64];
+  char form_name[32];
   int floats, layer, activation;
   attribute_string(from, "form", form_name, sizeof form_name);
   const struct form *form = find_form(form_name);
   if (!form) return fail("Linear: form '%s' is unknown", form_name);
-  TRY(choose_word(from, "activations", kinds, &floats));
-  TRY(choose_word(from, "norm", norms, &layer));
-  TRY(choose_word(from, "activation", activations, &activation));
+  TRY(attribute_word(from, "Linear", "activations", kinds, &floats));
+  TRY(attribute_word(from, "Linear", "norm", norms, &layer));
+  TRY(attribute_word(from, "Linear", "activation", activations, &activation));
   if (form->table && !floats)
     return fail("Linear: form '%s' with int8 activations, expected fp32", form_name);
   int64_t k = attribute_int(from, "k", 0), n = attribute_int(from, "n", 0);
@@ -135,22 +145,7 @@ Status linear_init(Linear *op, Options from, int argmax) {
   op->row_block_bytes = floats ? 4 * form->block + 4 : form->block + 8;
   op->row_bytes = op->blocks * op->row_block_bytes;
   op->epsilon = attribute_float(from, "epsilon", 1e-5f);
-  const char *variant = leangen_kernels_variant(NULL);
-  snprintf(name, sizeof name, "%s%s", floats ? "keep" : "quantize", form->block == 16 ? "_16" : "");
-  op->pack_row = leangen_kernels_find(variant, name);
-  if (layer)
-    op->layer_norm = leangen_kernels_find(variant, "layer_norm");
-  else
-    op->rms_norm = leangen_kernels_find(variant, "rms_norm");
-  op->add = leangen_kernels_find(variant, "add");
-  op->gate = leangen_kernels_find(variant, activation ? "gelu_tanh_multiply" : "silu_multiply");
-  if (activation && !gated) op->activate = leangen_kernels_find(variant, activations[activation]);
-  for (int i = 0; i < LINEAR_TILES; i++) {
-    snprintf(name, sizeof name, "%s_%s_%d", kinds[floats], form->kernel, 1 << i);
-    op->tiles[i] = leangen_kernels_find(variant, name);
-  }
-  if (!op->tiles[0]) return fail("Linear: the library has no kernels for form '%s'", form_name);
-  return NULL;
+  return find_kernels(op, form, floats, layer, activation ? activations[activation] : NULL);
 }
 
 /* Pack the activation rows of one part; those that fill up the last tile, unused, are zeros. */
@@ -311,8 +306,10 @@ size_t linear_phases(Job *job, const Tensor *in, void *y, char *memory, Phase *p
   job->rows = memory, job->work = memory + job->rows_bytes;
   job->largest = (Largest *)(memory + job->largest_at);
   if (!job->tokens) return 0;
-  phases[0] = (Phase){.part = pack_rows, .ask = ask_for_gain, .job = job, .parts = (int32_t)job->pack_parts};
-  phases[1] = (Phase){.part = multiply, .job = job, .parts = (int32_t)(job->row_parts * job->token_parts)};
+  phases[0] = (Phase){.part = pack_rows, .ask = ask_for_gain, .job = job,
+                      .parts = (int32_t)job->pack_parts};
+  phases[1] = (Phase){.part = multiply, .job = job,
+                      .parts = (int32_t)(job->row_parts * job->token_parts)};
   return 2;
 }
 
@@ -363,7 +360,7 @@ static Status create(const CustomOp *self, const void *api, const void *info, vo
   return NULL;
 }
 
-static Status infer(const CustomOp *self, void *context) {
+Status linear_infer(const CustomOp *self, void *context) {
   (void)self;
   int64_t n, gated;
   TRY(infer_attribute_int(context, "n", 0, &n));
@@ -371,31 +368,12 @@ static Status infer(const CustomOp *self, void *context) {
   return infer_like_first(context, 0, gated ? n / 2 : n);
 }
 
-static const char *name(const CustomOp *op) { return (void)op, "Linear"; }
-static size_t inputs(const CustomOp *op) { return (void)op, LINEAR_INPUTS; }
+OPERATOR(linear_op, "Linear", LINEAR_INPUTS, 1, OP_ON_CPU, OP_WEIGHTED, .output_type = op_float,
+         .infer_shape = linear_infer);
 
-const CustomOp linear_op = {
-    OP_COMMON,
-    .name = name,
-    OP_WEIGHTED,
-    .input_count = inputs,
-    .output_type = op_float,
-    .output_count = op_single,
-    .infer_shape = infer,
-};
-
-static const char *argmax_name(const CustomOp *op) { return (void)op, "ArgmaxLinear"; }
 static int argmax_output_type(const CustomOp *op, size_t index) {
   return (void)op, index ? TENSOR_FLOAT : TENSOR_INT64;
 }
-static size_t argmax_inputs(const CustomOp *op) { return (void)op, LINEAR_INPUTS - 1; }
-static size_t argmax_outputs(const CustomOp *op) { return (void)op, 2; }
 
-const CustomOp argmax_linear_op = {
-    OP_COMMON,
-    .name = argmax_name,
-    OP_WEIGHTED,
-    .input_count = argmax_inputs,
-    .output_type = argmax_output_type,
-    .output_count = argmax_outputs,
-};
+OPERATOR(argmax_linear_op, "ArgmaxLinear", LINEAR_INPUTS - 1, 2, OP_ON_CPU, OP_WEIGHTED,
+         .output_type = argmax_output_type);

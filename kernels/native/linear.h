@@ -5,7 +5,8 @@
 #include "kernels.h"
 #include "op.h"
 
-enum { LINEAR_TILES = 4, LINEAR_INPUTS = 6, LINEAR_PHASES = 2 };
+enum { X, WEIGHTS, GAIN, BIAS, RESIDUAL, SHIFT, LINEAR_INPUTS };
+enum { LINEAR_TILES = 4, LINEAR_PHASES = 2 };
 
 typedef struct {
   int64_t k, n, outputs, center, held, gated, argmax, group_bytes;
@@ -41,5 +42,7 @@ Status linear_init(Linear *op, Options from, int argmax);
 Status linear_plan(const Linear *op, const Tensor *in, LinearJob *job);
 /* The phases of the run, at most LINEAR_PHASES; how many. */
 size_t linear_phases(LinearJob *job, const Tensor *in, void *y, char *memory, Phase *phases);
+/* The shape of y, from what is known before the graph runs. */
+Status linear_infer(const CustomOp *self, void *context);
 
 #endif

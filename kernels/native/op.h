@@ -43,6 +43,10 @@ int64_t attribute_int(Options from, const char *name, int64_t otherwise);
 float attribute_float(Options from, const char *name, float otherwise);
 /* Empty when absent or longer than `size` allows. */
 void attribute_string(Options from, const char *name, char *out, size_t size);
+/* The place of an attribute among words, a list that ends in NULL: the first where it is absent.
+ * Another is an error of `owner`. */
+Status attribute_word(Options from, const char *owner, const char *name, const char *const *words,
+                      int *at);
 /* Up to `most` numbers; how many there are, 0 when absent. */
 size_t attribute_ints(Options from, const char *name, int64_t *out, size_t most);
 
@@ -63,9 +67,6 @@ static inline int64_t up_to(int64_t value, int64_t multiple) {
 }
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-
-/* Run part(job, i) for each i below `parts`, on ORT's threads where there is more than one. */
-Status run_parts(void *context, void (*part)(void *, size_t), int64_t parts, void *job);
 
 /* Work that begins when that of the phase before has ended: part(job, i, thread) for each i below
  * `parts`, by any thread and in any order. Neighbours are mostly run by one thread, in order.
@@ -90,9 +91,9 @@ extern const CustomOp cuda_linear_op, cuda_attention_op;
 extern const CustomOp conv_op, conv_transpose_op, pixel_attention_op;
 
 /* The parts of an operator that are alike in all of them. */
-const char *op_provider(const CustomOp *);
-int op_none(const CustomOp *, size_t);
-int op_outputs(const CustomOp *, size_t);
+const char *op_any_cpu(const CustomOp *);
+int op_default_memory(const CustomOp *, size_t);
+int op_required(const CustomOp *, size_t);
 int op_one(const CustomOp *);
 int op_mixed(const CustomOp *);
 int op_newest(const CustomOp *);
@@ -101,20 +102,30 @@ void op_release_map(int *, int *);
 void *op_create_v1(const CustomOp *, const void *, const void *);
 void op_compute_v1(void *, void *);
 int op_float(const CustomOp *, size_t);
-size_t op_single(const CustomOp *);
 int op_packed_second(const CustomOp *, size_t);
 int op_two_required(const CustomOp *, size_t);
 
-/* A file's operators share its `create` and `compute`; what they make is one block of memory. */
-#define OP_ANYWHERE \
-  .version = ORT_ABI_VERSION, .create = op_create_v1, .compute = op_compute_v1, \
-  .create_v2 = create, .compute_v2 = compute, .destroy = free, \
-  .output_characteristic = op_outputs, .input_memory = op_none, \
-  .variadic_input_min = op_one, .variadic_input_homogeneous = op_mixed, \
-  .variadic_output_min = op_one, .variadic_output_homogeneous = op_mixed, .start_version = op_one, \
-  .end_version = op_newest, .may_inplace = op_no_map, .release_may_inplace = op_release_map, \
-  .alias_map = op_no_map, .release_alias_map = op_release_map
-#define OP_COMMON OP_ANYWHERE, .provider = op_provider
+/* Defines an operator: what it is called, how many inputs and outputs it has, and the fields that
+ * differ between operators. A file's operators share its `create` and `compute`; what they make is
+ * one block of memory. */
+#define OPERATOR(op, title, most_inputs, most_outputs, ...) \
+  static const char *op##_name(const CustomOp *self) { return (void)self, title; } \
+  static size_t op##_inputs(const CustomOp *self) { return (void)self, most_inputs; } \
+  static size_t op##_outputs(const CustomOp *self) { return (void)self, most_outputs; } \
+  const CustomOp op = { \
+    .version = ORT_ABI_VERSION, .create = op_create_v1, .compute = op_compute_v1, \
+    .create_v2 = create, .compute_v2 = compute, .destroy = free, \
+    .name = op##_name, .input_count = op##_inputs, .output_count = op##_outputs, \
+    .input_memory = op_default_memory, \
+    .variadic_input_min = op_one, .variadic_input_homogeneous = op_mixed, \
+    .variadic_output_min = op_one, .variadic_output_homogeneous = op_mixed, \
+    .start_version = op_one, .end_version = op_newest, \
+    .may_inplace = op_no_map, .release_may_inplace = op_release_map, \
+    .alias_map = op_no_map, .release_alias_map = op_release_map, \
+    __VA_ARGS__}
+
+/* Fields of an operator whose outputs are all made, on the CPU. */
+#define OP_ON_CPU .provider = op_any_cpu, .output_characteristic = op_required
 
 /* Inputs of an operator on packed weights: x, the weights, then optional floats. */
 #define OP_WEIGHTED .input_type = op_packed_second, .input_characteristic = op_two_required

@@ -44,7 +44,7 @@ enum {
   KernelContext_ParallelFor = 274,
 };
 
-enum { ORT_FAIL = 1, ORT_INVALID_ARGUMENT = 2 };          /* OrtErrorCode */
+enum { ORT_INVALID_ARGUMENT = 2 }; /* OrtErrorCode */
 enum { ANY_TYPE = 0, TENSOR_FLOAT = 1, TENSOR_UINT8 = 2, TENSOR_INT8 = 3, TENSOR_INT32 = 6,
        TENSOR_INT64 = 7, TENSOR_FLOAT16 = 10 }; /* ONNXTensorElementDataType */
 enum { REQUIRED = 0, OPTIONAL = 1, VARIADIC = 2 };        /* of an input or output */

@@ -198,8 +198,10 @@ def rows_of(data: Any, config: Mapping[str, Any], seed: int = 0) -> Array:
         data = _read(path, columns)
     try:
         rows = np.asarray(data, np.float64)
-    except (TypeError, ValueError) as error:
-        raise RequestError(f"data is not numeric ({error}): expected rows of numbers") from None
+    except (TypeError, ValueError):
+        raise RequestError(
+            f"data is not numeric: expected rows of {len(columns)} numbers each"
+        ) from None
     if "image" in config and rows.ndim == 4:
         channels, *size = config["image"]["shape"]
         if rows.shape[1:] != (*size, channels):

@@ -7,7 +7,7 @@ either way); int8 has a scale for each position of each head.
 
 from __future__ import annotations
 
-from leangen_kernels.layout import CACHES
+from leangen_kernels.cache_layout import CACHES
 from onnx import ModelProto, helper
 
 from leangen.lowering.draft import DOMAIN, set_option

@@ -12,7 +12,7 @@ on a scale for each output pixel's patch, finer than the one scale of a tensor t
 from __future__ import annotations
 
 import numpy as np
-from leangen_kernels import layout
+from leangen_kernels import conv_layout
 from onnx import NodeProto
 
 from leangen.graph_edit import Array, attributes
@@ -68,8 +68,8 @@ def _replace(graph: Draft, node: NodeProto) -> bool:
         if len(kernel) != 1 or dilations != unit or any(options.get("output_padding", ())):
             return False
         given["strides"] = strides
-        codes = layout.transposed_weights(codes, strides[0])
-        scales = layout.transposed_weights(scales, strides[0], edge=True)
+        codes = conv_layout.transposed(codes, strides[0])
+        scales = conv_layout.transposed(scales, strides[0], edge=True)
     elif strides != unit:
         return False
     else:
@@ -81,8 +81,8 @@ def _replace(graph: Draft, node: NodeProto) -> bool:
     if bias is None:
         return False
     try:
-        block, scales = layout.conv_blocks(scales)
-        packed = layout.pack_conv(bits, codes, scales, block)
+        block, scales = conv_layout.scale_blocks(scales)
+        packed = conv_layout.pack(bits, codes, scales, block)
     except ValueError:
         return False
     x, output = _before(graph, node.input[0]), _after(graph, node.output[0])

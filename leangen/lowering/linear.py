@@ -206,8 +206,9 @@ def put(
     """Put a `Linear` in place of nodes; False, with nothing changed, when no layout fits."""
     for block in (layout.BLOCK, 16):
         try:
-            form = layout.form_for(weights.bits, weights.scales, weights.minima, block)
-            packed = layout.pack(form, weights.codes, weights.scales, weights.minima)
+            form, packed = layout.pack_smallest(
+                weights.bits, weights.codes, weights.scales, weights.minima, block
+            )
         except ValueError:
             continue
         n, k = weights.codes.shape

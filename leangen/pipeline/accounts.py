@@ -17,8 +17,9 @@ from typing import Any
 
 from leangen import energy, host
 from leangen.attribution import largest_remainder
-from leangen.engine import Engine, Measured, latency_of
+from leangen.engine import Engine
 from leangen.meters import Selection
+from leangen.receipts import Measured, latency_of
 from leangen.records import Energy, MeterWindow, Output, Receipt, Runtime, StepEnergy, Units
 
 _HOW = {"measured": "between two looks at the meters", "shared": "shared by time"}

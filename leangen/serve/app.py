@@ -155,14 +155,7 @@ def _errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        place = [str(part) for part in first["loc"] if part != "body"]
-        param = ".".join(place)[:200] or None
-        message = f"{param}: {first['msg']}" if param else str(first["msg"])
-        code = "invalid_json" if first["type"] == "json_invalid" else "invalid_value"
-        return JSONResponse(
-            problems.shaped(message, "invalid_request_error", code, param), status_code=400
-        )
+        return JSONResponse(problems.invalid(error.errors(), error.body), status_code=400)
 
     @app.exception_handler(HTTPException)
     async def http(_: Request, error: HTTPException) -> JSONResponse:

@@ -19,8 +19,7 @@ from leangen.serve.account import Account
 from leangen.serve.jobs import Event, Finished, Job
 from leangen.serve.models import Models, Served
 from leangen.serve.options import Options
-from leangen.serve.power import cleanest_delay_s
-from leangen.serve.problems import BudgetError
+from leangen.serve.power import cleanest_delay_s, hold_to_budgets
 from leangen.serve.prometheus import Metrics
 
 T = TypeVar("T")
@@ -55,10 +54,7 @@ class Server:
         return await asyncio.to_thread(self._within_budget, served)
 
     def _within_budget(self, served: Served) -> tuple[Served, str | None]:
-        try:
-            self.guard.before(self.options.tag)
-        except RequestError as error:
-            raise BudgetError(str(error)) from None
+        hold_to_budgets(self.guard, self.options.tag)
         smaller = self.models.cheaper(served) if self.options.cheaper else None
         if smaller is not None:
             for budget in self.options.budgets:

@@ -59,6 +59,15 @@ def answer(call: Call, content: dict[str, Any], reason: str | None) -> Response:
     return JSONResponse(content, headers=calls.energy_headers(call.receipts))
 
 
+def headers(call: Call, served: Served, reason: str | None) -> dict[str, str]:
+    """Of a response that is not JSON: the model, its cost, and `reason` as for `answer`."""
+    said = {"x-leangen-model": served.name}
+    said |= {} if reason is None else {"x-leangen-reason": reason}
+    # A header holds ASCII, and a model may be called anything.
+    plain = {name: text.encode("ascii", "replace").decode() for name, text in said.items()}
+    return calls.energy_headers(call.receipts) | plain
+
+
 def nobody() -> Response:
     """For a client that has gone: nobody reads it."""
     return Response(status_code=499)

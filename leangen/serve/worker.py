@@ -15,8 +15,9 @@ from dataclasses import dataclass, field, replace
 
 from leangen import clock, host
 from leangen.console import say
-from leangen.engine import Engine, Measured
+from leangen.engine import Engine
 from leangen.errors import LeangenError
+from leangen.receipts import Measured
 from leangen.records import Output
 from leangen.serve import problems, runners
 from leangen.serve.account import Account, Tab, Worker
@@ -73,7 +74,9 @@ class ModelWorker:
         metrics: Metrics,
         limits: Limits,
         cap: PowerCap | None = None,
+        allow: Callable[[], None] = lambda: None,
     ) -> None:
+        """`allow` raises a LeangenError where no further job may begin."""
         self.name = name
         self.memory_bytes = memory_bytes
         """What it may come to hold: its weights, and the cache of a full batch."""
@@ -84,6 +87,7 @@ class ModelWorker:
         self._metrics = metrics
         self._limits = limits
         self._cap = cap
+        self._allow = allow
         self._wake = threading.Condition()
         self._queue = FairQueue(limits.queue)
         self._running: dict[Job, _Running] = {}
@@ -288,6 +292,7 @@ class ModelWorker:
             self._metrics.queued(self.name, (now_ns - job.queued_ns) / 1e9)
             self._running[job] = _Running(self._account.open(), now_ns)
             try:
+                self._allow()  # others may have used up a budget since it came
                 runner.add(job)
             except LeangenError as error:
                 self._end(job, None)

@@ -18,7 +18,7 @@ power of two for each row, and the sums of their blocks of 32 (fp32) stand besid
 eights are permuted as above, with a scale (fp32) and a sum (int32) for each block.
 
 **Caches** of keys and values [batch, heads, capacity, columns] stand in order with fp16; with int8
-in blocks of 16 positions, codes [16, width], then 16 scales (fp32): `layout.read_cache` with
+in blocks of 16 positions, codes [16, width], then 16 scales (fp32): `cache_layout.read` with
 keys=False reads both.
 """
 
