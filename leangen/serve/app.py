@@ -133,6 +133,7 @@ def _model(server: Server, name: str) -> dict[str, Any]:
         "conditions": served.bundle.config.get("conditions") or {},
         "columns": served.bundle.config.get("columns") or [],
         "voices": media.voices(served),
+        "chats": bool(served.bundle.config.get("chat_template")),
         "reads_text": bool(served.bundle.config.get("text")),
     }
 

@@ -51,6 +51,8 @@ def build(
         raise DependencyError(
             "the server needs its libraries: pip install 'leangen[serve]'"
         ) from error
+    if options.otel:
+        otel.export()
     keys = None if options.api_key_file is None else read_keys(options.api_key_file)
     footprint = carbon.footprint(options.region, intensity=options.intensity)
     cap = None if options.power_cap_w is None else PowerCap(options.power_cap_w)

@@ -19,16 +19,7 @@ def call(
     server: Server, served: Served, request: Request, body: Body, options: dict[str, Any]
 ) -> Call:
     """The call that carries out one request of the family, with `options`."""
-    told = request.scope.get("leangen")
-    return Call(
-        server,
-        served,
-        [served.family.Request(**options)],
-        client=told["client"] if told else "",
-        priority=body.priority,
-        defer=body.defer,
-        deadline_s=body.deadline_s,
-    )
+    return Call(server, served, [served.family.Request(**options)], request, body)
 
 
 async def output(call: Call, request: Request, served: Served) -> Output | None:

@@ -151,16 +151,7 @@ async def _answer(
         calls=form_of_calls,
     )
     told = request.scope.get("leangen")
-    client = told["client"] if told else ""
-    call = Call(
-        server,
-        served,
-        requests,
-        client=client,
-        priority=body.priority,
-        defer=body.defer,
-        deadline_s=body.deadline_s,
-    )
+    call = Call(server, served, requests, request, body)
     if body.stream:
         return await _stream(call, form, body, prompts, request)
     async with call:

@@ -11,9 +11,10 @@ import threading
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
-from leangen import clock, host
+from leangen import clock, host, otel
 from leangen.console import say
 from leangen.engine import Engine
 from leangen.errors import LeangenError
@@ -378,7 +379,8 @@ class ModelWorker:
             ),
         )
         receipt = replace(receipt, tag=job.tag)
-        ticket = engine.keep(receipt)
+        with nullcontext() if job.caller is None else otel.within(job.caller):
+            ticket = engine.keep(receipt)
         self._metrics.finished(self.name, receipt, output, clock.monotonic_ns() - job.queued_ns)
         done = output or Output(stop_reason="cancelled")
         return Finished(done, receipt, ticket)
