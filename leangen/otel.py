@@ -26,7 +26,7 @@ from datetime import datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from leangen.errors import DependencyError
+from leangen.errors import needs
 from leangen.records import Receipt
 
 if TYPE_CHECKING:
@@ -203,12 +203,11 @@ def _model(receipt: Receipt) -> str:
 
 
 def _api() -> tuple[Any, Any]:
-    try:
+    with needs(
+        "opentelemetry",
+        "opentelemetry.metrics",
+        "opentelemetry.trace",
+        message="OpenTelemetry is not installed: pip install 'leangen[otel]'",
+    ):
         from opentelemetry import metrics, trace
-    except ModuleNotFoundError as error:
-        if error.name not in ("opentelemetry", "opentelemetry.metrics", "opentelemetry.trace"):
-            raise
-        raise DependencyError(
-            "OpenTelemetry is not installed: pip install 'leangen[otel]'"
-        ) from error
     return trace, metrics
