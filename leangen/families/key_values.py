@@ -74,6 +74,12 @@ class OnCard:
             value.update_inplace(mine)
 
 
+def bind_inputs(binding: ort.IOBinding, **arrays: Array) -> None:
+    """Bind arrays as inputs; what is written to one later is what a later run reads."""
+    for name, array in arrays.items():
+        binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
+
+
 def bind(binding: ort.IOBinding, caches: Array) -> None:
     """Bind each layer's keys and values as past and present, so that a run appends in place."""
     for layer, pair in enumerate(caches):
