@@ -12,7 +12,6 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from leangen.errors import RequestError
-from leangen.files import write_atomic
 
 Array = np.ndarray[Any, Any]
 
@@ -22,13 +21,6 @@ HOP = 256
 BANDS = 80
 FLOOR = 1e-5
 """Smallest mel magnitude that counts, as in HiFi-GAN's spectrogram: silence is no -inf dB."""
-
-
-def write_wav(
-    path: Path, samples: Array, sample_rate_hz: int, notes: Mapping[str, str] | None = None
-) -> None:
-    """Write `wav_bytes` to a file; raises what it raises, and StorageError for the disk."""
-    write_atomic(path, wav_bytes(samples, sample_rate_hz, notes))
 
 
 def wav_bytes(samples: Array, sample_rate_hz: int, notes: Mapping[str, str] | None = None) -> bytes:

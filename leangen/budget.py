@@ -193,17 +193,24 @@ class Guard:
 
     def before(self, tag: str | None) -> None:
         """Warn of, or refuse with RequestError, a generation when a budget is used up."""
+        state = self.refusing(tag)
+        if state is not None:
+            raise RequestError(
+                f"{state}; nothing was generated, raise the limit with `leangen budget set` "
+                f"or remove it with `leangen budget rm {state.budget.name}`"
+            )
+
+    def refusing(self, tag: str | None) -> Spent | None:
+        """The state of the budget that forbids a generation, None where none does; warns too."""
         for budget in self._budgets(tag):
             if budget.per == "request":
                 continue
             state = spent(budget, self._ledger, clock.utc_now())
             if state.exceeded and budget.on_exceed == "refuse":
-                raise RequestError(
-                    f"{state}; nothing was generated, raise the limit with `leangen budget set` "
-                    f"or remove it with `leangen budget rm {budget.name}`"
-                )
+                return state
             if state.exceeded:
                 self._notify(f"warning: {state}")
+        return None
 
     def after(self, receipt: Receipt) -> None:
         """Warn of a generation that took more than a request may."""

@@ -45,6 +45,12 @@ def fsync_tree(folder: Path) -> None:
             os.close(fd)
 
 
+def check_free(target: Path) -> None:
+    """StorageError unless nothing is at `target`, or an empty folder."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise StorageError(f"{target} exists already: choose another place or pass --force")
+
+
 @contextmanager
 def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     """A fresh sibling folder to write into, renamed to `target` when the block succeeds.
@@ -53,8 +59,8 @@ def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     as it was. Raises StorageError when `target` exists and `replace` is false, and for a full or
     read-only disk.
     """
-    if target.exists() and not replace and (not target.is_dir() or any(target.iterdir())):
-        raise StorageError(f"{target} exists already: choose another place or pass --force")
+    if not replace:
+        check_free(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.tmp-", dir=target.parent))

@@ -28,14 +28,7 @@ def save(output: Output, path: Path, receipt: Receipt | None = None) -> Path:
     A .png and a .wav carry their receipt, request and seed included, but not the machine's ids.
     Raises RequestError for a suffix that the output cannot take.
     """
-    suffix = suffix_for(output.media, path)
-    if suffix == ".wav":
-        told = {} if receipt is None else _notes(receipt)
-        notes = {_INFO[name]: text for name, text in told.items()}
-        rate_hz = int(output.sample_rate_hz or 0)
-        audio.write_wav(path, np.asarray(output.array), rate_hz, notes)
-    else:
-        write_atomic(path, encode(output, suffix, receipt))
+    write_atomic(path, encode(output, suffix_for(output.media, path), receipt))
     return path
 
 
@@ -68,10 +61,14 @@ def suffix_for(media: Media, path: Path) -> str:
 
 
 def encode(output: Output, suffix: str, receipt: Receipt | None = None) -> bytes:
-    """The bytes of an output as .txt, .png (which keeps the receipt), .csv or .npy."""
+    """The bytes of an output as .txt, .csv or .npy, or as .png or .wav, which keep the receipt."""
     if suffix == ".txt":
         return (output.text or "").encode()
     array = np.asarray(output.array)
+    notes = {} if receipt is None else _notes(receipt)
+    if suffix == ".wav":
+        named = {_INFO[name]: text for name, text in notes.items()}
+        return audio.wav_bytes(array, int(output.sample_rate_hz or 0), named)
     buffer = io.BytesIO()
     if suffix == ".npy":
         np.save(buffer, array)
@@ -88,7 +85,7 @@ def encode(output: Output, suffix: str, receipt: Receipt | None = None) -> bytes
         else:
             tiles = to_bytes(array, output.extra.get("range"))
         info = PngInfo()
-        for name, text in ({} if receipt is None else _notes(receipt)).items():
+        for name, text in notes.items():
             info.add_itxt(name, text, zip=len(text) > 1000)
         Image.fromarray(grid(tiles)).save(buffer, "png", pnginfo=info)
     return buffer.getvalue()

@@ -15,18 +15,20 @@ Metrics:
     leangen.emissions                 g         operational CO2e, by leangen.source
 
 An estimate is never in `hw.energy`, which dashboards add up. Neither prompt nor output leaves the
-program. Where to is the application's OpenTelemetry configuration. The packages are the extra
-`otel`, and are not imported before the first `record`.
+program. Where to is the application's OpenTelemetry configuration; `export` is one for a program
+that has none, such as `leangen serve`. The packages are the extra `otel`, and are not imported
+before they are used.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from leangen.errors import needs
+from leangen.errors import DependencyError, needs
 from leangen.records import Receipt
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from opentelemetry.trace import TracerProvider
 
 PROVIDER = "leangen"
+_MISSING = "OpenTelemetry is not installed: pip install 'leangen[otel]'"
 DURATION_BUCKETS_S = [0.01 * 2**n for n in range(14)]
 TOKEN_BUCKETS = [4**n for n in range(14)]
 """The boundaries that the conventions advise."""
@@ -153,6 +156,63 @@ def record(receipt: Receipt) -> None:
     _global().record(receipt)
 
 
+def export() -> None:
+    """Send spans and metrics by OTLP over HTTP, where the program has not said where they go.
+
+    The address is OTEL_EXPORTER_OTLP_ENDPOINT, else this machine's port 4318; the other variables
+    of OpenTelemetry hold as well. What is left is sent when the program ends. Raises
+    DependencyError without the extra `otel`.
+    """
+    trace, metrics = _api()
+    try:
+        from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+        from opentelemetry.sdk.metrics import MeterProvider
+        from opentelemetry.sdk.metrics.export import PeriodicExportingMetricReader
+        from opentelemetry.sdk.resources import SERVICE_NAME, Resource
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("opentelemetry"):
+            raise
+        raise DependencyError(_MISSING) from error
+    if isinstance(trace.get_tracer_provider(), TracerProvider):
+        return
+    resource = Resource.create()
+    if str(resource.attributes[SERVICE_NAME]).startswith("unknown_service"):
+        resource = resource.merge(Resource({SERVICE_NAME: PROVIDER}))
+    tracers = TracerProvider(resource=resource)
+    tracers.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    trace.set_tracer_provider(tracers)
+    reader = PeriodicExportingMetricReader(OTLPMetricExporter())
+    metrics.set_meter_provider(MeterProvider(resource=resource, metric_readers=[reader]))
+
+
+def caller(headers: Mapping[str, str]) -> Any:
+    """The context of a request: the span that is open here, else the one that its headers name.
+
+    Headers as of W3C Trace Context. A web framework may have opened a span for the request.
+    """
+    from opentelemetry import context, trace
+    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+    if trace.get_current_span().get_span_context().is_valid:
+        return context.get_current()
+    return TraceContextTextMapPropagator().extract(headers)
+
+
+@contextmanager
+def within(caller: Any) -> Iterator[None]:
+    """What is recorded here belongs to the trace of a `caller`."""
+    from opentelemetry import context
+
+    token = context.attach(caller)
+    try:
+        yield
+    finally:
+        context.detach(token)
+
+
 def attributes(receipt: Receipt) -> Iterator[tuple[str, Any]]:
     """The attributes of a receipt's span; what is unknown is left out."""
     energy, latency, carbon, units = receipt.energy, receipt.latency, receipt.carbon, receipt.units
@@ -203,11 +263,7 @@ def _model(receipt: Receipt) -> str:
 
 
 def _api() -> tuple[Any, Any]:
-    with needs(
-        "opentelemetry",
-        "opentelemetry.metrics",
-        "opentelemetry.trace",
-        message="OpenTelemetry is not installed: pip install 'leangen[otel]'",
-    ):
+    names = "opentelemetry", "opentelemetry.metrics", "opentelemetry.trace"
+    with needs(*names, message=_MISSING):
         from opentelemetry import metrics, trace
     return trace, metrics

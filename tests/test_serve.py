@@ -8,6 +8,8 @@ import json
 import re
 import shutil
 import subprocess
+import urllib.error
+import urllib.request
 import wave
 from http.client import HTTPConnection
 
@@ -19,6 +21,7 @@ import serving
 from PIL import Image
 
 from leangen import audio
+from leangen.serve import text
 
 CHAT = [{"role": "user", "content": "hello world"}]
 
@@ -108,6 +111,15 @@ def test_completions_of_several_prompts_and_replies(client):
     assert by_tokens.usage.completion_tokens == 4
 
 
+def test_prompts_may_be_tokens(client):
+    asked = {"model": "tiny-text", "max_tokens": 3, "temperature": 0}
+    prompts = [[5, 6, 7], [8]]
+    together = client.completions.create(**asked, prompt=prompts)
+    alone = [client.completions.create(**asked, prompt=prompt) for prompt in prompts]
+    assert [c.text for c in together.choices] == [reply.choices[0].text for reply in alone]
+    assert together.usage.prompt_tokens == sum(reply.usage.prompt_tokens for reply in alone)
+
+
 def test_stop_strings_end_a_reply(client):
     asked = {"model": "tiny-text", "prompt": "hello", "max_tokens": 30, "seed": 1}
     text = client.completions.create(**asked, extra_body={"ignore_eos": True}).choices[0].text
@@ -127,7 +139,7 @@ def test_logprobs(client):
         assert token.logprob == token.top_logprobs[0].logprob <= 0  # greedy
     plain = client.completions.create(**asked, prompt="hello", logprobs=2).choices[0]
     assert len(plain.logprobs.tokens) == len(plain.logprobs.token_logprobs)
-    assert "".join(plain.logprobs.tokens[:2]) in plain.text
+    assert plain.text.startswith(plain.logprobs.tokens[0])
 
 
 def test_logprobs_are_streamed_with_their_tokens(client):
@@ -151,6 +163,27 @@ def test_logprobs_are_streamed_with_their_tokens(client):
     for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
         joined = [value for part in parts if part for value in getattr(part, name)]
         assert joined == getattr(plain, name)
+
+
+def test_the_bytes_of_tokens_that_are_parts_of_a_character_join_to_the_text(client):
+    # The three bytes of 日, of which each is a token; a bias makes their order certain.
+    asked = {"model": "tiny-text", "max_tokens": 1, "temperature": 0}
+    parts = []
+    for token in (165, 248, 101):
+        asked["logit_bias"] = {token: 100}
+        chosen = client.chat.completions.create(**asked, messages=CHAT, logprobs=True).choices[0]
+        [told] = chosen.logprobs.content
+        parts += told.bytes
+        assert told.token == f"\\x{told.bytes[0]:02x}"
+        plain = client.completions.create(**asked, prompt="hello", logprobs=1).choices[0].logprobs
+        assert plain.tokens == [f"bytes:{told.token}"]
+    assert bytes(parts).decode() == "日"
+
+
+def test_each_token_has_its_place_in_the_text():
+    places = text._Places()
+    tokens = [b"\xe6", b"\x97\xa5", b"a", b"\xf0\x9f", b"\x98\x80", b"!"]  # 日a😀!
+    assert [places.pass_over(token) for token in tokens] == [0, 0, 1, 2, 2, 3]
 
 
 def test_a_reply_that_must_be_json(client):
@@ -271,7 +304,17 @@ def test_images(client, running):
         )
         assert first.size == second.size == (size, size)
         assert first.tobytes() != second.tobytes()
-        assert kept(running, reply.usage.energy["receipts"][0])["units"]["count"] == units
+        [receipt_id] = reply.usage.energy["receipts"]
+        assert kept(running, receipt_id)["units"]["count"] == units
+        assert json.loads(first.text["Comment"])["id"] == receipt_id
+
+
+def test_a_size_that_a_model_does_not_draw_costs_nothing(client, running):
+    before = len(running[1].ledger.entries())
+    for model, size in (("tiny-image", "8x8"), ("tiny-pixels", "6x6")):
+        with pytest.raises(openai.BadRequestError, match=f"draws {size}"):
+            client.images.generate(model=model, prompt="", size="1024x1024")
+    assert len(running[1].ledger.entries()) == before
 
 
 def test_speech(client, running):
@@ -290,10 +333,16 @@ def test_speech(client, running):
     assert float(headers["x-leangen-energy-joules"]) > 0
     asked = {"model": "tiny-voice", "input": "abc ab.", "extra_body": {"phonemes": True, "seed": 1}}
     named = client.audio.speech.create(**asked, voice="alloy", response_format="wav")
-    assert named.content == sound
+    with wave.open(io.BytesIO(sound)) as file, wave.open(io.BytesIO(named.content)) as again:
+        assert file.readframes(file.getnframes()) == again.readframes(again.getnframes())
     with pytest.raises(openai.BadRequestError, match="expected one of default"):
         client.audio.speech.create(**asked, voice="bob", response_format="wav")
-    assert kept(running, headers["x-leangen-receipt"])["family"] == "flow"
+    receipt_id = headers["x-leangen-receipt"]
+    assert kept(running, receipt_id)["family"] == "flow"
+    assert receipt_id.encode() in sound  # the file tells what it cost, raw samples cannot
+    raw = client.audio.speech.create(**asked, voice="default", response_format="pcm")
+    with wave.open(io.BytesIO(sound)) as file:
+        assert raw.content == file.readframes(file.getnframes())
 
 
 def test_transcriptions(client, http, running):
@@ -324,6 +373,14 @@ def test_bad_uploads_get_openais_error_shape(http):
         ({"model": "tiny-ears", "temperature": "hot"}, sound, "temperature"),
         ({"model": "tiny-ears", "prompt": "names"}, sound, "prompt is not supported"),
         ({"model": "tiny-ears", "language": "de"}, sound, "de"),
+        ({"model": "tiny-ears", "colour": "red"}, sound, "colour is not known here"),
+        ({"model": "tiny-ears", "defer": "true"}, sound, "--intensity"),
+        ({"model": "tiny-ears", "deadline_s": "0"}, sound, "deadline_s"),
+        (
+            {"model": "tiny-ears", "timestamp_granularities[]": ["word", "segment"]},
+            sound,
+            "timestamp_granularities",
+        ),
         ({}, sound, "model"),
     ):
         reply = http.post("/v1/audio/transcriptions", data=data, files={"file": ("a", content)})
@@ -389,7 +446,7 @@ def test_json_that_is_sent_as_something_else_is_told_apart(http):
     ("path", "body", "status", "says"),
     [
         ("/v1/completions", b"{nonsense", 400, "JSON"),
-        ("/v1/completions", b"[]", 400, "valid dictionary"),
+        ("/v1/completions", b"[]", 400, "JSON object"),
         ("/v1/completions", {"model": "tiny-text"}, 400, "prompt"),
         ("/v1/completions", {"model": "no", "prompt": "a"}, 404, "not served here"),
         ("/v1/completions", {"model": "../../etc/passwd", "prompt": "a"}, 404, "not served here"),
@@ -483,6 +540,15 @@ def test_json_that_is_sent_as_something_else_is_told_apart(http):
         ("/v1/flows/log_density", {"model": "tiny-flow", "rows": [[1]]}, 400, "shape"),
         ("/v1/flows/log_density", {"model": "tiny-flow", "rows": "/etc/passwd"}, 400, "list"),
         ("/v1/nothing", {}, 404, "Not Found"),
+        ("/v1/completions", b'{"model":', 400, "not JSON: Expecting value at character 9"),
+        ("/v1/completions", b"", 400, "body is empty"),
+        ("/v1/flows/log_density", {"model": "tiny-flow", "rows": [[1], [1, 2]]}, 400, "3 numbers"),
+        (
+            "/v1/chat/completions",
+            {"model": "tiny-text", "messages": CHAT, "top_logprobs": 2},
+            400,
+            "logprobs is not",
+        ),
     ],
 )
 def test_bad_requests_get_openais_error_shape(http, path, body, status, says):
@@ -493,6 +559,33 @@ def test_bad_requests_get_openais_error_shape(http, path, body, status, says):
     assert set(error) == {"message", "type", "param", "code"}
     assert says in error["message"]
     assert "Traceback" not in reply.text
+
+
+@pytest.mark.parametrize(
+    ("asked", "param", "says"),
+    [
+        ({"colour": "red"}, "colour", "is not known here: leave it out"),
+        ({"prompt": [1, -2]}, "prompt.1", "greater than or equal to 0"),
+        ({"prompt": ["a", 1]}, "prompt.1", "valid string"),
+        ({"prompt": [[1], [2, "a"]]}, "prompt.1.1", "valid integer"),
+        ({"prompt": []}, "prompt", "at least 1"),
+        ({"prompt": {"a": 1}}, "prompt", "valid string"),
+        ({"stop": ["a"] * 17}, "stop", "at most 16"),
+        ({"stream_options": {"x": 1}}, "stream_options.x", "not known here"),
+    ],
+)
+def test_what_is_wrong_with_a_value_is_named_by_its_place(http, asked, param, says):
+    reply = http.post("/v1/completions", json={"model": "tiny-text", "prompt": "a"} | asked)
+    assert reply.status_code == 400
+    assert reply.json()["error"]["param"] == param
+    assert says in reply.json()["error"]["message"]
+
+
+def test_a_part_of_a_message_that_is_no_text_is_named(http):
+    picture = {"type": "image_url", "image_url": {"url": "x"}}
+    asked = {"model": "tiny-text", "messages": [{"role": "user", "content": [picture]}]}
+    error = http.post("/v1/chat/completions", json=asked).json()["error"]
+    assert error["param"] == "messages.0.content.0.type"
 
 
 def test_the_openai_client_raises_its_own_errors(client):
@@ -532,11 +625,14 @@ def test_a_huge_body_is_refused_before_it_is_read(http):
         for _ in range(100):
             yield b"x" * 1_000_000
 
-    try:
-        unstated = http.post("/v1/completions", content=megabytes())
-    except httpx.TransportError:  # the server may close while we still send
-        return
+    unstated = http.post("/v1/completions", content=megabytes())
     assert unstated.status_code == 413
+    # A client that sends all before it reads sees the answer too.
+    whole = urllib.request.Request(f"{http.base_url}/v1/completions", bytes(100_000_000))
+    with pytest.raises(urllib.error.HTTPError) as met:
+        urllib.request.build_opener(urllib.request.ProxyHandler({})).open(whole, timeout=30)
+    assert met.value.code == 413
+    assert json.loads(met.value.read())["error"]["code"] == "request_too_large"
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import shutil
 import signal
@@ -12,11 +13,12 @@ import time
 from datetime import datetime, timedelta
 
 import httpx
+import numpy as np
 import pytest
 import serving
 import tiny_bundles
 
-from leangen import budget, clock
+from leangen import audio, budget, clock
 from leangen.errors import OutOfMemoryError
 from leangen.families.batch import Batch
 from leangen.ledger import Ledger
@@ -318,6 +320,19 @@ def test_slow_senders_are_cut_off_and_harm_nobody(text_model, monkeypatch):
         assert sent(address, twice, twice, b"GET /hea", wait_s=0.2).count(b'"ok"') == 2
 
 
+def test_too_many_connections_are_told_so(text_model, home):
+    with serving.process([text_model], home) as (address, _), contextlib.ExitStack() as held:
+        host, port = address.removeprefix("http://").split(":")
+        for _ in range(access.MOST_CONNECTIONS):
+            held.enter_context(socket.create_connection((host, int(port))))
+        with client(address) as http:
+            reply = http.get("/health")
+            assert reply.status_code == 503
+            assert reply.json()["error"]["code"] == "overloaded"
+            held.close()
+            assert until(lambda: http.get("/health").status_code == 200)
+
+
 def test_what_is_not_http_gets_the_shape_of_every_error(text_model):
     with serving.serving([text_model]) as (address, _):
         answer = sent(address, b"\x16\x03\x01 nonsense\r\n\r\n")
@@ -401,7 +416,7 @@ def test_asking_too_often(text_model):
         assert statuses == [200, 200, 200, 429]
         reply = http.post("/v1/completions", json=asked)
         assert reply.json()["error"]["code"] == "rate_limit_exceeded"
-        assert int(reply.headers["retry-after"]) > 0
+        assert 1 <= int(reply.headers["retry-after"]) <= 20  # the next of three a minute
         assert http.get("/v1/models").status_code == 200
 
 
@@ -531,35 +546,82 @@ def test_a_used_up_budget_is_429(text_model):
         assert error["code"] == "budget_exceeded"
         assert "1e-09 J spent" in error["message"]
         assert "estimated" in error["message"]
+        assert "leangen budget" not in error["message"]  # a client cannot raise it
 
 
-def test_a_cheaper_precision_answers_near_the_end_of_a_budget(tmp_path):
-    dear = tiny_bundles.diffusion(tmp_path / "dear")
-    cheap = tmp_path / "cheap"
+def test_what_waits_does_not_begin_when_a_budget_is_used_up_meanwhile(text_model, slowly):
+    limit = budget.Budget(per="day", limit=1e-9, on_exceed="refuse")
+    limits = Limits(max_batch=1, context=128)
+    with serving.serving([text_model], budgets=[limit], limits=limits) as (address, _):
+        replies = []
+
+        def ask():
+            with client(address) as http:
+                replies.append(http.post("/v1/completions", json=LONG | {"max_tokens": 5}))
+
+        threads = [threading.Thread(target=ask) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        statuses = sorted(reply.status_code for reply in replies)
+        assert statuses[0] == 200 and statuses[-1] == 429
+        assert statuses.count(200) < 3  # the one that ran, and one whose receipt was being written
+
+
+def two_precisions(build, folder):
+    """NAME=PATH of a bundle and of one that passes for a smaller precision of it."""
+    dear = build(folder / "dear")
+    cheap = folder / "cheap"
     shutil.copytree(dear.path, cheap)
-    (cheap / "leangen.json").write_text(
-        json.dumps(json.loads((cheap / "leangen.json").read_text()) | {"scheme": "int8"})
-    )
     manifest = json.loads((dear.path / "leangen.json").read_text())
+    (cheap / "leangen.json").write_text(json.dumps(manifest | {"scheme": "int8"}))
     (dear.path / "more").write_bytes(bytes(1000))
     manifest["files"]["more"] = {"bytes": 1000, "sha256": ""}
     (dear.path / "leangen.json").write_text(json.dumps(manifest))
-    models = [f"dear={dear.path}", f"cheap={cheap}"]
-    limit = budget.Budget(per="day", limit=1e9, on_exceed="refuse")
+    return [f"dear={dear.path}", f"cheap={cheap}"]
+
+
+def near_its_end(server):
+    """The server's budget is nearly used up now."""
+    spent_j = sum(receipt["energy"]["gross_j"] for receipt in server.ledger.entries())
+    near = budget.Budget(per="day", limit=spent_j * 1.2, on_exceed="refuse")
+    object.__setattr__(server.options, "budgets", [near])
+
+
+def test_a_cheaper_precision_answers_near_the_end_of_a_budget(tmp_path):
+    models = two_precisions(tiny_bundles.diffusion, tmp_path)
     asked = {"model": "dear", "seed": 1}
-    with (
-        serving.serving(models, budgets=[limit], cheaper=True) as (address, server),
-        client(address) as http,
-    ):
+    with serving.serving(models, cheaper=True) as (address, server), client(address) as http:
         first = http.post("/v1/images/generations", json=asked).json()
         assert first["model"] == "dear"
         assert "leangen" not in first
-        spent_j = first["usage"]["energy"]["joules"]
-        near = budget.Budget(per="day", limit=spent_j * 1.2, on_exceed="refuse")
-        object.__setattr__(server.options, "budgets", [near])
+        near_its_end(server)
         second = http.post("/v1/images/generations", json=asked).json()
         assert second["model"] == "cheap"
         assert "cheap answers for dear" in second["leangen"]["reason"]
+
+
+@pytest.mark.parametrize("family", ["flow/speech", "seq2seq/transcription"])
+def test_headers_tell_of_a_cheaper_precision_where_the_answer_is_no_json(tmp_path, family):
+    models = two_precisions(tiny_bundles.BUILDERS[family], tmp_path)
+    sound = audio.wav_bytes(np.sin(np.arange(8000) / 10), 16_000)
+    form = {"model": "dear", "response_format": "text"}
+    speech = {"model": "dear", "input": "abc", "phonemes": True}
+    with serving.serving(models, cheaper=True) as (address, server), client(address) as http:
+
+        def ask():
+            if family == "flow/speech":
+                return http.post("/v1/audio/speech", json=speech).headers
+            files = {"file": ("sound.wav", sound)}
+            return http.post("/v1/audio/transcriptions", data=form, files=files).headers
+
+        first = ask()
+        assert (first["x-leangen-model"], first.get("x-leangen-reason")) == ("dear", None)
+        near_its_end(server)
+        second = ask()
+        assert second["x-leangen-model"] == "cheap"
+        assert "cheap answers for dear" in second["x-leangen-reason"]
 
 
 def test_sigterm_lets_a_stream_finish_and_hands_back_what_waits(text_model, home):

@@ -7,11 +7,14 @@ import re
 import shutil
 from pathlib import Path
 
+import gguf_fixtures
 import numpy as np
 import pytest
 import serving
 
 from leangen import audio
+from leangen.exporters import gguf
+from leangen.serve.app import PAGE
 
 SHOWN = {
     "tiny-text": "#out",
@@ -23,6 +26,7 @@ SHOWN = {
     "tiny-image": "#out img",
     "tiny-shot": "#out img",
     "tiny-pixels": "#out img",
+    "tiny-rows": "#out img",
 }
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
@@ -57,11 +61,18 @@ def page(browser):
     assert complaints == []
 
 
+def test_the_page_knows_every_family():
+    kinds = re.search(r"^const KINDS = {\n(.*?)^};", PAGE.read_text(), re.MULTILINE | re.DOTALL)[1]
+    offered = {kind.strip('" ') for kind in re.findall(r"^  (.*?): {", kinds, re.MULTILINE)}
+    assert offered == set(serving.NAMES)
+    assert set(SHOWN) == set(serving.NAMES.values())
+
+
 def fill(page, name, tmp_path):
     page.select_option("#model", name)
     if name == "tiny-ears":
         sound = tmp_path / "sound.wav"
-        audio.write_wav(sound, np.sin(np.arange(16_000) / 10), 16_000)
+        sound.write_bytes(audio.wav_bytes(np.sin(np.arange(16_000) / 10), 16_000))
         page.set_input_files("input[type=file]", sound)
     elif name == "tiny-voice":
         page.fill("textarea", "abc ab.")
@@ -92,6 +103,19 @@ def test_every_family_can_be_tried(page, tmp_path):
         assert "estimated" in page.text_content("#cost")
         if folder := os.environ.get("LEANGEN_SCREENSHOTS"):
             page.screenshot(path=Path(folder) / "page.png", full_page=True)
+
+
+def test_a_language_model_without_conversations_completes(page, tmp_path):
+    tiny = gguf_fixtures.Tiny(tied=False, template=None)
+    path = gguf.export(gguf_fixtures.write(tmp_path / "plain.gguf", tiny), tmp_path / "plain").path
+    with serving.serving([f"plain={path}"]) as (address, _):
+        page.goto(address)
+        page.wait_for_selector("#model option", state="attached")
+        page.fill("input[name=max_tokens]", "8")
+        page.click("#go")
+        page.wait_for_selector("#rows tr", timeout=20_000)
+        assert page.text_content("#out")
+        assert not page.query_selector("#out .error")
 
 
 def test_a_missing_key_is_asked_for(page, tmp_path):

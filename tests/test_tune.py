@@ -9,6 +9,7 @@ import sys
 
 import numpy as np
 import pytest
+import tiny_bundles
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from image_models import denoiser, model, value, weights
@@ -63,6 +64,22 @@ def test_without_scipy_the_gap_is_true(table, budget):
     if found is not None:
         assert found.harm <= budget
         assert found.cost * (1 - found.gap) <= best + 1e-6 <= found.cost + 2e-6
+
+
+def test_the_solver_prints_nothing(capfd):
+    """HiGHS does, to standard output, where harms span many orders: that is for one JSON."""
+    pytest.importorskip("scipy")
+    rng = np.random.default_rng(0)
+    table = {}
+    for node in range(33):
+        harm = 10 ** rng.uniform(-6, -2)
+        table[f"n{node}"] = {
+            f"t{j}": Option(rng.uniform(1, 10) * 1e-6, harm * 4.0**-j) for j in range(10)
+        }
+    harms = [[option.harm for option in each.values()] for each in table.values()]
+    ends = np.log10(sum(map(min, harms))), np.log10(sum(map(max, harms)))
+    assert solve.solve(table, 10 ** rng.uniform(*ends)) is not None
+    assert capfd.readouterr().out == ""
 
 
 def test_scipy_may_be_missing(monkeypatch):
@@ -158,15 +175,42 @@ def test_size_is_what_is_stored(bundle, home):
     assert bytes_of["/deep"]["w4"] < bytes_of["/deep"]["w8"] < bytes_of["/deep"]["w16"]
 
 
-def test_time_is_of_the_node_alone(bundle, home, monkeypatch):
+def test_time_is_of_the_node_alone_as_it_will_run(bundle, home, monkeypatch):
     monkeypatch.setattr(costs, "BUDGET_S", 0.0)
     found = harms.measure(bundle, quantize.Calibration(bundle), home, QUIET)
     seconds = costs.measure(
         bundle, quantize.Calibration(bundle), found, costs.objective("latency"), QUIET
     )
     assert all(0 <= value < 1 for each in seconds.values() for value in each.values())
-    assert seconds["/deep"]["w4"] == seconds["/deep"]["fp32"], "unpacked while loading"
-    assert seconds["/deep"]["w8a8"] > 0
+    assert len({seconds["/deep"][t] for t in ("fp32", "w4", "w8", "w16", "w8a8")}) == 5
+
+
+def test_a_language_model_is_timed_as_a_whole(tmp_path, monkeypatch):
+    """A node has its weights' share of a token: alike everywhere, they add up to it."""
+    bundle = tiny_bundles.language(tmp_path)
+    calibration = quantize.Calibration(bundle)
+    _, sites, _ = calibration.prepared("model")
+    names = [site.node.name for site in sites if site.kind != "embedding"]
+    offered = {name: {"matmul8": 0.0, "matmul4": 0.0} for name in names}
+    seen = []
+
+    def token(alike, aim, threads):
+        nodes = alike.quantization.get("nodes", {}).values()
+        (treatment,) = {e["treatment"] for e in nodes} - {"fp32"} or {"fp32"}
+        seen.append(treatment)
+        return {"fp32": 4.0, "matmul8": 2.0, "matmul4": 1.0}[treatment]
+
+    monkeypatch.setattr(costs, "_token", token)
+    found = costs.measure(bundle, calibration, offered, costs.objective("latency"), QUIET)
+    assert sorted(seen) == ["fp32", "matmul4", "matmul8"]
+    for treatment, whole in (("fp32", 4.0), ("matmul8", 2.0), ("matmul4", 1.0)):
+        assert sum(found[name][treatment] for name in names) == pytest.approx(whole)
+    largest = max((s for s in sites if s.node.name in names), key=lambda site: site.weights)
+    assert found[largest.node.name]["fp32"] == max(each["fp32"] for each in found.values())
+    monkeypatch.undo()
+    monkeypatch.setattr(costs, "WHOLE_S", 0.0)
+    seconds = costs.measure(bundle, calibration, offered, costs.objective("latency"), QUIET)
+    assert all(0 < s < 1 for name in names for s in seconds[name].values())
 
 
 def test_energy_without_a_counter_is_time_and_says_so():

@@ -1,11 +1,13 @@
 """The zoo's models of molecules: what they draw at temperature 1 closes what it opens."""
 
+import json
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
 import leangen
+from leangen.cli import main
 from leangen.families import properties
 from leangen.families.language import tokenizer
 from leangen.store import Store
@@ -61,3 +63,13 @@ def test_the_second_head_knows_properties_of_molecules(scheme, store, monkeypatc
         )
     drawn = engine.generate(tokens=[end], max_new_tokens=100, temperature=1.0, seed=3)
     assert drawn.properties and is_closed(drawn.text)
+
+
+def test_a_model_of_molecules_is_judged_on_molecules(store, monkeypatch, capsys):
+    """Not on prose, of which it knows nothing; and without a download."""
+    monkeypatch.setenv("LEANGEN_HOME", str(store.home))
+    asked = ["--tokens", "512", "--prompts", "0", "--json"]
+    assert main(["eval", "smiles-lm:int4", "--reference", "fp32", *asked]) == 0
+    found = {each["name"]: each for each in json.loads(capsys.readouterr().out)["measures"]}
+    assert 2 < found["reference perplexity"]["value"] < 6
+    assert 0 < found["KL divergence"]["value"] < 0.02

@@ -131,6 +131,9 @@ class Entry:
     """Schemes that come straight from the source, with the exporter's options for each."""
     aliases: Mapping[str, str] = field(default_factory=dict)
     """Schemes that are another scheme of this model."""
+    text: str | None = None
+    """Language: the asset that quality is judged on unless something else is given; None: the
+    catalog's wiki-text."""
     notes: Mapping[str, str] = field(default_factory=dict)
     """Scheme to what its user should know; said on use and kept in the manifest."""
 

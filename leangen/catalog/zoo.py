@@ -17,6 +17,7 @@ ENTRIES = (
             licence="MIT (weights; data MOSES, MIT)",
         ),
         exporter="gguf",
+        text="smiles.txt",
         **gguf_forms("F16"),
     ),
     Entry(
@@ -31,6 +32,7 @@ ENTRIES = (
             distribution="leangen-zoo",
         ),
         exporter="gguf",
+        text="smiles.txt",
         **gguf_forms("F16"),
     ),
     Entry(

@@ -48,7 +48,7 @@ def declare(add: Callable[..., argparse.ArgumentParser]) -> None:
         "--intensity", metavar="G|FILE", help="gCO2e/kWh, or a CSV over time: allows `defer`"
     )
     power.add_argument("--meter", metavar="SPEC", help="a name of `leangen meters`, exec:, file:")
-    power.add_argument("--otel", action="store_true", help="OpenTelemetry: spans and metrics")
+    power.add_argument("--otel", action="store_true", help="spans and metrics by OTLP")
     power.add_argument("--tag", help="a word to find these generations by in the ledger")
 
 

@@ -50,7 +50,7 @@ def task_of(
     *,
     recogniser: str = RECOGNISER,
 ) -> Task:
-    """The task that was asked for; the text of a language model defaults to the catalog's."""
+    """The task that was asked for; a language model's text defaults to the catalog's for it."""
     from leangen.families import key
     from leangen.quality import Task
 
@@ -64,12 +64,20 @@ def task_of(
     if bundle.family == "language":
         given = {"tokens": TOKENS, "prompts": PROMPTS} | given
         if "data" not in given:
-            given["data"] = store.data("wiki-text", notify=say, progress=progress)
+            given["data"] = _text(bundle, store, progress)
     recogniser = args.recogniser or recogniser
     if key(bundle) == "flow/speech" and recogniser != "none":
         heard_by = store.resolve(recogniser, notify=say, progress=progress)
         given["recogniser"] = heard_by.path
     return Task(**given)
+
+
+def _text(bundle: Bundle, store: Store, progress: Progress | None) -> Path:
+    """What a language model is judged on by default: words of its own kind."""
+    entry = store.catalog.get(bundle.name)
+    if entry is not None and entry.text is not None:
+        return Path(__file__).parents[1] / "assets" / entry.text
+    return store.data("wiki-text", notify=say, progress=progress)
 
 
 def reference_of(bundle: Bundle, reference: str) -> str:

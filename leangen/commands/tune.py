@@ -39,7 +39,11 @@ def declare(add: Callable[..., argparse.ArgumentParser]) -> None:
         help="default: energy",
     )
     sub.add_argument(
-        "-o", "--output", type=Path, required=True, metavar="FILE", help="the recipe to write"
+        "-o",
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="the recipe to write; default: NAME.recipe.json",
     )
     sub.add_argument("--bundle", type=Path, metavar="DIR", help="write the bundle as well")
     sub.add_argument(
@@ -57,15 +61,17 @@ def declare(add: Callable[..., argparse.ArgumentParser]) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write the recipe; print what it costs and loses, and the same of other schemes."""
     from leangen import quantize, tune
-    from leangen.errors import StorageError
+    from leangen.files import check_free
     from leangen.store import Store
 
-    if args.output.exists() and not args.force:
-        raise StorageError(f"{args.output} exists already: choose another place or pass --force")
     kind = next(kind for kind in KINDS if getattr(args, kind) is not None)
     store = Store()
     with progress_bar() as progress:
         bundle = store.resolve(args.model, notify=say, progress=progress)
+        output = args.output or Path(f"{bundle.name.rpartition('/')[2]}.recipe.json")
+        for target in filter(None, (output, args.bundle)):
+            if not args.force:
+                check_free(target)
         task = task_of(args, store, bundle, progress, recogniser="none")
         found = tune.tune(
             bundle,
@@ -77,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
             meter=args.meter,
             threads=args.threads,
         )
-        found.recipe.save(args.output)
+        found.recipe.save(output)
         rows = []
         if args.bundle is not None:
             made = quantize.replay(
@@ -97,9 +103,9 @@ def run(args: argparse.Namespace) -> int:
                 for other, measures in zip(others, judged, strict=True)
             ]
     if args.json:
-        print_json({"recipe": str(args.output), "found": dict(found.recipe.found), "rows": rows})
+        print_json({"recipe": str(output), "found": dict(found.recipe.found), "rows": rows})
         return 0
-    _print(found, rows, args.output)
+    _print(found, rows, output)
     return 0
 
 

@@ -250,15 +250,12 @@ def _ratio(other: Row, base: Row) -> Ratio:
 
 
 def _findings(rows: Sequence[Row], ratios: Sequence[Ratio], cost: str) -> list[str]:
-    """Sentences: every scheme against the reference; others where fewer bits cost more."""
+    """Sentences: what every two schemes cost, then where quality does not differ."""
     reference = rows[0].label
     bits = {row.label: row.bits for row in rows}
-    found = []
-    for one in ratios:
-        lower = bits[one.other] < bits[one.base]
-        dearer = one.significant and one.value > 1 and lower
-        if reference in (one.other, one.base) or dearer:
-            found.append(paired.told(one, cost, lower_precision=lower))
+    found = [
+        paired.told(one, cost, lower_precision=bits[one.other] < bits[one.base]) for one in ratios
+    ]
     for row in rows[1:]:
         for m in row.quality:
             if m.name.endswith(" change") and m.u is not None and abs(m.value) <= m.u:

@@ -135,7 +135,7 @@ def pareto_plot(found: Comparison) -> dict[str, Any]:
     stairs = sorted((p["x"], p["y"]) for p in points if p["front"])
     return {
         "x_title": f"{found.cost} per {found.unit}",
-        "y_title": f"{loss.name}{f' ({loss.unit})' if loss.unit else ''}",
+        "y_title": f"{loss.name}{f', {loss.unit}' if loss.unit else ''}",
         "x_ticks": [{"at": x(tick), "text": si(tick, None, unit)} for tick in x_ticks],
         "y_ticks": [{"at": y(tick), "text": f"{tick:g}"} for tick in y_ticks],
         "points": points,
@@ -191,6 +191,8 @@ def _charts(found: Comparison) -> list[dict[str, Any]]:
         ),
     ]
     for index, measure in enumerate(rows[1].quality):
+        if measure.name.startswith("reference "):
+            continue  # the same for all
         charts.append(
             bars(
                 f"{measure.name} against {rows[0].label}",

@@ -25,6 +25,7 @@ from leangen.families import language
 from leangen.families.decoder import Floats
 from leangen.families.rows import Rows
 from leangen.families.sampling import Choice
+from leangen.families.text_stream import token_bytes
 from leangen.records import Output, Step
 from leangen.session import Session
 
@@ -92,14 +93,11 @@ class Sequence:
         )
 
     def _told(self, choice: Choice) -> dict[str, Any]:
-        def text(token: int) -> str:
-            return self._tokenizer.decode([token], skip_special_tokens=False)
+        def told(token: int, logprob: float | None) -> dict[str, Any]:
+            return {"bytes": token_bytes(self._tokenizer, token), "logprob": logprob}
 
-        return {
-            "token": text(choice.token),
-            "logprob": choice.logprob,
-            "likeliest": [(text(token), logprob) for token, logprob in choice.likeliest],
-        }
+        likeliest = [told(*likely) for likely in choice.likeliest]
+        return told(choice.token, choice.logprob) | {"likeliest": likeliest}
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,8 @@
 """One sequence in a language model: feed tokens, get the logits of what comes next.
 
-The key and value caches are NumPy memory bound as both past and present, so that a run appends in
-place. Inputs and the logits are bound once and changed in place too: a decoded token costs one
-call into ORT and no copies.
+The key and value caches are bound as both past and present, so that a run appends in place. Inputs
+and the logits are bound once and changed in place too: a decoded token costs one call into ORT and
+no copies.
 """
 
 from __future__ import annotations
@@ -127,14 +127,8 @@ class _Cache:
         self._binding = self._graph.io_binding()
         config = session.bundle.config
         self._vocab = config.get("head_size", config["vocab_size"])
-        self._on_card: key_values.OnCard | None = None
-        if session.device.kind == "cuda":
-            memory = (session.device.kind, session.device.index)
-            self._on_card = key_values.OnCard(session, capacity, role, memory)
-            self._on_card.bind(self._binding)
-        else:
-            self._buffers = key_values.allocate(session, 1, capacity, role)
-            key_values.bind(self._binding, self._buffers)
+        self._kept = key_values.allocate(session, 1, capacity, role)
+        self._kept.bind(self._binding)
         self._last = np.zeros(1, np.int32)
         self._total = np.zeros((), np.int32)
         self._logits_from = np.zeros(1, np.int64)
@@ -155,11 +149,7 @@ class _Cache:
     def copy(self, other: _Cache, length: int) -> None:
         """Take over the other's first `length` tokens; both caches have room for them."""
         # In whole rounds: leangen's attention orders keys otherwise than ORT's, in blocks of 16.
-        room = -(-length // _ROUND) * _ROUND
-        if self._on_card is not None and other._on_card is not None:
-            self._on_card.copy(other._on_card, room)
-        else:
-            self._buffers[..., :room, :] = other._buffers[..., :room, :]
+        self._kept.copy(other._kept, -(-length // _ROUND) * _ROUND)
         self.tokens = other.tokens[:length]
 
     def run(self, tokens: Sequence[int], total: int, *, all_logits: bool) -> Floats:

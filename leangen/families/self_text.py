@@ -33,7 +33,8 @@ def draw(session: Session, sequences: int, length: int, *, seed: int) -> Tokens:
     ids, last = np.zeros((sequences, 1), np.int64), np.zeros(sequences, np.int32)
     total, logits_from = np.zeros((), np.int32), np.array([-1], np.int64)
     binding = graph.io_binding()
-    key_values.bind(binding, key_values.allocate(session, sequences, length))
+    caches = key_values.allocate(session, sequences, length)
+    caches.bind(binding)
     key_values.bind_inputs(
         binding,
         input_ids=ids,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from functools import cache
 
 from tokenizers import Tokenizer
 
@@ -65,3 +67,30 @@ class TextStream:
 def _overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` that `stop` begins with."""
     return next((n for n in range(min(len(text), len(stop)), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def token_bytes(tokenizer: Tokenizer, token: int) -> bytes:
+    """What a token stands for, which may be a part of a UTF-8 character."""
+    text: str = tokenizer.decode([token], skip_special_tokens=False)
+    if _UNFINISHED not in text:
+        return text.encode()
+    written = tokenizer.id_to_token(token) or ""
+    if byte := _BYTE.fullmatch(written):
+        return bytes.fromhex(byte[1])
+    try:
+        return bytes(_level_bytes()[letter] for letter in written)
+    except KeyError:
+        return text.encode()
+
+
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+"""How SentencePiece writes a byte."""
+
+
+@cache
+def _level_bytes() -> dict[str, int]:
+    """By the letter that GPT-2's byte-level vocabularies write for it."""
+    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in shown]
+    letters = {chr(byte): byte for byte in shown}
+    return letters | {chr(256 + index): byte for index, byte in enumerate(others)}

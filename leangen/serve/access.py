@@ -10,7 +10,9 @@ import asyncio
 import hashlib
 import hmac
 import json
+import math
 from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,14 @@ from leangen import clock
 from leangen.console import say
 from leangen.errors import LeangenError, RequestError
 from leangen.serve import problems
-from leangen.serve.problems import AuthError, DeadlineError, RateError, StoppingError, TooLargeError
+from leangen.serve.problems import (
+    AuthError,
+    DeadlineError,
+    OverloadError,
+    RateError,
+    StoppingError,
+    TooLargeError,
+)
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -30,6 +39,10 @@ OPEN_PATHS = ("/", "/health", "/ready")
 """Need no key: they tell nothing of what is served to whom."""
 LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]", "::1")
 BODY_S = 30.0
+LINGER_S = 10.0
+"""What is still sent of a body that is too large is read so long: a client that were cut off in the
+middle would not see the answer."""
+MOST_CONNECTIONS = 512
 UPLOAD_BYTES = {"/v1/audio/transcriptions": 26_000_000, "/v1/audio/translations": 26_000_000}
 """What sound may be sent, as to OpenAI; other bodies are JSON."""
 LEAST_KEY = 16
@@ -79,6 +92,8 @@ class Access:
         self._per_minute = per_minute
         self._seen: dict[str, tuple[float, int]] = {}
         self._refused = refused
+        self.connections: Callable[[], int] = lambda: 0
+        """How many there are, where the web server tells."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
@@ -96,6 +111,8 @@ class Access:
             await send(message)
 
         try:
+            if self.connections() > MOST_CONNECTIONS:
+                raise OverloadError("too many connections: try again in a few seconds")
             self._check_host(headers)
             told["client"] = self._client(scope, headers)
             if scope["method"] == "POST":
@@ -103,11 +120,12 @@ class Access:
             body = await self._body(headers, receive, scope["path"])
             await self._app(scope, _replay(body, receive), watched)
         except LeangenError as error:
-            await _answer(error, watched)
+            await _answer(error, watched, receive)
         except asyncio.CancelledError:
             # The web server gives up on what has not ended within its grace.
             if not told["status"]:
-                await _answer(StoppingError("the server is shutting down: ask again"), watched)
+                stopping = StoppingError("the server is shutting down: ask again")
+                await _answer(stopping, watched, receive)
         finally:
             if told["status"] >= 400:
                 self._refused(str(told["status"]))
@@ -145,8 +163,9 @@ class Access:
         while len(self._seen) > MOST_CLIENTS:  # the one that was quiet for longest
             del self._seen[next(iter(self._seen))]
         if left < 1:
+            wait_s = math.ceil((1 - left) * 60 / self._per_minute)
             raise RateError(
-                f"more than {self._per_minute} requests a minute: try again in a few seconds"
+                f"more than {self._per_minute} requests a minute: try again in {wait_s} s", wait_s
             )
 
     async def _body(self, headers: dict[bytes, bytes], receive: Receive, path: str) -> bytes:
@@ -184,22 +203,34 @@ def _replay(body: bytes, receive: Receive) -> Receive:
     return again
 
 
-async def _answer(error: LeangenError, send: Send) -> None:
+async def _answer(error: LeangenError, send: Send, receive: Receive) -> None:
     content = json.dumps(problems.body(error)).encode()
     headers = [
         (b"content-type", b"application/json"),
         (b"content-length", str(len(content)).encode()),
     ]
-    if isinstance(error, TooLargeError | DeadlineError):
-        headers.append((b"connection", b"close"))  # what was sent is not read
+    if isinstance(error, TooLargeError | DeadlineError | OverloadError):
+        headers.append((b"connection", b"close"))  # what was sent is not used
     if isinstance(error, RateError):
-        headers.append((b"retry-after", b"5"))
+        headers.append((b"retry-after", str(error.retry_after_s).encode()))
     if isinstance(error, AuthError):
         headers.append((b"www-authenticate", b"Bearer"))
     await send(
         {"type": "http.response.start", "status": problems.status(error), "headers": headers}
     )
-    await send({"type": "http.response.body", "body": content})
+    await send({"type": "http.response.body", "body": content, "more_body": True})
+    if isinstance(error, TooLargeError):
+        await _discard(receive)
+    await send({"type": "http.response.body"})
+
+
+async def _discard(receive: Receive) -> None:
+    """Read the rest of a body, for `LINGER_S` at most."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(LINGER_S):
+            more = True
+            while more:
+                more = (await receive()).get("more_body", False)
 
 
 def _log(scope: Scope, told: dict[str, Any], elapsed_ns: int) -> None:

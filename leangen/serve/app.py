@@ -133,6 +133,7 @@ def _model(server: Server, name: str) -> dict[str, Any]:
         "conditions": served.bundle.config.get("conditions") or {},
         "columns": served.bundle.config.get("columns") or [],
         "voices": media.voices(served),
+        "chats": bool(served.bundle.config.get("chat_template")),
         "reads_text": bool(served.bundle.config.get("text")),
     }
 
@@ -155,14 +156,7 @@ def _errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        place = [str(part) for part in first["loc"] if part != "body"]
-        param = ".".join(place)[:200] or None
-        message = f"{param}: {first['msg']}" if param else str(first["msg"])
-        code = "invalid_json" if first["type"] == "json_invalid" else "invalid_value"
-        return JSONResponse(
-            problems.shaped(message, "invalid_request_error", code, param), status_code=400
-        )
+        return JSONResponse(problems.invalid(error.errors(), error.body), status_code=400)
 
     @app.exception_handler(HTTPException)
     async def http(_: Request, error: HTTPException) -> JSONResponse:

@@ -7,9 +7,9 @@ import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from leangen import carbon, clock
+from leangen import carbon, clock, otel
 from leangen.budget import Guard, spent
 from leangen.errors import LeangenError, RequestError
 from leangen.intensity import Series
@@ -19,9 +19,13 @@ from leangen.serve.account import Account
 from leangen.serve.jobs import Event, Finished, Job
 from leangen.serve.models import Models, Served
 from leangen.serve.options import Options
-from leangen.serve.power import cleanest_delay_s
-from leangen.serve.problems import BudgetError
+from leangen.serve.power import cleanest_delay_s, hold_to_budgets
 from leangen.serve.prometheus import Metrics
+
+if TYPE_CHECKING:
+    from fastapi import Request
+
+    from leangen.serve.schemas import Body
 
 T = TypeVar("T")
 
@@ -55,10 +59,7 @@ class Server:
         return await asyncio.to_thread(self._within_budget, served)
 
     def _within_budget(self, served: Served) -> tuple[Served, str | None]:
-        try:
-            self.guard.before(self.options.tag)
-        except RequestError as error:
-            raise BudgetError(str(error)) from None
+        hold_to_budgets(self.guard, self.options.tag)
         smaller = self.models.cheaper(served) if self.options.cheaper else None
         if smaller is not None:
             for budget in self.options.budgets:
@@ -88,19 +89,19 @@ class Call:
         server: Server,
         served: Served,
         requests: Sequence[Any],
-        *,
-        client: str,
-        priority: int = 0,
-        defer: bool = False,
-        deadline_s: float | None = None,
+        asked: Request,
+        body: Body,
     ) -> None:
+        """`asked` is the HTTP request, `body` what it says of when to carry it out."""
         loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._worker = served.worker
         self.finished: dict[int, Finished] = {}
-        not_before_ns = server.deferred_ns(defer)
+        not_before_ns = server.deferred_ns(body.defer)
         start_ns = max(not_before_ns, clock.monotonic_ns())
-        within_s = min(server.options.timeout_s, deadline_s or server.options.timeout_s)
+        within_s = min(server.options.timeout_s, body.deadline_s or server.options.timeout_s)
+        told = asked.scope.get("leangen")
+        caller = otel.caller(asked.headers) if server.options.otel else None
 
         def teller(index: int) -> Callable[[Event], None]:
             def tell(event: Event) -> None:
@@ -113,8 +114,9 @@ class Call:
             Job(
                 request=request,
                 tell=teller(index),
-                client=client,
-                priority=priority,
+                client=told["client"] if told else "",
+                priority=body.priority,
+                caller=caller,
                 tag=server.options.tag,
                 deadline_ns=start_ns + int(within_s * 1e9),
                 not_before_ns=not_before_ns,

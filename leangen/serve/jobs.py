@@ -42,6 +42,8 @@ class Job:
     priority: int = 0
     """Lower goes first, as in vLLM."""
     tag: str | None = None
+    caller: Any = None
+    """As of `otel.caller`, where traces are kept."""
     deadline_ns: int | None = None
     """On the monotonic clock; it ends the job with an error wherever it stands."""
     not_before_ns: int = 0

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 from fastapi import APIRouter, Request, Response
 
-from leangen import audio, clock, families
+from leangen import clock, families
 from leangen import media as files
 from leangen.errors import RequestError
-from leangen.families import density
-from leangen.records import Output
-from leangen.serve import calls, single
+from leangen.families import density, latents
+from leangen.records import Output, Receipt
+from leangen.serve import single
 from leangen.serve.calls import Server
 from leangen.serve.models import Served
 from leangen.serve.schemas import FlowDensityBody, FlowSampleBody, ImageBody, SpeechBody
@@ -36,6 +36,7 @@ def router(server: Server) -> APIRouter:
     @routes.post("/v1/images/generations")
     async def images(body: ImageBody, request: Request) -> Response:
         served, reason = await _choose_images(server, body)
+        _check_size(served, body, _size(served))
         options: dict[str, Any] = {"count": body.n or 1, "seed": single.seed(body)}
         options |= {"conditions": body.conditions} if body.conditions else {}
         steered = {
@@ -53,10 +54,9 @@ def router(server: Server) -> APIRouter:
         output = await single.output(call, request, served)
         if output is None:
             return single.nobody()
-        pictures = await asyncio.to_thread(_pngs, output)
+        pictures = await asyncio.to_thread(_pngs, output, call.receipts[0])
         height, width = np.asarray(output.array).shape[1:3]
-        if body.size not in (None, "auto", f"{width}x{height}"):
-            raise RequestError(f"size is {body.size!r}: {served.name} draws {width}x{height}")
+        _check_size(served, body, (height, width))
         content = {
             "created": int(datetime.fromisoformat(clock.utc_now()).timestamp()),
             "model": served.name,
@@ -69,7 +69,7 @@ def router(server: Server) -> APIRouter:
 
     @routes.post("/v1/audio/speech", response_class=Response)
     async def speech(body: SpeechBody, request: Request) -> Response:
-        served, _ = await server.choose(body.model, "flow/speech")
+        served, reason = await server.choose(body.model, "flow/speech")
         options = {
             "phonemes" if body.phonemes else "text": body.input,
             "length_scale": served.bundle.config["length_scale"] / body.speed,
@@ -81,14 +81,13 @@ def router(server: Server) -> APIRouter:
         output = await single.output(call, request, served)
         if output is None:
             return single.nobody()
-        rate_hz = int(output.sample_rate_hz or PCM_HZ)
-        sound = await asyncio.to_thread(audio.wav_bytes, np.asarray(output.array), rate_hz)
-        headers = calls.energy_headers(call.receipts) | {"x-leangen-model": served.name}
-        if body.response_format == "pcm":
-            kind, sound = f"audio/pcm;rate={rate_hz}", sound[WAV_HEADER_BYTES:]
-        else:
-            kind = "audio/wav"
-        return Response(sound, media_type=kind, headers=headers)
+        raw = body.response_format == "pcm"
+        receipt = None if raw else call.receipts[0]
+        sound = await asyncio.to_thread(files.encode, output, ".wav", receipt)
+        rate_hz = output.sample_rate_hz or PCM_HZ
+        kind = f"audio/pcm;rate={rate_hz}" if raw else "audio/wav"
+        sound = sound[WAV_HEADER_BYTES:] if raw else sound
+        return Response(sound, media_type=kind, headers=single.headers(call, served, reason))
 
     @routes.post("/v1/flows/sample")
     async def sample(body: FlowSampleBody, request: Request) -> Response:
@@ -139,13 +138,32 @@ async def _choose_images(server: Server, body: ImageBody) -> tuple[Served, str |
             f"{served.name} draws from noise and conditions and reads no prompt: send an empty "
             "one, and conditions if it has any"
         )
+    if "upscale" in served.bundle.config:
+        raise RequestError(f"{served.name} enlarges an image, which this address does not take")
     return served, reason
 
 
-def _pngs(output: Output) -> list[bytes]:
+def _size(served: Served) -> tuple[int, int] | None:
+    """(height, width) of what a model draws, where that is known before it has drawn."""
+    config = served.bundle.config
+    if "size" in config:
+        height, width = config["size"]
+    elif served.key == "diffusion":
+        _, height, width = latents.image_shape(config)
+    else:
+        return None
+    return height, width
+
+
+def _check_size(served: Served, body: ImageBody, size: tuple[int, int] | None) -> None:
+    if size is not None and body.size not in (None, "auto", f"{size[1]}x{size[0]}"):
+        raise RequestError(f"size is {body.size!r}: {served.name} draws {size[1]}x{size[0]}")
+
+
+def _pngs(output: Output, receipt: Receipt) -> list[bytes]:
     images = np.asarray(output.array)
     return [
-        files.encode(replace(output, array=images[index : index + 1]), ".png")
+        files.encode(replace(output, array=images[index : index + 1]), ".png", receipt)
         for index in range(len(images))
     ]
 

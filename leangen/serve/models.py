@@ -69,6 +69,7 @@ class Models:
         build: Callable[[Bundle], Engine],
         memory_bytes: int | None = None,
         cap: PowerCap | None = None,
+        allow: Callable[[], None] = lambda: None,
     ) -> None:
         room = Room(memory_bytes)
         self.by_name: dict[str, Served] = {}
@@ -83,6 +84,7 @@ class Models:
                 metrics=metrics,
                 limits=limits,
                 cap=cap,
+                allow=allow,
             )
             self.by_name[name] = Served(name, bundle, families.of(bundle), worker)
             if memory_bytes is not None and need_bytes > memory_bytes:

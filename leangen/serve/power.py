@@ -1,4 +1,4 @@
-"""Holding back: a cap on power, and cleaner hours for what can wait."""
+"""Holding back: budgets, a cap on power, and cleaner hours for what can wait."""
 
 from __future__ import annotations
 
@@ -6,12 +6,21 @@ import threading
 from datetime import UTC, datetime, timedelta
 
 from leangen import clock
+from leangen.budget import Guard
 from leangen.errors import RequestError
 from leangen.intensity import Series
+from leangen.serve.problems import BudgetError
 
 BURST_S = 5.0
 """So long may the power be above the cap after a rest."""
 LONGEST_PAUSE_S = 1.0
+
+
+def hold_to_budgets(guard: Guard, tag: str | None) -> None:
+    """BudgetError where a budget is used up: what a client is told of it, who cannot raise it."""
+    state = guard.refusing(tag)
+    if state is not None:
+        raise BudgetError(f"{state}; nothing was generated")
 
 
 class PowerCap:

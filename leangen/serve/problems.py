@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from leangen.errors import (
@@ -31,6 +32,10 @@ class BudgetError(LeangenError):
 
 class RateError(LeangenError):
     """A client asks more often than it may."""
+
+    def __init__(self, message: str, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class DeadlineError(LeangenError):
@@ -107,6 +112,54 @@ def body(error: LeangenError, param: str | None = None) -> dict[str, Any]:
 def shaped(message: str, label: str, code: str | None, param: str | None = None) -> dict[str, Any]:
     """An error's JSON body from its parts."""
     return {"error": {"message": message, "type": label, "param": param, "code": code}}
+
+
+def invalid(errors: Sequence[Mapping[str, Any]], body: Any) -> dict[str, Any]:
+    """The JSON body of what pydantic finds wrong with a request's `body`.
+
+    A value that may be one of several types has errors by each of them. Told is that of the type
+    which it comes nearest to: the error lies deepest, is not of the type itself, and is alone.
+    """
+    found = [(*_place(error, body), error) for error in errors]
+    of_first = [entry for entry in found if entry[0][:1] == found[0][0][:1]]
+    kinds = [kind for _, kind, _ in of_first]
+
+    def distance(entry: tuple[list[str], tuple[Any, ...], Mapping[str, Any]]) -> tuple[int, ...]:
+        path, kind, error = entry
+        return -len(path), error["type"].endswith("_type"), kinds.count(kind)
+
+    path, _, error = min(of_first, key=distance)
+    param, label = ".".join(path)[:200] or None, "invalid_request_error"
+    if error["type"] == "json_invalid":
+        why = f"{error['ctx']['error']} at character {error['loc'][-1]}"
+        return shaped(f"the body is not JSON: {why}", label, "invalid_json")
+    if error["type"] == "extra_forbidden":
+        return shaped(f"{param} is not known here: leave it out", label, "unknown_parameter", param)
+    said = str(error["msg"]).removeprefix("Value error, ")
+    if said.startswith("Expected UploadFile"):
+        said = "expected a file"
+    if param is None and error["type"] == "missing":
+        said = "the body is empty, expected JSON"
+    if error["type"] == "model_attributes_type":
+        said = "expected a JSON object"
+    return shaped(f"{param}: {said}" if param else said, label, "invalid_value", param)
+
+
+def _place(error: Mapping[str, Any], body: Any) -> tuple[list[str], tuple[Any, ...]]:
+    """Where in the body an error is, and as which of the types that a value may have."""
+    path: list[str] = []
+    kind: tuple[Any, ...] = ()
+    value = body
+    where = error["loc"][1:]  # after "body"
+    for index, part in enumerate(where):
+        inside = isinstance(value, Mapping) and part in value
+        if inside or (isinstance(value, list) and isinstance(part, int) and part < len(value)):
+            value = value[part]
+        elif not (error["type"] == "missing" and index == len(where) - 1):
+            kind = kind or where[: index + 1]
+            continue
+        path.append(str(part))
+    return path, kind
 
 
 def _entry(error: LeangenError) -> tuple[type[LeangenError], int, str, str]:

@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -23,13 +24,12 @@ from leangen.serve.access import Access, read_keys
 from leangen.serve.account import Account
 from leangen.serve.calls import Server
 from leangen.serve.options import Options
-from leangen.serve.power import PowerCap
+from leangen.serve.power import PowerCap, hold_to_budgets
 from leangen.serve.prometheus import Metrics
 from leangen.session import Session
 from leangen.store import Store
 
 KEEP_ALIVE_S = 15
-CONNECTIONS = 512
 
 
 def build(
@@ -51,6 +51,8 @@ def build(
         raise DependencyError(
             "the server needs its libraries: pip install 'leangen[serve]'"
         ) from error
+    if options.otel:
+        otel.export()
     keys = None if options.api_key_file is None else read_keys(options.api_key_file)
     footprint = carbon.footprint(options.region, intensity=options.intensity)
     cap = None if options.power_cap_w is None else PowerCap(options.power_cap_w)
@@ -96,6 +98,7 @@ def build(
             build=engine_of,
             memory_bytes=options.memory_bytes,
             cap=cap,
+            allow=partial(hold_to_budgets, guard, options.tag),
         ),
         account=account,
         ledger=ledger,
@@ -146,14 +149,15 @@ def run(options: Options) -> None:
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=int(options.grace_s) + 5,
-        limit_concurrency=CONNECTIONS,
     )
+    web = Graceful(config)
+    guarded.connections = lambda: len(web.server_state.connections)
     listener = _listen(config)
     address = listener.getsockname()
     names = ", ".join(server.models.by_name)
     say(f"serving {names} at http://{_shown(address[0])}:{address[1]}, Ctrl-C ends")
     try:
-        asyncio.run(Graceful(config).serve(sockets=[listener]))
+        asyncio.run(web.serve(sockets=[listener]))
     finally:
         server.models.stop(0)  # done already, unless the web server failed
         listener.close()

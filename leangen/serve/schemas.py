@@ -17,10 +17,13 @@ from leangen.families.sampling import MOST_LOGPROBS
 Model = Annotated[str, Field(min_length=1, max_length=200)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Priority = Annotated[int, Field(ge=-1000, le=1000)]
+Deadline = Annotated[Number, Field(gt=0)] | None
 
 MOST_REPLIES = 16
 MOST_TOKENS = 1_000_000
 MOST_TEXTS = 2048
+MOST_PROMPTS = 64
 MOST_TOOLS = 128
 
 
@@ -43,11 +46,11 @@ class Body(BaseModel):
 
     model: Model
     seed: Seed | None = None
-    priority: Annotated[int, Field(ge=-1000, le=1000)] = 0
+    priority: Priority = 0
     """Lower goes first, as in vLLM."""
     defer: bool = False
     """May wait for an hour with cleaner electricity."""
-    deadline_s: Annotated[Number, Field(gt=0)] | None = None
+    deadline_s: Deadline = None
     """Seconds after which the reply is of no more use; the server's own limit holds as well."""
     user: Any = None
     metadata: Any = None
@@ -117,7 +120,12 @@ Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_le
 class CompletionBody(TextBody):
     """POST /v1/completions."""
 
-    prompt: str | Annotated[list[str], Field(min_length=1, max_length=64)] | Tokens
+    prompt: (
+        str
+        | Annotated[list[str], Field(min_length=1, max_length=MOST_PROMPTS)]
+        | Tokens
+        | Annotated[list[Tokens], Field(min_length=1, max_length=MOST_PROMPTS)]
+    )
     max_tokens: Length | None = None
     logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     echo: bool | None = None
@@ -127,6 +135,15 @@ class CompletionBody(TextBody):
     def likeliest(self) -> int | None:
         """As the field says; 0 asks for the chosen token's alone."""
         return self.logprobs
+
+    def prompts(self) -> list[dict[str, Any]]:
+        """The family's `prompt` or `tokens`, of each prompt."""
+        if isinstance(self.prompt, str):
+            return [{"prompt": self.prompt}]
+        if isinstance(self.prompt[0], int):
+            return [{"tokens": self.prompt}]
+        name = "prompt" if isinstance(self.prompt[0], str) else "tokens"
+        return [{name: each} for each in self.prompt]
 
     def refuse_unsupported(self) -> None:
         """RequestError for what this server cannot honour."""
@@ -292,6 +309,8 @@ class ChatBody(TextBody):
     def refuse_unsupported(self) -> None:
         """RequestError for what this server cannot honour."""
         refuse("reasoning_effort", self.reasoning_effort)
+        if self.top_logprobs and not self.logprobs:
+            raise RequestError("top_logprobs is set and logprobs is not: set both, or neither")
 
 
 Text = Annotated[str, Field(min_length=1)]

@@ -19,16 +19,7 @@ def call(
     server: Server, served: Served, request: Request, body: Body, options: dict[str, Any]
 ) -> Call:
     """The call that carries out one request of the family, with `options`."""
-    told = request.scope.get("leangen")
-    return Call(
-        server,
-        served,
-        [served.family.Request(**options)],
-        client=told["client"] if told else "",
-        priority=body.priority,
-        defer=body.defer,
-        deadline_s=body.deadline_s,
-    )
+    return Call(server, served, [served.family.Request(**options)], request, body)
 
 
 async def output(call: Call, request: Request, served: Served) -> Output | None:
@@ -57,6 +48,15 @@ def answer(call: Call, content: dict[str, Any], reason: str | None) -> Response:
     if reason is not None:
         content = content | {"leangen": {"reason": reason}}
     return JSONResponse(content, headers=calls.energy_headers(call.receipts))
+
+
+def headers(call: Call, served: Served, reason: str | None) -> dict[str, str]:
+    """Of a response that is not JSON: the model, its cost, and `reason` as for `answer`."""
+    said = {"x-leangen-model": served.name}
+    said |= {} if reason is None else {"x-leangen-reason": reason}
+    # A header holds ASCII, and a model may be called anything.
+    plain = {name: text.encode("ascii", "replace").decode() for name, text in said.items()}
+    return calls.energy_headers(call.receipts) | plain
 
 
 def nobody() -> Response:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import secrets
 import uuid
@@ -56,7 +57,7 @@ class _Form:
             said = {"content": None, "tool_calls": made} if made else {"content": text}
             content = {"message": {"role": "assistant", "refusal": None} | said}
             finish = "tool_calls" if made else finish
-        told = self.logprobs(output.extra.get("logprobs") or ())
+        told = self.logprobs(output.extra.get("logprobs") or (), _Places())
         return {"index": index, **content, "logprobs": told, "finish_reason": finish}
 
     def chunk(
@@ -78,11 +79,11 @@ class _Form:
         choice = {"index": index, **content, "logprobs": logprobs, "finish_reason": finish}
         return self.head(self.chunk_object) | {"choices": [choice]}
 
-    def logprobs(self, told: Sequence[Mapping[str, Any]], offset: int = 0) -> Any:
-        """Of some tokens, the first of which stands at `offset` in the text; None of none."""
+    def logprobs(self, told: Sequence[Mapping[str, Any]], places: _Places) -> Any:
+        """Of the next tokens of a text; None of none."""
         if not told:
             return None
-        return _chat_logprobs(told) if self.chat else _logprobs(told, offset)
+        return _chat_logprobs(told) if self.chat else _logprobs(told, places)
 
 
 def router(server: Server) -> APIRouter:
@@ -93,13 +94,7 @@ def router(server: Server) -> APIRouter:
     async def completions(body: CompletionBody, request: Request) -> Response:
         body.refuse_unsupported()
         seeds = _seeds(body)
-        prompts: Sequence[dict[str, Any]]
-        if isinstance(body.prompt, str):
-            prompts = [{"prompt": body.prompt}]
-        elif isinstance(body.prompt[0], str):
-            prompts = [{"prompt": text} for text in body.prompt]
-        else:
-            prompts = [{"tokens": body.prompt}]
+        prompts = body.prompts()
         length = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
         requests = [
             language.Request(**prompt, **body.options(length, seed))
@@ -156,16 +151,7 @@ async def _answer(
         calls=form_of_calls,
     )
     told = request.scope.get("leangen")
-    client = told["client"] if told else ""
-    call = Call(
-        server,
-        served,
-        requests,
-        client=client,
-        priority=body.priority,
-        defer=body.defer,
-        deadline_s=body.deadline_s,
-    )
+    call = Call(server, served, requests, request, body)
     if body.stream:
         return await _stream(call, form, body, prompts, request)
     async with call:
@@ -231,13 +217,12 @@ class _Streamed:
         self._index = index
         self._hearing = None if form.calls is None else tools.Hearing(form.calls)
         self._begun = False
-        self._offset = 0
+        self._places = _Places()
 
     def step(self, step: Step) -> list[dict[str, Any]]:
         """The chunks of a step: one, or none where it shows nothing."""
         text = step.text if self._hearing is None else self._hearing.push(step.text)
-        logprobs = self._form.logprobs(step.logprobs, self._offset)
-        self._offset += sum(len(one["token"]) for one in step.logprobs)
+        logprobs = self._form.logprobs(step.logprobs, self._places)
         return [self._chunk(text, logprobs=logprobs)] if text or logprobs else []
 
     def end(self, output: Output) -> list[dict[str, Any]]:
@@ -264,25 +249,51 @@ def _sse(content: dict[str, Any], body: TextBody | None) -> str:
 
 
 def _chat_logprobs(told: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    def entry(token: str, logprob: float) -> dict[str, Any]:
-        return {"token": token, "logprob": logprob, "bytes": list(token.encode())}
+    def entry(one: Mapping[str, Any]) -> dict[str, Any]:
+        said = one["bytes"]
+        return {"token": _shown(said, ""), "logprob": one["logprob"], "bytes": list(said)}
 
     content = [
-        entry(one["token"], one["logprob"])
-        | {"top_logprobs": [entry(*likely) for likely in one["likeliest"]]}
+        entry(one) | {"top_logprobs": [entry(likely) for likely in one["likeliest"]]}
         for one in told
     ]
     return {"content": content, "refusal": None}
 
 
-def _logprobs(told: Sequence[Mapping[str, Any]], offset: int) -> dict[str, Any]:
-    lengths = [len(one["token"]) for one in told]
+def _logprobs(told: Sequence[Mapping[str, Any]], places: _Places) -> dict[str, Any]:
+    def text(one: Mapping[str, Any]) -> str:
+        return _shown(one["bytes"], "bytes:")
+
     return {
-        "tokens": [one["token"] for one in told],
+        "tokens": [text(one) for one in told],
         "token_logprobs": [one["logprob"] for one in told],
-        "top_logprobs": [dict(one["likeliest"]) for one in told],
-        "text_offset": [offset + sum(lengths[:index]) for index in range(len(told))],
+        "top_logprobs": [
+            {text(each): each["logprob"] for each in one["likeliest"]} for one in told
+        ],
+        "text_offset": [places.pass_over(one["bytes"]) for one in told],
     }
+
+
+def _shown(said: bytes, mark: str) -> str:
+    """A token's text; a part of a character is written as OpenAI does, `\\xe2\\x80`."""
+    try:
+        return said.decode()
+    except UnicodeDecodeError:
+        return mark + "".join(f"\\x{byte:02x}" for byte in said)
+
+
+class _Places:
+    """Where in a text its tokens begin: in the middle of a character, where that begins."""
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._letters = 0
+
+    def pass_over(self, said: bytes) -> int:
+        """The next token's place."""
+        place = self._letters
+        self._letters += len(self._decoder.decode(said))
+        return place
 
 
 def _finish(output: Output) -> str:

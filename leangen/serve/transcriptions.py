@@ -8,18 +8,58 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Form, Request, Response, UploadFile
 from fastapi.responses import PlainTextResponse
+from pydantic import BaseModel, ConfigDict, Field
 
 from leangen import audio
-from leangen.errors import RequestError
 from leangen.records import Output
 from leangen.serve import calls, single
 from leangen.serve.calls import Server
-from leangen.serve.schemas import Body
+from leangen.serve.schemas import Body, Deadline, Model, Number, Priority, refuse
 
-Answer = Literal["json", "text", "srt", "verbose_json", "vtt"]
-Model = Annotated[str, Form(min_length=1, max_length=200)]
-Language = Annotated[str | None, Form(max_length=20)]
-Temperature = Annotated[float, Form(ge=0, le=1, allow_inf_nan=False)]
+
+class Sound(BaseModel):
+    """POST /v1/audio/translations: a form."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    file: UploadFile
+    model: Model
+    response_format: Literal["json", "text", "srt", "verbose_json", "vtt"] = "json"
+    temperature: Annotated[Number, Field(ge=0, le=1)] = 0.0
+    prompt: str | None = None
+    stream: bool = False
+    priority: Priority = 0
+    defer: bool = False
+    deadline_s: Deadline = None
+
+    def options(self) -> dict[str, Any]:
+        """Of the family's request."""
+        return {"task": "translate", "temperature": self.temperature}
+
+    def schedule(self) -> Body:
+        """When it is to be carried out."""
+        return Body(
+            model=self.model,
+            priority=self.priority,
+            defer=self.defer,
+            deadline_s=self.deadline_s,
+        )
+
+
+class Speech(Sound):
+    """POST /v1/audio/transcriptions."""
+
+    language: Annotated[str, Field(max_length=20)] | None = None
+    granularities: Annotated[
+        list[Literal["segment"]], Field(alias="timestamp_granularities[]")
+    ] = []
+
+    def options(self) -> dict[str, Any]:
+        """Of the family's request."""
+        return {"language": self.language, "temperature": self.temperature}
+
+
+_FORM = Form(media_type="multipart/form-data")
 
 
 def router(server: Server) -> APIRouter:
@@ -27,55 +67,32 @@ def router(server: Server) -> APIRouter:
     routes = APIRouter()
 
     @routes.post("/v1/audio/transcriptions", response_model=None)
-    async def transcriptions(
-        request: Request,
-        file: UploadFile,
-        model: Model,
-        language: Language = None,
-        response_format: Annotated[Answer, Form()] = "json",
-        temperature: Temperature = 0.0,
-    ) -> Response:
-        options = {"language": language, "temperature": temperature}
-        return await _written(server, request, file, model, response_format, options)
+    async def transcriptions(request: Request, form: Annotated[Speech, _FORM]) -> Response:
+        return await _written(server, request, form)
 
     @routes.post("/v1/audio/translations", response_model=None)
-    async def translations(
-        request: Request,
-        file: UploadFile,
-        model: Model,
-        response_format: Annotated[Answer, Form()] = "json",
-        temperature: Temperature = 0.0,
-    ) -> Response:
-        options = {"task": "translate", "temperature": temperature}
-        return await _written(server, request, file, model, response_format, options)
+    async def translations(request: Request, form: Annotated[Sound, _FORM]) -> Response:
+        return await _written(server, request, form)
 
     return routes
 
 
-async def _written(
-    server: Server,
-    request: Request,
-    file: UploadFile,
-    model: str,
-    response_format: Answer,
-    options: dict[str, Any],
-) -> Response:
-    form = await request.form()
-    for name in ("prompt", "stream", "timestamp_granularities[]"):
-        if form.get(name) not in (None, "", "false", "segment"):
-            raise RequestError(f"{name} is not supported here: leave it out")
-    served, reason = await server.choose(model, "seq2seq/transcription")
-    samples, rate_hz = await asyncio.to_thread(audio.read_wav, file.file)
+async def _written(server: Server, request: Request, form: Sound) -> Response:
+    refuse("prompt", form.prompt)
+    refuse("stream", form.stream)
+    options, shape = form.options(), form.response_format
+    served, reason = await server.choose(form.model, "seq2seq/transcription")
+    samples, rate_hz = await asyncio.to_thread(audio.read_wav, form.file.file)
     given = {"audio": samples, "sample_rate_hz": rate_hz} | options
-    call = single.call(server, served, request, Body(model=model), given)
+    call = single.call(server, served, request, form.schedule(), given)
     output = await single.output(call, request, served)
     if output is None:
         return single.nobody()
     text, seconds = (output.text or "").strip(), float(output.prompt_units)
-    if response_format in ("json", "verbose_json"):
+    if shape in ("json", "verbose_json"):
         usage = {"type": "duration", "seconds": round(seconds, 3)}
         content: dict[str, Any] = {"text": text, "usage": usage}
-        if response_format == "verbose_json":
+        if shape == "verbose_json":
             content |= {
                 "task": options.get("task", "transcribe"),
                 "language": output.extra["language"] or "en",
@@ -87,9 +104,9 @@ async def _written(
             }
         content["usage"] |= {"energy": calls.energy_usage(call.receipts)}
         return single.answer(call, content, reason)
-    if response_format != "text":
-        text = _subtitles(_segments(output), web=response_format == "vtt")
-    return PlainTextResponse(text + "\n", headers=calls.energy_headers(call.receipts))
+    if shape != "text":
+        text = _subtitles(_segments(output), web=shape == "vtt")
+    return PlainTextResponse(text + "\n", headers=single.headers(call, served, reason))
 
 
 def _segments(output: Output) -> list[tuple[float, float, str]]:

@@ -11,9 +11,10 @@ import threading
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
-from leangen import clock, host
+from leangen import clock, host, otel
 from leangen.console import say
 from leangen.engine import Engine
 from leangen.errors import LeangenError
@@ -74,7 +75,9 @@ class ModelWorker:
         metrics: Metrics,
         limits: Limits,
         cap: PowerCap | None = None,
+        allow: Callable[[], None] = lambda: None,
     ) -> None:
+        """`allow` raises a LeangenError where no further job may begin."""
         self.name = name
         self.memory_bytes = memory_bytes
         """What it may come to hold: its weights, and the cache of a full batch."""
@@ -85,6 +88,7 @@ class ModelWorker:
         self._metrics = metrics
         self._limits = limits
         self._cap = cap
+        self._allow = allow
         self._wake = threading.Condition()
         self._queue = FairQueue(limits.queue)
         self._running: dict[Job, _Running] = {}
@@ -289,6 +293,7 @@ class ModelWorker:
             self._metrics.queued(self.name, (now_ns - job.queued_ns) / 1e9)
             self._running[job] = _Running(self._account.open(), now_ns)
             try:
+                self._allow()  # others may have used up a budget since it came
                 runner.add(job)
             except LeangenError as error:
                 self._end(job, None)
@@ -374,7 +379,8 @@ class ModelWorker:
             ),
         )
         receipt = replace(receipt, tag=job.tag)
-        ticket = engine.keep(receipt)
+        with nullcontext() if job.caller is None else otel.within(job.caller):
+            ticket = engine.keep(receipt)
         self._metrics.finished(self.name, receipt, output, clock.monotonic_ns() - job.queued_ns)
         done = output or Output(stop_reason="cancelled")
         return Finished(done, receipt, ticket)

@@ -23,7 +23,6 @@ from leangen.errors import RequestError
 from leangen.quality import Measure, Task
 from leangen.recipe import NodeRecipe
 from leangen.session import Session
-from leangen.treatments import read
 from leangen.tune import costs, harms, settings, solve
 from leangen.tune.costs import Objective
 from leangen.tune.solve import Option, Solution, Table
@@ -98,18 +97,13 @@ class Tuned:
     trials: int
 
     def cost_of(self, bundle: Bundle) -> float | None:
-        """The modelled cost of another bundle of the model; None for treatments not looked at.
-
-        Other unpacked forms than those looked at run as fp32 does too; of sizes, files tell.
-        """
-        total, sized = 0.0, self.objective.name == "size"
+        """The modelled cost of another bundle of the model; None for treatments not looked at."""
+        total = 0.0
         nodes = {key.rpartition(":")[2]: e for key, e in bundle.quantization["nodes"].items()}
         for name, options in self.costs.items():
             treatment = nodes[name]["treatment"] if name in nodes else "fp32"
             if treatment not in options:
-                if sized or read(treatment).kind != "w":
-                    return None
-                treatment = "fp32"
+                return None
             total += options[treatment]
         return total
 
@@ -137,7 +131,7 @@ def tune(
     progress(0, 0, "calibrating")
     calibration = quantize.Calibration(bundle, family_recipes.of(bundle).tuned_method)
     found = harms.measure(bundle, calibration, home, progress)
-    prices = costs.measure(bundle, calibration, found, aim, progress)
+    prices = costs.measure(bundle, calibration, found, aim, progress, threads)
     table = {
         node: {t: Option(prices[node][t], harm) for t, harm in options.items()}
         for node, options in found.items()

@@ -1,9 +1,11 @@
-"""What each treatment of each node costs here: bytes, or a timed run of the node alone.
+"""What each treatment of each node costs here: bytes, or a timed run.
 
-Nodes of the same shapes are measured once. Weights that are unpacked while loading run as fp32
-does. A language model's layers are run for one row, as in decoding, the others on the shapes that
-calibration saw. Joules come from this machine's counter where it has one; an estimate would only
-restate the time, so then time it is, and that is said.
+A node is run alone, on the shapes that calibration saw, and nodes of the same shapes once. A
+language model decodes as a whole instead, with all of its nodes treated alike: its layers are fused
+and stream their weights from memory, of which a node alone, its weights in the nearest cache, says
+nothing. Each node then has its weights' share of that. Everything runs as it will: on leangen's
+kernels where they fit. Joules come from this machine's counter where it has one; an estimate would
+only restate the time, so then time it is, and that is said.
 """
 
 from __future__ import annotations
@@ -22,14 +24,19 @@ from leangen import calibrate, clock, lowering, meters, quantize
 from leangen.bundle import Bundle
 from leangen.console import Progress
 from leangen.errors import RequestError
-from leangen.graph_edit import Array, Graph, Range, attributes
+from leangen.families import language
+from leangen.graph_edit import Graph, Range, attributes
 from leangen.meters import Selection
+from leangen.recipe import NodeRecipe
+from leangen.session import Session
 from leangen.sites import Site
-from leangen.treatments import Treatments, read
+from leangen.treatments import Treatments
 from leangen.tune.harms import Harms
 
 COUNTED = ("measured", "integrated")
 LEAST_RUNS, BUDGET_S = 7, 0.15
+TOKENS, WHOLE_S = 16, 1.0
+"""That a language model generates in a run; how long it is run."""
 _TICKS = 30
 """Ticks of the meter that a window over one node's runs should last."""
 
@@ -54,18 +61,18 @@ def objective(wanted: str, meter: str | None = None) -> Objective:
     if wanted == "size":
         return Objective("size", "B", "bytes of the weights")
     if wanted == "latency":
-        return Objective("time", "s", "each node timed alone on this machine")
+        return Objective("time", "s", "timed on this machine")
     if wanted != "energy":
         raise RequestError(f"minimize is {wanted!r}, expected size, latency or energy")
     selection = meters.select(meter=meter)
     if selection.source in COUNTED:
         scope = ", ".join(selection.scope)
-        return Objective("energy", "J", f"each node measured alone ({scope})", selection)
+        return Objective("energy", "J", f"measured on this machine ({scope})", selection)
     return Objective(
         "time",
         "s",
         f"energy is asked for, but no counter can be read here ({selection.reason}): "
-        "each node is timed in its place",
+        "time is taken in its place",
     )
 
 
@@ -75,8 +82,14 @@ def measure(
     harms: Harms,
     aim: Objective,
     progress: Progress,
+    threads: int | None = None,
 ) -> Costs:
-    """The cost of every treatment in `harms` and of fp32, summed over a bundle's graphs."""
+    """The cost of every treatment in `harms` and of fp32, summed over a bundle's graphs.
+
+    threads: that a language model decodes with.
+    """
+    if bundle.family == "language" and aim.name != "size":
+        return _decoding(bundle, calibration, harms, aim, progress, threads)
     found: Costs = {}
     for role in bundle.graphs:
         graph, sites, treatments = calibration.prepared(role)
@@ -92,13 +105,59 @@ def measure(
                     shared = treatment == "matmul8" and site.weight in embedded
                     value = 0.0 if shared else bits / 8
                 else:
-                    value = _run_cost(bundle, graph, site, treatments, treatment, spans, aim, known)
+                    value = _run_cost(graph, site, treatments, treatment, spans, aim, known)
                 each[treatment] = each.get(treatment, 0.0) + value
     return found
 
 
-def _run_cost(
+def _decoding(
     bundle: Bundle,
+    calibration: quantize.Calibration,
+    harms: Harms,
+    aim: Objective,
+    progress: Progress,
+    threads: int | None,
+) -> Costs:
+    """A token of the whole model with every node alike, shared out by weights."""
+    _, sites, _ = calibration.prepared("model")
+    weights = {site.node.name: site.weights for site in sites if site.kind != "embedding"}
+    offered = {name for node in weights for name in harms.get(node, {})}
+    whole = {"fp32": _token(bundle, aim, threads)}
+    for done, treatment in enumerate(sorted(offered)):
+        progress(done, len(offered), f"{aim.name} of a token at {treatment}")
+        nodes = {  # where it does not fit, 8 bits come nearest
+            node: treatment if treatment in harms[node] else "matmul8"
+            for node in weights
+            if {treatment, "matmul8"} & harms.get(node, {}).keys()
+        }
+        recipe = NodeRecipe(bundle.name, bundle.digest, nodes, method=calibration.method)
+        with tempfile.TemporaryDirectory(prefix="leangen-") as folder:
+            alike = quantize.replay(bundle, recipe, Path(folder) / "a", calibration=calibration)
+            whole[treatment] = _token(alike, aim, threads)
+    total = sum(weights.values())
+    return {
+        site.node.name: {
+            treatment: whole.get(treatment, 0.0) * weights.get(site.node.name, 0) / total
+            for treatment in ("fp32", *harms.get(site.node.name, {}))
+        }
+        for site in sites
+    }
+
+
+def _token(bundle: Bundle, aim: Objective, threads: int | None) -> float:
+    """Seconds or joules of a token that a language model generates after another."""
+    session = Session(bundle, threads=threads)
+    request = language.Request(tokens=[0], max_new_tokens=TOKENS, temperature=0.0, ignore_eos=True)
+
+    def run() -> None:
+        for _ in language.run(session, request):
+            pass
+
+    run()
+    return _spent(run, aim, WHOLE_S) / TOKENS
+
+
+def _run_cost(
     graph: Graph,
     site: Site,
     treatments: Treatments,
@@ -107,16 +166,10 @@ def _run_cost(
     aim: Objective,
     known: dict[Any, float],
 ) -> float:
-    if treatment != "fp32" and read(treatment).kind == "w":
-        treatment = "fp32"  # unpacked while loading
     node = site.node
     if site.kind in ("embedding", "deconv"):
         return 0.0  # looked up, or always computed as fp32: no choice changes it
-    shape = (
-        (1, 1, site.columns)
-        if bundle.family == "language"
-        else tuple(map(int, spans[node.input[0]].shape))
-    )
+    shape = tuple(map(int, spans[node.input[0]].shape))
     options = tuple(sorted((k, str(v)) for k, v in attributes(node).items()))
     key = (node.op_type, options, graph.shape(site.weight), shape, treatment)
     if key not in known:
@@ -144,10 +197,7 @@ def _measure(
         graph.save(path, model)
         session = _open(path)
         session.run(None, feed)
-        median_s = _time(session, feed)
-        if aim.selection is None:
-            return median_s
-        return joules(lambda: session.run(None, feed), median_s, aim.selection)
+        return _spent(lambda: session.run(None, feed), aim, BUDGET_S)
 
 
 def _open(path: Path) -> ort.InferenceSession:
@@ -158,15 +208,19 @@ def _open(path: Path) -> ort.InferenceSession:
     return calibrate.open_session(lowered.path, lowered.library)
 
 
-def _time(session: ort.InferenceSession, feed: Mapping[str, Array]) -> float:
-    """Median seconds of a run."""
+def _spent(run: Callable[[], object], aim: Objective, budget_s: float) -> float:
+    """Seconds or joules of a run that has been warmed up.
+
+    The least time, as what else the machine does only adds.
+    """
     spent: list[int] = []
-    end_ns = clock.monotonic_ns() + round(BUDGET_S * 1e9)
+    end_ns = clock.monotonic_ns() + round(budget_s * 1e9)
     while clock.monotonic_ns() < end_ns or len(spent) < LEAST_RUNS:
         begin_ns = clock.monotonic_ns()
-        session.run(None, feed)
+        run()
         spent.append(clock.monotonic_ns() - begin_ns)
-    return float(np.median(spent)) / 1e9
+    run_s = min(spent) / 1e9
+    return run_s if aim.selection is None else joules(run, run_s, aim.selection)
 
 
 def joules(run: Callable[[], object], run_s: float, selection: Selection) -> float:

@@ -60,15 +60,14 @@ def solve(table: Table, budget: float) -> Solution | None:
         if (error.name or "").partition(".")[0] != "scipy":
             raise
         return relaxed(table, budget)
-    pairs = [(node, treatment) for node in table for treatment in table[node]]
+    pairs = [(node, t) for node in table for t in table[node] if table[node][t].harm <= budget]
     options = [table[node][treatment] for node, treatment in pairs]
     rows = {node: row for row, node in enumerate(table)}
     places = ([rows[node] for node, _ in pairs], list(range(len(pairs))))
     one_each = coo_array((np.ones(len(pairs)), places), shape=(len(rows), len(pairs)))
     cost = np.array([option.cost for option in options])
     harm = np.array([option.harm for option in options])
-    with np.errstate(over="ignore"):  # a budget of nearly nothing rules out every real harm
-        shares = np.minimum(harm / max(budget, float(np.finfo(np.float64).tiny)), 1e6)
+    shares = harm / max(budget, float(np.finfo(np.float64).tiny))
     found = milp(
         cost / max(float(cost.max()), float(np.finfo(np.float64).tiny)),
         constraints=[
