@@ -174,6 +174,15 @@ class Graph:
                         "copy it beside the graph, whole"
                     )
 
+    def check_numbers(self) -> None:
+        """BundleError when a float parameter holds NaN; a mask may well hold infinity."""
+        for name, size in self.float_parameters().items():
+            if size and np.isnan(self.array(name).min()):
+                raise BundleError(
+                    f"parameter {name!r} of {self.folder} holds NaN: export the model again from "
+                    "an intact source"
+                )
+
     def add(self, name: str, array: Array) -> str:
         """A new constant; returns its name."""
         self._added[name] = np.asarray(array)

@@ -49,10 +49,11 @@ def observe(session: Session, task: Task, reference: Drawn | None) -> Drawn:
         )
     if reference is not None:
         return Drawn(images, trajectories, reference.real, reference.network)
+    limits = session.bundle.config.get("range")
     return Drawn(
         images,
         trajectories,
-        None if task.data is None else spectrum.load(task.data, images[0].shape),
+        None if task.data is None else spectrum.load(task.data, images[0].shape, limits),
         None if task.features is None else features.Network(task.features),
     )
 
