@@ -1,6 +1,6 @@
 """Keep the plans of the store's quantized bundles for everyone: leangen/assets/plans.json.
 
-    python bench/record_plans.py terrain:int8 terrain:int4 piper-joe:int8 piper-joe:int4
+python bench/record_plans.py terrain:int8 terrain:int4 piper-joe:int8 piper-joe:int4
 """
 
 from __future__ import annotations
