@@ -125,3 +125,9 @@ class OnCard:
         _, heads, capacity, columns = self._shape
         place: int = value.data_ptr()
         return place + (row * heads + head) * capacity * columns * self._type.itemsize
+
+
+def bind_inputs(binding: ort.IOBinding, **arrays: Array) -> None:
+    """Bind arrays as inputs; what is written to one later is what a later run reads."""
+    for name, array in arrays.items():
+        binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))

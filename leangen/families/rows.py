@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
-from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -60,9 +59,12 @@ class _Binding:
         self._logits_from = np.full(1, -1, np.int64)
         self._logits = np.zeros((rows, 1, vocab), np.float32)
         self._ids = np.zeros((rows, 0), np.int64)
-        self._input("seqlens_k", self._last)
-        self._input("total_sequence_length", self._total)
-        self._input("logits_from", self._logits_from)
+        key_values.bind_inputs(
+            self.binding,
+            seqlens_k=self._last,
+            total_sequence_length=self._total,
+            logits_from=self._logits_from,
+        )
         logits = ort.OrtValue.ortvalue_from_numpy(self._logits)
         self.binding.bind_ortvalue_output("logits", logits)
 
@@ -71,7 +73,7 @@ class _Binding:
         new = len(tokens[0])
         if self._ids.shape[1] != new:
             self._ids = np.zeros((len(tokens), new), np.int64)
-            self._input("input_ids", self._ids)
+            key_values.bind_inputs(self.binding, input_ids=self._ids)
         self._ids[...] = tokens
         self._last[...] = lengths
         self._last += new - 1
@@ -79,7 +81,3 @@ class _Binding:
         self._graph.run_with_iobinding(self.binding)
         logits: Floats = self._logits[:, 0]
         return logits
-
-    def _input(self, name: str, array: np.ndarray[Any, Any]) -> None:
-        # The OrtValue is a window on the array's memory: later changes to the array are seen.
-        self.binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))

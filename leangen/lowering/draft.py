@@ -175,6 +175,12 @@ def options_are(node: NodeProto, **expected: Any) -> bool:
     return True
 
 
+def either_way(node: NodeProto) -> tuple[tuple[str, str], tuple[str, str]]:
+    """The two inputs of an operator that may have them in either order, both ways round."""
+    first, second = node.input
+    return (first, second), (second, first)
+
+
 def set_option(node: NodeProto, name: str, value: Any) -> None:
     """Give a node's attribute another value."""
     kept = [attribute for attribute in node.attribute if attribute.name != name]
