@@ -258,6 +258,18 @@ def test_moments_of_a_small_limit_are_the_same(tmp_path):
         assert np.allclose(whole[name], few[name], rtol=1e-5)
 
 
+def test_moments_part_by_part_and_in_any_order_are_those_of_the_whole(lm):
+    path = lm.graph("model")
+    feeds, _ = calibration_data.feeds(lm, None)
+    sites = [site for site in find_sites(Graph(path)) if site.kind == "linear"]
+    widths = {site.node.input[0]: site.columns for site in sites}
+    whole, parts = (
+        Moments(path, widths, feeds["model"][:2], limit_bytes=limit) for limit in (1 << 30, 1)
+    )
+    for name in [*widths, *reversed(widths)]:
+        np.testing.assert_allclose(parts[name], whole[name], rtol=1e-4, atol=1e-6)
+
+
 # Whole bundles
 
 
