@@ -61,7 +61,9 @@ Array = np.ndarray[Any, Any]
 
 def main() -> None:
     """Quantize, judge, time, print."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="smollm2-135m", help="a name or a bundle")
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--text", type=Path, help="default: the catalog's wiki-text")
