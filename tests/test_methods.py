@@ -12,7 +12,7 @@ import pytest
 from onnx import helper, numpy_helper
 from tiny_bundles import BUILDERS
 
-from leangen import calibration_data, methods, precision, schemes
+from leangen import calibration_data, methods, moments, precision, schemes
 from leangen.bundle import create, open_bundle
 from leangen.errors import BundleError, RequestError, UnknownSchemeError
 from leangen.graph_edit import Graph
@@ -268,6 +268,16 @@ def test_moments_part_by_part_and_in_any_order_are_those_of_the_whole(lm):
     )
     for name in [*widths, *reversed(widths)]:
         np.testing.assert_allclose(parts[name], whole[name], rtol=1e-4, atol=1e-6)
+
+
+def test_no_node_is_in_two_parts_and_none_that_is_not_needed(lm):
+    nodes = Graph(lm.graph("model")).nodes
+    assert any("" in node.output for node in nodes)  # left out: it is no tensor that nodes share
+    names = [f"/layers.{layer}/mlp/gated/y" for layer in range(2)]
+    first, second = moments._parts(nodes, [[name] for name in names])
+    layers = [{nodes[i].name.split("/")[1] for i in part.nodes} for part in (first, second)]
+    assert "layers.1" not in layers[0] and "layers.0" in layers[0] and "layers.1" in layers[1]
+    assert not set(first.nodes) & set(second.nodes)
 
 
 # Whole bundles
