@@ -31,14 +31,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from precision_peers import Llama, ort_bundle
+from precision_peers import ORT_METHODS, Llama, ort_bundle
 
 import leangen as lg
 from leangen import benchmark, calibration_data
 from leangen.bundle import Bundle, open_bundle
 from leangen.console import say, table, with_u
+from leangen.errors import UnknownSchemeError
 from leangen.families import language
 from leangen.graph_edit import Graph, attributes
+from leangen.precision import parse
 from leangen.quality.language import kl_and_top1, log_softmax
 from leangen.quantize import quantize
 from leangen.session import Session
@@ -75,6 +77,9 @@ def main() -> None:
     parser.add_argument("--gguf", type=Path, help="the model's floats, for llama.cpp")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    for precision in args.precisions:
+        if wrong := _wrong(precision, args):
+            parser.error(f"{precision}: {wrong}")
     logging.disable(logging.INFO)  # ORT's quantizers tell of every node
     exact = Store().resolve(args.model, notify=say)
     calibration, judged = texts(args.model, args.text)
@@ -111,6 +116,22 @@ def main() -> None:
         [_cells(row) for row in rows],
         title=f"{exact.name}, {rows[0]['tokens']} tokens, {args.activations} activations",
     )
+
+
+def _wrong(precision: str, args: argparse.Namespace) -> str | None:
+    """Why a precision cannot be made, told before the hours that the others take."""
+    if Path(precision).is_dir():
+        return None
+    if precision.startswith("llama-"):
+        return None if args.llama_python and args.gguf else "needs --llama-python and --gguf"
+    if precision.startswith("ort-"):
+        fits = re.fullmatch(f"ort-({'|'.join(ORT_METHODS)})-g[0-9]+", precision)
+        return None if fits else f"expected ort-METHOD-gN with one of {', '.join(ORT_METHODS)}"
+    try:
+        parse(precision)
+    except UnknownSchemeError as error:
+        return str(error)
+    return None
 
 
 def texts(model: str, path: Path | None) -> tuple[str, str]:
