@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # llama.cpp's interpreter has no leangen
     from leangen.bundle import Bundle
 
 Array = np.ndarray[Any, Any]
+ORT_METHODS = ("rtn", "hqq", "kquant", "gptq")
 
 
 def ort_bundle(
