@@ -78,8 +78,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     for precision in args.precisions:
-        if wrong := _wrong(precision, args):
-            parser.error(f"{precision}: {wrong}")
+        if (wrong := _wrong(precision, args)) is not None:
+            parser.error(f"{precision!r}: {wrong}")
     logging.disable(logging.INFO)  # ORT's quantizers tell of every node
     exact = Store().resolve(args.model, notify=say)
     calibration, judged = texts(args.model, args.text)
@@ -118,22 +118,6 @@ def main() -> None:
     )
 
 
-def _wrong(precision: str, args: argparse.Namespace) -> str | None:
-    """Why a precision cannot be made, told before the hours that the others take."""
-    if Path(precision).is_dir():
-        return None
-    if precision.startswith("llama-"):
-        return None if args.llama_python and args.gguf else "needs --llama-python and --gguf"
-    if precision.startswith("ort-"):
-        fits = re.fullmatch(f"ort-({'|'.join(ORT_METHODS)})-g[0-9]+", precision)
-        return None if fits else f"expected ort-METHOD-gN with one of {', '.join(ORT_METHODS)}"
-    try:
-        parse(precision)
-    except UnknownSchemeError as error:
-        return str(error)
-    return None
-
-
 def texts(model: str, path: Path | None) -> tuple[str, str]:
     """What data-driven methods see, and what is judged: disjoint."""
     if path is None and model == "smiles-lm":
@@ -163,6 +147,23 @@ def _logits(session: Session, windows: Sequence[Sequence[int]]) -> list[Array]:
 def _ftype(precision: str) -> str:
     kind = precision.removeprefix("llama-")
     return f"ALL_{kind}" if kind == "F32" else f"MOSTLY_{kind}"
+
+
+def _wrong(precision: str, args: argparse.Namespace) -> str | None:
+    """What stops a precision from being made, which is better said before the first than then."""
+    if precision.startswith("llama-"):
+        return None if args.llama_python and args.gguf else "give --llama-python and --gguf"
+    if precision.startswith("ort-"):
+        methods = "|".join(ORT_METHODS)
+        known = re.fullmatch(rf"ort-({methods})-g\d+", precision)
+        return None if known else f"expected ort-METHOD-gN, METHOD one of {methods}"
+    if Path(precision).is_dir():
+        return None
+    try:
+        parse(precision)
+    except UnknownSchemeError as error:
+        return str(error)
+    return None
 
 
 def _make(exact: Bundle, precision: str, folder: Path, data: Path | None) -> Bundle:

@@ -24,7 +24,6 @@ if TYPE_CHECKING:  # llama.cpp's interpreter has no leangen
 
 Array = np.ndarray[Any, Any]
 ORT_METHODS = ("rtn", "hqq", "kquant", "gptq")
-"""Of `matmul_nbits_quantizer`, as `ort_bundle` calls them."""
 
 
 def ort_bundle(

@@ -145,7 +145,6 @@ def _batches(widths: Mapping[str, int], limit_bytes: int) -> list[list[str]]:
 def _parts(nodes: Sequence[NodeProto], batches: Sequence[list[str]]) -> list[_Part]:
     """For each batch the nodes that it needs and no batch before it needed."""
     maker = {output: index for index, node in enumerate(nodes) for output in node.output}
-    maker.pop("", None)  # how ONNX writes an output, and an input, that is left out
     made: set[int] = set()
     parts = []
     for tensors in batches:
