@@ -21,6 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from leangen import clock, cluster
 from leangen.cli import main
+from leangen.errors import RequestError
 from leangen.ledger import Ledger
 from leangen.serve import access, on_ray
 from leangen.serve.options import Options
@@ -124,6 +125,19 @@ def test_a_lost_replica_is_told_in_the_shape_of_every_error(tmp_path, streams):
     assert reply.status_code == (200 if streams else 503)
     last = reply.text.strip().rpartition("data: ")[2]
     assert json.loads(last)["error"]["code"] == "replica_lost"
+
+
+def test_a_cluster_that_is_not_there_is_named(monkeypatch):
+    ray = pytest.importorskip("ray", reason="ray is not installed")
+
+    def init(**_):
+        raise ConnectionError("Failed to connect to Ray cluster")
+
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.9:6379")
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(RequestError, match="no Ray cluster answers at 10.0.0.9:6379"):
+        cluster.connect()
 
 
 @pytest.mark.slow
