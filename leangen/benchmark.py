@@ -124,39 +124,19 @@ def run(
     options: Mapping[str, Any],
     repeats: int,
     precision: float = PRECISION,
-    threads: int | None,
-    activations: Any,
-    kernels: Any,
-    device: str,
-    kv: Any,
-    region: str | None,
-    intensity: str | None,
-    embodied: tuple[float, float] | None,
-    meter: str | None = None,
+    loading: Mapping[str, Any],
     as_json: bool,
 ) -> int:
-    """Measure the models and print one table or one JSON document; 0 when all were measured."""
+    """Measure the models and print one table or one JSON document; 0 when all were measured.
+
+    loading: options of `leangen.load`, the same for all.
+    """
     if repeats < 1:
         raise RequestError(f"repeats is {repeats}, expected 1 or more")
     if not 0 < precision < 1:
         raise RequestError(f"precision is {precision:g}, expected a share such as 0.05, or 5%")
     before = environment.conditions()
-    engines = [
-        api.load_model(
-            model,
-            threads=threads,
-            activations=activations,
-            kernels=kernels,
-            device=device,
-            kv=kv,
-            region=region,
-            intensity=intensity,
-            embodied=embodied,
-            meter=meter,
-            tag="bench",
-        )
-        for model in models
-    ]
+    engines = [api.load_model(model, tag="bench", **loading) for model in models]
     requests = [engine.or_example(prompt, options) for engine in engines]
     warm: list[dict[str, Any]] = []
     receipts: list[list[Receipt]] = [[] for _ in engines]

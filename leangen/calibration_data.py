@@ -3,13 +3,15 @@
 none        the model's own text, samples, images or speech: nothing to download
 *.txt ...   language: text; speech: a line of phonemes each
 folder      diffusion: images of the model's size
-*.npy       language: token ids [n, t]; flow: rows [n, d]; diffusion: images [n, c, h, w]
+*.npy       language: token ids [n, t]; flow: rows [n, d]; diffusion: images [n, c, h, w] or
+            [n, h, w, c] of the model's values
 *.npz       any family: arrays named after the inputs of a graph, one run of it
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from leangen import calibrate, families
 from leangen.bundle import Bundle
 from leangen.calibrate import Feeds, Recorder, evenly
 from leangen.errors import RequestError
-from leangen.families import density, diffusion, language, self_text, speech
+from leangen.families import density, diffusion, imaging, language, self_text, speech
 from leangen.graph_edit import Array
 from leangen.session import Session
 
@@ -27,7 +29,6 @@ WINDOW = 256
 """Tokens of one calibration run of a language model."""
 WINDOWS = 32
 _IMAGES = 16
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
 
 Found = tuple[dict[str, list[Feeds]], list[Any]]
 """Feeds by graph role, and what the manifest says of them."""
@@ -54,31 +55,40 @@ def feeds(bundle: Bundle, data: Path | None) -> Found:
 
 
 def _own_text(bundle: Bundle) -> Found:
-    tokens = self_text.draw(Session(bundle), WINDOWS, WINDOW, seed=0)
+    tokens = self_text.draw(Session(bundle), WINDOWS, _window(bundle), seed=0)
     said = {"own text": {"sequences": WINDOWS, "tokens": int(tokens.size), "seed": 0}}
     return {"model": [prefill(bundle, row) for row in tokens]}, [said]
+
+
+def _window(bundle: Bundle) -> int:
+    return min(WINDOW, int(bundle.config["context_length"]))
 
 
 def _text(bundle: Bundle, data: Path) -> Found:
     if data.suffix == ".npy":
         ids = _array(data)
-        vocab = bundle.config["vocab_size"]
+        vocab, context = bundle.config["vocab_size"], bundle.config["context_length"]
         if ids.ndim != 2 or not ids.size or ids.dtype.kind not in "iu":
             raise RequestError(
                 f"{data} has shape {list(ids.shape)} of {ids.dtype}, expected token ids [n, t]"
             )
-        if ids.min() < 0 or ids.max() >= vocab:
-            raise RequestError(f"{data} holds token {int(ids.max())}, expected 0 to {vocab - 1}")
+        strange = ids[(ids < 0) | (ids >= vocab)]
+        if strange.size:
+            raise RequestError(f"{data} holds token {strange[0]}, expected 0 to {vocab - 1}")
+        if ids.shape[1] > context:
+            raise RequestError(
+                f"{data} has rows of {ids.shape[1]} tokens, the model reads {context} at once: "
+                "cut them"
+            )
         rows = list(ids)
     else:
         tokens = language.tokenizer(Session(bundle)).encode(_lines(data)).ids
-        if len(tokens) < WINDOW:
+        size = _window(bundle)
+        if len(tokens) < size:
             raise RequestError(
-                f"{data} has {len(tokens)} tokens, expected at least {WINDOW}: give more text"
+                f"{data} has {len(tokens)} tokens, expected at least {size}: give more text"
             )
-        rows = [
-            np.array(tokens[i : i + WINDOW]) for i in range(0, len(tokens) - WINDOW + 1, WINDOW)
-        ]
+        rows = [np.array(tokens[i : i + size]) for i in range(0, len(tokens) - size + 1, size)]
     rows = evenly(rows, WINDOWS)
     said = {"data": data.name, "tokens": sum(len(row) for row in rows)}
     return {"model": [prefill(bundle, row) for row in rows]}, [said]
@@ -105,6 +115,15 @@ def _spoken(bundle: Bundle, data: Path) -> Found:
 
 
 def _rows(bundle: Bundle, data: Path) -> Found:
+    config, session = bundle.config, Session(bundle)
+    batches = density.batches_of(density.rows_of(data, config), config)
+    scored = [session.run("log_prob", {"x": batch}, ["log_prob"])[0] for batch in batches]
+    finite = np.isfinite(np.concatenate(scored))
+    if not finite.all():
+        raise RequestError(
+            f"the model gives {np.sum(~finite)} of {len(finite)} rows of {data} no density, row "
+            f"{np.argmin(finite)} first: they are outside of what it knows, leave them out"
+        )
     array, _ = calibrate.record(bundle, [density.Request(data=str(data))])
     sampled, said = calibrate.record(bundle)
     return sampled | {"log_prob": array["log_prob"]}, [*said, {"data": data.name}]
@@ -112,75 +131,84 @@ def _rows(bundle: Bundle, data: Path) -> Found:
 
 def _images(bundle: Bundle, data: Path) -> Found:
     shape = tuple(bundle.config["sample"]["shape"])
-    images = _array(data) if data.is_file() else _pictures(data, shape, bundle.config.get("range"))
-    if images.ndim != 4 or images.shape[1:] != shape or not len(images):
-        raise RequestError(
-            f"{data} has shape {list(images.shape)}, expected images of shape {list(shape)}"
-        )
+    if data.is_dir():
+        limits = bundle.config.get("range") or (0.0, 1.0)
+        names = evenly(imaging.pictures_in(data), _IMAGES)
+        picked = np.concatenate([imaging.picture(name, shape, limits) for name in names])
+    else:
+        picked = np.stack(evenly(list(_channels_first(data, shape)), _IMAGES)).astype(np.float32)
     recorder = Recorder(bundle)
     steps = max(4, min(8, int(bundle.config["steps"])))
-    picked = np.stack(evenly(list(images), _IMAGES)).astype(np.float32)
     diffusion.show(recorder, picked, levels=steps)
     return recorder.feeds(8), [{"data": data.name, "images": len(picked), "noise levels": steps}]
 
 
-def _pictures(folder: Path, shape: tuple[int, ...], span: Sequence[float] | None) -> Array:
-    from PIL import Image, UnidentifiedImageError
-
-    low, high = span or (0.0, 1.0)
-    found = []
-    for path in sorted(p for p in folder.iterdir() if p.suffix.lower() in _SUFFIXES):
-        try:
-            with Image.open(path) as image:
-                raw = np.asarray(image.convert("L" if shape[0] == 1 else "RGB"), np.float32)
-        except (UnidentifiedImageError, OSError) as error:
-            raise RequestError(f"{path} cannot be read as an image: {error}") from error
-        pixels = np.atleast_3d(raw).transpose(2, 0, 1) / 255 * (high - low) + low
-        if pixels.shape != shape:
-            raise RequestError(
-                f"{path} is {pixels.shape[1]} x {pixels.shape[2]} pixels, "
-                f"expected {shape[1]} x {shape[2]}"
-            )
-        found.append(pixels)
-    if not found:
-        raise RequestError(f"{folder} holds no images ({', '.join(_SUFFIXES)})")
-    return np.stack(found)
+def _channels_first(data: Path, shape: tuple[int, ...]) -> Array:
+    """Images of a .npy file as [n, c, h, w]."""
+    images, (channels, *size) = _array(data), shape
+    if images.shape[1:] == (*size, channels) != shape:
+        return np.moveaxis(images, -1, 1)
+    if images.shape[1:] != shape:
+        raise RequestError(
+            f"{data} has shape {list(images.shape)}, expected images {['n', *shape]} or "
+            f"{['n', *size, channels]}"
+        )
+    return images
 
 
 def _named(bundle: Bundle, data: Path) -> Found:
-    try:
-        with np.load(data, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except (ValueError, OSError, EOFError) as error:
-        raise RequestError(f"{data} cannot be read as .npz: {error}") from error
+    arrays = _load(data)
+    if not isinstance(arrays, dict):
+        raise RequestError(f"{data} is a .npy file by its content: name it so")
     session = Session(bundle)
     wanted = {}
     for role in bundle.graphs:
-        inputs = {entry.name: entry.shape for entry in session.graph(role).get_inputs()}
+        inputs = {entry.name: entry for entry in session.graph(role).get_inputs()}
+        if inputs.keys() == arrays.keys():
+            run = {name: _fitted(data, arrays[name], inputs[name]) for name in inputs}
+            return {other: [] for other in bundle.graphs} | {role: [run]}, [{"data": data.name}]
         wanted[role] = ", ".join(inputs)
-        if inputs.keys() != arrays.keys():
-            continue
-        for name, array in arrays.items():
-            fixed = zip(array.shape, inputs[name], strict=False)
-            if array.ndim != len(inputs[name]) or any(
-                isinstance(want, int) and size != want for size, want in fixed
-            ):
-                raise RequestError(
-                    f"{data}: {name} has shape {list(array.shape)}, expected {inputs[name]}"
-                )
-            _check_finite(data, array)
-        return {other: [] for other in bundle.graphs} | {role: [arrays]}, [{"data": data.name}]
     raise RequestError(
         f"{data} holds {', '.join(arrays) or 'nothing'}, expected the inputs of a graph: "
         + "; ".join(wanted.values())
     )
 
 
-def _array(data: Path) -> Array:
+def _fitted(data: Path, array: Array, wanted: Any) -> Array:
+    """An array in the type of the graph's input that it is named after; of its shape it must be."""
+    fixed = zip(array.shape, wanted.shape, strict=False)
+    if array.ndim != len(wanted.shape) or any(
+        isinstance(want, int) and size != want for size, want in fixed
+    ):
+        raise RequestError(
+            f"{data}: {wanted.name} has shape {list(array.shape)}, expected {wanted.shape}"
+        )
+    kind = wanted.type.removeprefix("tensor(").removesuffix(")")
+    kind = {"float": "float32", "double": "float64"}.get(kind, kind)
+    if not np.can_cast(array.dtype, kind, "same_kind"):
+        raise RequestError(f"{data}: {wanted.name} is {array.dtype}, expected {kind}")
+    _check_finite(data, array)
+    return array.astype(kind, copy=False)
+
+
+def _load(data: Path) -> Array | dict[str, Array]:
+    """What a .npy file holds, or a .npz one by name."""
     try:
-        array: Array = np.load(data, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise RequestError(f"{data} cannot be read as .npy: {error}") from error
+        held = np.load(data, allow_pickle=False)
+        if isinstance(held, np.ndarray):
+            return held
+        with held:
+            return {name: held[name] for name in held.files}
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise RequestError(
+            f"{data} cannot be read as {data.suffix}: it is damaged, or holds no plain numbers"
+        ) from error
+
+
+def _array(data: Path) -> Array:
+    array = _load(data)
+    if isinstance(array, dict):
+        raise RequestError(f"{data} is a .npz file by its content: name it so")
     _check_finite(data, array)
     return array
 

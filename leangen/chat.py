@@ -3,28 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
-from leangen import api
 from leangen.console import say, with_u
+from leangen.engine import Engine
 from leangen.errors import RequestError
 from leangen.report import summary
 
 
-def run(args: argparse.Namespace) -> int:
+def run(engine: Engine, args: argparse.Namespace) -> int:
     """Read a message, stream the answer, show what it cost; until `/quit` or end of input."""
-    engine = api.load_model(
-        args.model,
-        threads=args.threads,
-        region=args.region,
-        meter=args.meter,
-        intensity=args.intensity,
-        embodied=args.embodied,
-        activations=args.activations,
-        kernels=args.kernels,
-        device=args.device,
-        kv=args.kv,
-        tag="chat",
-    )
     if engine.bundle.family != "language":
         raise RequestError(
             f"{args.model} is a {engine.bundle.family} model, chat needs a language model: "
@@ -70,10 +58,15 @@ def run(args: argparse.Namespace) -> int:
         if stream.receipt is not None:
             say(summary(stream.receipt))
             turns.append((stream.receipt.energy.gross_j, stream.receipt.energy.u_j))
+    _tell_total(turns)
+    return 0
+
+
+def _tell_total(turns: Sequence[tuple[float | None, float | None]]) -> None:
+    """What all turns took together, each given as joules and their u."""
     known = [(j, u or 0.0) for j, u in turns if j is not None]
     if known:
         # The systematic part is common to all turns, so the u of the sum adds linearly.
         total = with_u(sum(j for j, _ in known), sum(u for _, u in known), "J")
         missing = len(turns) - len(known)
         say(f"this conversation: {total}" + (f", {missing} turns not measured" * bool(missing)))
-    return 0

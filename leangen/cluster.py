@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from leangen.console import print_json, say
-from leangen.errors import DependencyError, RequestError
+from leangen.errors import RequestError, needs
 from leangen.ledger import Ledger
 from leangen.store import Store
 
@@ -49,12 +49,8 @@ def connect() -> Any:
 
     Raises DependencyError without the extra, RequestError where no cluster answers.
     """
-    try:
+    with needs("ray", message="--ray needs Ray: pip install 'leangen[ray]'"):
         import ray
-    except ModuleNotFoundError as error:
-        if error.name != "ray":
-            raise
-        raise DependencyError("--ray needs Ray: pip install 'leangen[ray]'") from error
     if not ray.is_initialized():
         told = PATIENCE | {name: os.environ[name] for name in TOLD if name in os.environ}
         try:

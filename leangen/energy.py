@@ -90,22 +90,8 @@ def account(
     measurement.
     """
     reasons = [reason] if reason else []
-    faulted = [window for window in windows if window.energy_uj is None]
-    if not windows or faulted:
-        if not windows and not reasons:
-            reasons.append("there is no meter")
-        reasons += [
-            f"{window.sensor}: {'; '.join(FAULTS.get(fault, fault) for fault in window.faults)}"
-            for window in faulted
-        ]
-        return Energy(
-            source="unavailable",
-            scope=scope,
-            reason="; ".join(reasons),
-            gross_uj=None,
-            meters=tuple(windows),
-        )
-
+    if not windows or any(window.energy_uj is None for window in windows):
+        return _unavailable(windows, scope, reasons)
     source = _one_source(windows)
     gross_uj = sum(window.energy_uj or 0 for window in windows)
     u_random_j = math.hypot(*(window.u_random_j or 0.0 for window in windows))
@@ -117,7 +103,6 @@ def account(
         for window in windows
         if window.tick_s is not None and duration_ns < window.tick_s * 1e9
     ]
-
     idle_uj = idle_u_j = marginal_uj = marginal_u_j = None
     if baseline is None:
         reasons.append("no idle baseline was measured: idle and marginal are unknown")
@@ -135,7 +120,6 @@ def account(
             baseline.u_random_w * duration_s,
             u_systematic_j - baseline.u_systematic_w * duration_s,
         )
-
     contrast_uj = gross_uj if marginal_uj is None else marginal_uj
     return Energy(
         source=source,
@@ -164,6 +148,26 @@ def account(
         ),
         baseline=None if idle_uj is None or baseline is None else baseline.to_json(),
         attribution=process_share(*cpu, marginal_uj, marginal_u_j) if cpu else None,
+    )
+
+
+def _unavailable(
+    windows: Sequence[MeterWindow], scope: tuple[str, ...], reasons: list[str]
+) -> Energy:
+    """No total, and why: what is known already, and each meter's faults."""
+    faults = [
+        f"{window.sensor}: {'; '.join(FAULTS.get(fault, fault) for fault in window.faults)}"
+        for window in windows
+        if window.energy_uj is None
+    ]
+    if not windows and not reasons:
+        reasons = ["there is no meter"]
+    return Energy(
+        source="unavailable",
+        scope=scope,
+        reason="; ".join([*reasons, *faults]),
+        gross_uj=None,
+        meters=tuple(windows),
     )
 
 

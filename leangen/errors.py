@@ -6,6 +6,9 @@ one line and exits with 2; nothing half-written is left behind.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class LeangenError(Exception):
     """Base of every error that a user's input or surroundings can cause."""
@@ -49,3 +52,17 @@ class StorageError(LeangenError):
 
 class DependencyError(LeangenError):
     """An optional dependency is needed; the message names the extra to install."""
+
+
+@contextmanager
+def needs(*modules: str, message: str) -> Iterator[None]:
+    """Around imports: DependencyError with the message where one of these modules is missing.
+
+    Any other that cannot be found is a fault of what is installed, and passes.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name not in modules:
+            raise
+        raise DependencyError(message) from None

@@ -60,7 +60,7 @@ def subgraphs(node: NodeProto) -> Iterator[GraphProto]:
 def tensor_names(nodes: Iterable[NodeProto]) -> Iterator[str]:
     """Every tensor that the nodes read, those of their subgraphs included."""
     for node in nodes:
-        yield from node.input
+        yield from filter(None, node.input)  # an input that is left out has no name
         for graph in subgraphs(node):
             yield from tensor_names(graph.node)
             yield from (output.name for output in graph.output)
@@ -173,6 +173,15 @@ class Graph:
                         f"its weight file {place['location']!r} is missing or cut off: "
                         "copy it beside the graph, whole"
                     )
+
+    def check_numbers(self) -> None:
+        """BundleError when a float parameter holds NaN; a mask may well hold infinity."""
+        for name, size in self.float_parameters().items():
+            if size and np.isnan(self.array(name).min()):
+                raise BundleError(
+                    f"parameter {name!r} of {self.folder} holds NaN: export the model again from "
+                    "an intact source"
+                )
 
     def add(self, name: str, array: Array) -> str:
         """A new constant; returns its name."""

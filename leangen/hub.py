@@ -16,7 +16,7 @@ from typing import Any
 from leangen.bundle import sha256_file
 from leangen.catalog import Entry, HubFiles, gguf_forms
 from leangen.console import Progress
-from leangen.errors import ChecksumError, DependencyError, SourceError, StorageError
+from leangen.errors import ChecksumError, SourceError, StorageError, needs
 from leangen.fetch import watching
 
 # What suits a small machine first: 4-bit, then as few bits above that as there are.
@@ -175,14 +175,9 @@ def _check(expected: Mapping[str, str], member: str, path: Path) -> None:
 @contextmanager
 def _hub_errors(repo: str, revision: str | None, file: str | None) -> Iterator[None]:
     """Turn what huggingface_hub and its HTTP library raise into our errors, in one line."""
-    try:
+    message = f"hf:{repo} needs huggingface_hub: `pip install 'leangen[hub]'`"
+    with needs("huggingface_hub", message=message):
         from huggingface_hub import errors
-    except ModuleNotFoundError as error:
-        if error.name != "huggingface_hub":
-            raise
-        raise DependencyError(
-            f"hf:{repo} needs huggingface_hub: `pip install 'leangen[hub]'`"
-        ) from None
     at = f"{repo}@{revision}" if revision else repo
     try:
         yield

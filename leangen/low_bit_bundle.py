@@ -70,7 +70,8 @@ def write(
     """Write the fp32 `bundle` to folder `out`, each graph as `plan` (role, feeds, note) has it.
 
     gather: makes the feeds. method: how linear layers are rounded, for the manifest. config: what
-    differs from the fp32 bundle's. Raises UnknownSchemeError for a bundle that is quantized already
+    differs from the fp32 bundle's. Raises BundleError for parameters that are no numbers,
+    UnknownSchemeError for a bundle that is quantized already
     and where nothing is treated, StorageError when `out` exists (unless `replace`) or the disk is
     full.
     """
@@ -79,6 +80,8 @@ def write(
             f"bundle {bundle.path} is {bundle.scheme} already, expected fp32: "
             f"quantize the fp32 bundle of {bundle.name} instead"
         )
+    for role in bundle.graphs:
+        Graph(bundle.graph(role)).check_numbers()
     report = progress or (lambda done, total, what: None)
     total = len(bundle.graphs) + 1
     report(0, total, "calibrating")

@@ -24,7 +24,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 from leangen.console import say
-from leangen.errors import DependencyError, LeangenError, RequestError
+from leangen.errors import LeangenError, RequestError, needs
 from leangen.ledger import Ledger, Sum, total
 from leangen.otel import PROVIDER, operation
 
@@ -207,12 +207,7 @@ def _address(listen: str) -> tuple[str, int]:
 
 
 def _client() -> Any:
-    try:
+    message = "metrics for Prometheus need its client library: pip install 'leangen[metrics]'"
+    with needs("prometheus_client", message=message):
         from prometheus_client import core
-    except ModuleNotFoundError as error:
-        if error.name != "prometheus_client":
-            raise
-        raise DependencyError(
-            "metrics for Prometheus need its client library: pip install 'leangen[metrics]'"
-        ) from error
     return core

@@ -28,7 +28,7 @@ from datetime import datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from leangen.errors import DependencyError
+from leangen.errors import DependencyError, needs
 from leangen.records import Receipt
 
 if TYPE_CHECKING:
@@ -263,10 +263,7 @@ def _model(receipt: Receipt) -> str:
 
 
 def _api() -> tuple[Any, Any]:
-    try:
+    names = "opentelemetry", "opentelemetry.metrics", "opentelemetry.trace"
+    with needs(*names, message=_MISSING):
         from opentelemetry import metrics, trace
-    except ModuleNotFoundError as error:
-        if error.name not in ("opentelemetry", "opentelemetry.metrics", "opentelemetry.trace"):
-            raise
-        raise DependencyError(_MISSING) from error
     return trace, metrics

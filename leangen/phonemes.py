@@ -10,7 +10,7 @@ import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from leangen.errors import DependencyError, RequestError
+from leangen.errors import RequestError, needs
 
 PAD, START, END = "_^$"
 """Piper's marks: between phonemes, and around an utterance."""
@@ -18,9 +18,11 @@ PAD, START, END = "_^$"
 PAUSES = tuple(",;:.!?")
 """Punctuation that the voices were trained on."""
 
-DEMO_TEXT = "Every answer comes with the energy that it cost."
 DEMO_IPA = "ˈɛvɹi ˈænsɚ kˈʌmz wɪððɪ ˈɛnɚdʒi ðˌɐɾɪt kˈɔst."
-"""The demo's sentence as espeak-ng 1.51 says it (en-us): spoken without any extra."""
+"""Every answer comes with the energy that it cost.
+
+As espeak-ng 1.51 says it (en-us): the demo speaks it without any extra.
+"""
 
 
 def from_text(text: str, voice: str) -> str:
@@ -29,15 +31,12 @@ def from_text(text: str, voice: str) -> str:
     Raises DependencyError without the `speech` extra, RequestError for a language that gruut has
     no data for and for text that has nothing to say.
     """
-    try:
+    message = (
+        "speaking text needs the `speech` extra: pip install 'leangen[speech]'; "
+        "`phonemes` (IPA) and `phoneme_ids` work without it"
+    )
+    with needs("gruut", message=message):
         import gruut
-    except ModuleNotFoundError as error:
-        if error.name != "gruut":
-            raise
-        raise DependencyError(
-            "speaking text needs the `speech` extra: pip install 'leangen[speech]'; "
-            "`phonemes` (IPA) and `phoneme_ids` work without it"
-        ) from None
     language = next(
         (name for name in (voice, voice.split("-")[0]) if gruut.is_language_supported(name)), None
     )

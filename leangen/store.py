@@ -7,36 +7,24 @@ it all lies on the disk.
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from importlib import import_module
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, cast
 
-from leangen.bundle import Bundle, open_bundle, sha256_file
-from leangen.catalog import CATALOG, DATA, Entry, Packaged, Wheel, parse_ref
+from leangen.bundle import Bundle, open_bundle
+from leangen.catalog import CATALOG, DATA, Entry, Wheel, parse_ref
 from leangen.console import Progress
 from leangen.errors import (
     BundleError,
-    ChecksumError,
-    DependencyError,
     RequestError,
     UnknownModelError,
     UnknownSchemeError,
 )
-from leangen.files import atomic_file, atomic_folder, size_of
+from leangen.files import size_of
 from leangen.home import BusyError, Home, Notify, row
-
-
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """How one `resolve` or `data` was asked to go about it."""
-
-    say: Notify
-    progress: Progress | None = None
-    from_file: Path | None = None
+from leangen.originals import Job, obtain
 
 
 def _silent(text: str) -> None:
@@ -107,7 +95,7 @@ class Store:
                 f"{from_file} cannot stand for {ref.name}: a wheel is for a catalog name "
                 "(`leangen pull --list`); use `leangen export FILE -o DIR` for other files"
             )
-        job = _Job(notify or _silent, progress, from_file)
+        job = Job(notify or _silent, progress, from_file)
         scheme = self._canonical(ref.name, ref.scheme or "fp32", job.say)
         bundle = self._installed(ref.name, scheme)
         if bundle is None:
@@ -134,12 +122,13 @@ class Store:
 
             near = difflib.get_close_matches(name, known, n=1)
             raise UnknownModelError(f"unknown data {name!r}: expected {' or '.join(near or known)}")
-        wheel, job = known[name], _Job(notify or _silent, progress)
-        if (self._home.sources(name) / wheel.id).is_dir():  # as it must be on a read-only disk
-            return self._wheel_file(name, wheel, job)
+        wheel, job = known[name], Job(notify or _silent, progress)
+        folder = self._home.sources(name)
+        if (folder / wheel.id).is_dir():  # as it must be on a read-only disk
+            return obtain(name, wheel, folder, job, pip=self._pip)
         with self._home.lock(name, job.say):
             self._home.delete(self._home.leftovers(name))
-            return self._wheel_file(name, wheel, job)
+            return obtain(name, wheel, folder, job, pip=self._pip)
 
     def listing(self) -> list[dict[str, Any]]:
         """What can be pulled, and what came from the hub: one row a model, plain types."""
@@ -221,7 +210,7 @@ class Store:
             home.delete([Path(entry["path"]) for entry in again])
         return [*rows, *again]
 
-    def _make(self, name: str, scheme: str, job: _Job) -> Bundle:
+    def _make(self, name: str, scheme: str, job: Job) -> Bundle:
         """Export or quantize a bundle that is missing; the model's lock is held."""
         from leangen.precision import parse
         from leangen.schemes import SCHEMES
@@ -247,7 +236,7 @@ class Store:
         out = self._home.models(name) / scheme
         return cast(Bundle, quantize(base, scheme, out, progress=job.progress))
 
-    def _ask_hub(self, name: str, job: _Job) -> Entry:
+    def _ask_hub(self, name: str, job: Job) -> Entry:
         if not name.startswith("hf:"):
             there = ", ".join(self._home.bundles(name))
             raise UnknownModelError(f"{name} is in the store only as {there}, and in no catalog")
@@ -256,16 +245,9 @@ class Store:
         job.say(f"{name}: asking the hub")
         return hub.entry(name)
 
-    def _export(self, entry: Entry, scheme: str, job: _Job) -> Bundle:
-        if isinstance(entry.source, Packaged):
-            path = self._packaged_file(entry.name, entry.source)
-        elif isinstance(entry.source, Wheel):
-            path = self._wheel_file(entry.name, entry.source, job)
-        else:
-            from leangen import hub
-
-            job.say(f"{entry.name}: {_downloading(entry.source)}")
-            path = hub.fetch(entry.source, self._home.sources(entry.name), progress=job.progress)
+    def _export(self, entry: Entry, scheme: str, job: Job) -> Bundle:
+        folder = self._home.sources(entry.name)
+        path = obtain(entry.name, entry.source, folder, job, pip=self._pip)
         note = entry.notes.get(scheme)
         job.say(f"{entry.name}:{scheme}: exporting, this once" + (f" ({note})" if note else ""))
         exporters = self._exporters or import_module("leangen.exporters").EXPORTERS
@@ -284,50 +266,6 @@ class Store:
         )
         attach = self._probe or import_module("leangen.probe").attach
         return cast(Bundle, attach(bundle))
-
-    def _packaged_file(self, name: str, source: Packaged) -> Path:
-        """The file in the package, or the folder, which are unpacked beside the downloads."""
-        path = source.path
-        if path is None:
-            raise DependencyError(
-                f"{name} comes with {source.distribution}, which is not installed: "
-                "`pip install ./bench/zoo` in a checkout of leangen"
-            )
-        if not path.is_file() or sha256_file(path) != source.sha256:
-            raise ChecksumError(
-                f"{path} is missing or damaged: install {source.distribution} again"
-            )
-        if path.suffix != ".xz":
-            return path
-        import lzma
-        import tarfile
-
-        unpacked = self._home.sources(name) / source.sha256[:12] / path.stem
-        if unpacked.suffix == ".tar":
-            unpacked = unpacked.with_suffix("")
-            if not unpacked.is_dir():
-                with atomic_folder(unpacked) as folder, tarfile.open(path) as packed:
-                    packed.extractall(folder, filter="data")
-        elif not unpacked.is_file():
-            with lzma.open(path) as packed, atomic_file(unpacked) as file:
-                shutil.copyfileobj(packed, file)
-        return unpacked
-
-    def _wheel_file(self, name: str, wheel: Wheel, job: _Job) -> Path:
-        folder = self._home.sources(name) / wheel.id
-        if not folder.is_dir():
-            from leangen import fetch
-
-            if job.from_file is None:
-                job.say(f"{name}: {_downloading(wheel)}")
-            fetch.fetch_wheel(
-                wheel,
-                folder,
-                from_file=job.from_file,
-                pip=self._pip or fetch.PIP,
-                progress=job.progress,
-            )
-        return folder / PurePosixPath(wheel.members[0]).name
 
     def _canonical(self, name: str, scheme: str, say: Notify) -> str:
         """The scheme that `scheme` stands for; says so when it is another."""
@@ -358,10 +296,6 @@ class Store:
 
     def _model_names(self) -> list[str]:
         return [*self.catalog, *self._home.names("models")]
-
-
-def _downloading(source: Any) -> str:
-    return f"downloading {source.title}, {source.size_bytes / 1e6:.1f} MB"
 
 
 def _open_path(path: Path) -> Bundle:

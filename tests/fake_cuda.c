@@ -44,6 +44,9 @@ int cuDeviceGetAttribute(int *value, int which, int device) {
 int cuDevicePrimaryCtxRetain(void **context, int device) {
   return (void)device, *context = &allocated, 0;
 }
+int cuDevicePrimaryCtxRelease_v2(int device) { return (void)device, note("release"), 0; }
+int cuCtxPushCurrent_v2(void *context) { return (void)context, note("push"), 0; }
+int cuCtxPopCurrent_v2(void **context) { return *context = NULL, note("pop"), 0; }
 int cuCtxSetCurrent(void *context) { return (void)context, 0; }
 int cuCtxGetDevice(int *device) { return *device = 0, 0; }
 int cuCtxSynchronize(void) { return 0; }
@@ -88,6 +91,7 @@ int cuMemsetD8_v2(void *pointer, unsigned char value, size_t bytes) {
 }
 int cuMemcpyHtoD_v2(void *to, const void *from, size_t bytes) { return memcpy(to, from, bytes), 0; }
 int cuMemcpyDtoH_v2(void *to, const void *from, size_t bytes) { return memcpy(to, from, bytes), 0; }
+int cuMemcpyDtoD_v2(void *to, const void *from, size_t bytes) { return memcpy(to, from, bytes), 0; }
 int cuMemcpyDtoDAsync_v2(void *to, const void *from, size_t bytes, void *stream) {
   return (void)stream, memmove(to, from, bytes), note("copy"), 0;
 }

@@ -1,5 +1,6 @@
 """Choosing a device: what is missing is said, with what to do about it."""
 
+import ctypes
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,7 @@ from leangen.errors import DependencyError, OutOfMemoryError, RequestError
 from leangen.exporters import gguf
 from leangen.families import key_values
 from leangen.families.decoder import Decoder
+from leangen.families.rows import Rows
 from leangen.graph_edit import attributes
 from leangen.lowering import cuda as on_card
 from leangen.lowering import language, linear
@@ -246,12 +248,10 @@ def test_other_failures_of_a_card_stay_what_they_are(tmp_path, card):
         graph.run(None, {})
 
 
-def test_caches_elsewhere_give_the_same_logits(tmp_path, monkeypatch):
-    """In the CPU's memory here, through the same calls as in a card's."""
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """A session, and one whose caches are asked of another device: the same calls as for a card."""
     bundle = tiny_bundles.language(tmp_path)
-    session = Session(bundle, kernels="ort")
-    with Decoder(session, 16) as decoder:
-        wanted = [decoder.feed([1, 2, 3]).copy(), decoder.feed([4]).copy()]
     other = Session(bundle, kernels="ort")
     other.graph("model")
     other.device = devices.Device("cuda", 0, "")
@@ -259,11 +259,39 @@ def test_caches_elsewhere_give_the_same_logits(tmp_path, monkeypatch):
     monkeypatch.setattr(
         key_values.OnCard, "__init__", lambda self, *given: made(self, *given[:-1], ("cpu", 0))
     )
-    with Decoder(other, 16) as decoder:
-        first = decoder.feed([1, 2, 3]).copy()
-        twin = decoder.fork(other)
-        found = [first, twin.feed([4]).copy()]
-    np.testing.assert_array_equal(found, wanted)
+
+    def copy_within(index, places, size_bytes):
+        for to, source in places:
+            ctypes.memmove(to, source, size_bytes)
+
+    monkeypatch.setattr(driver, "copy_within", copy_within)
+    return Session(bundle, kernels="ort"), other
+
+
+def test_caches_elsewhere_give_the_same_logits(elsewhere):
+    found = []
+    for session in elsewhere:
+        with Decoder(session, 16) as decoder:
+            first = decoder.feed([1, 2, 3]).copy()
+            twin = decoder.fork(session)
+            found.append([first, twin.feed([4]).copy(), decoder.feed([5]).copy()])
+        with Decoder(session, 600, prefix=[1, 2, 3, 4]) as longer:
+            assert longer.length == 3
+            found[-1].append(longer.feed([4]).copy())
+    np.testing.assert_array_equal(*found)
+
+
+def test_many_sequences_elsewhere_give_the_same_logits(elsewhere):
+    found = []
+    for session in elsewhere:
+        rows = Rows(session, 3, 100)
+        texts = [[1, 2, 3], [4, 5], [6, 7, 8, 9]]
+        logits = [rows.prefill(row, text, 0).copy() for row, text in enumerate(texts)]
+        logits += list(rows.decode([1, 2, 3], [3, 2, 4]).copy())
+        rows.copy(2, 0, 5)
+        logits += list(rows.decode([4, 5], [5, 3]).copy())
+        found.append(logits)
+    np.testing.assert_array_equal(*found)
 
 
 def lowered(tmp_path, scheme, **shape):

@@ -293,7 +293,7 @@ def test_images_and_masks_that_do_not_fit_are_refused(tmp_path):
         ({"image": str(tmp_path / "none.npy"), "strength": 0.5}, "cannot read image .*No such"),
         ({"image": str(tmp_path / "bad.npy"), "strength": 0.5}, "cannot read image .* as .npy"),
         ({"image": str(tmp_path / "p.png"), "strength": 0.5}, "does not say which values"),
-        ({"image": image, "mask": str(tmp_path / "bad.png")}, "cannot read mask .*bad.png"),
+        ({"image": image, "mask": str(tmp_path / "bad.png")}, "cannot read .*bad.png as a picture"),
         ({"image": image, "strength": 0.01}, "less than one step: expected 0.05 or more"),
     ]:
         with pytest.raises(RequestError, match=text):

@@ -66,6 +66,22 @@ card = driver.Card(0, pathlib.Path(os.environ["KERNELS"]))
 """
 
 
+COPY = """
+import numpy as np
+from leangen_kernels.cuda import driver
+numbers = np.arange(12, dtype=np.int32)
+at = numbers.ctypes.data
+driver.copy_within(0, [(at, at + 24), (at + 8, at + 40)], 8)
+print(*numbers)
+"""
+
+
+def test_copies_within_a_card_leave_the_threads_context_as_it_was(fake):
+    done, log = run_fake(fake, COPY)
+    assert done.stdout == "6 7 10 11 4 5 6 7 8 9 10 11\n", done.stderr
+    assert log == ["push", "pop", "release"]
+
+
 def test_a_launch_reaches_the_driver_with_its_arguments(fake):
     code = OPEN + (
         "print(card.device.name, card.device.capability, card.multiprocessors)\n"

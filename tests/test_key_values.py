@@ -49,7 +49,7 @@ def test_fewer_bits_take_less_memory_and_lose_little(made):
         moved[kv] = np.linalg.norm(found - exact) / np.linalg.norm(exact)
     for kv in ("fp32", "fp16", "int8"):
         cache = key_values.allocate(Session(made["int8"], kv=kv), 1, 256)
-        sizes[kv] = cache.nbytes
+        sizes[kv] = cache.array.nbytes
     assert 0 < moved["fp16"] < 1e-3 < moved["int8"] < 0.05
     assert sizes["fp16"] * 2 == sizes["fp32"]
     assert sizes["int8"] * 32 * 4 == sizes["fp32"] * (32 + 4)

@@ -133,7 +133,7 @@ def test_keys_and_values_are_kept_in_fp16_unless_activations_are_exact(tmp_path)
     bundle = export(tmp_path)
     for activations, kept in (("int8", np.float16), ("fp32", np.float32)):
         session = Session(bundle, threads=1, activations=activations)
-        caches = key_values.allocate(session, rows=2, capacity=32)
+        caches = key_values.allocate(session, rows=2, capacity=32).array
         assert caches.dtype == kept
         assert caches.shape == (2, 2, 2, Q4_1.kv_heads, 32, Q4_1.head_dim)
 

@@ -1,5 +1,6 @@
 """Methods of rounding, against plain twins in float64 and against the graph before rounding."""
 
+import re
 import signal
 import subprocess
 import sys
@@ -11,9 +12,9 @@ import pytest
 from onnx import helper, numpy_helper
 from tiny_bundles import BUILDERS
 
-from leangen import calibration_data, methods, precision, schemes
-from leangen.bundle import open_bundle
-from leangen.errors import RequestError, UnknownSchemeError
+from leangen import calibration_data, methods, moments, precision, schemes
+from leangen.bundle import create, open_bundle
+from leangen.errors import BundleError, RequestError, UnknownSchemeError
 from leangen.graph_edit import Graph
 from leangen.methods import METHODS, awq, gptq, output_loss
 from leangen.moments import Moments
@@ -257,6 +258,28 @@ def test_moments_of_a_small_limit_are_the_same(tmp_path):
         assert np.allclose(whole[name], few[name], rtol=1e-5)
 
 
+def test_moments_part_by_part_and_in_any_order_are_those_of_the_whole(lm):
+    path = lm.graph("model")
+    feeds, _ = calibration_data.feeds(lm, None)
+    sites = [site for site in find_sites(Graph(path)) if site.kind == "linear"]
+    widths = {site.node.input[0]: site.columns for site in sites}
+    whole, parts = (
+        Moments(path, widths, feeds["model"][:2], limit_bytes=limit) for limit in (1 << 30, 1)
+    )
+    for name in [*widths, *reversed(widths)]:
+        np.testing.assert_allclose(parts[name], whole[name], rtol=1e-4, atol=1e-6)
+
+
+def test_no_node_is_in_two_parts_and_none_that_is_not_needed(lm):
+    nodes = Graph(lm.graph("model")).nodes
+    assert any("" in node.output for node in nodes)  # left out: it is no tensor that nodes share
+    names = [f"/layers.{layer}/mlp/gated/y" for layer in range(2)]
+    first, second = moments._parts(nodes, [[name] for name in names])
+    layers = [{nodes[i].name.split("/")[1] for i in part.nodes} for part in (first, second)]
+    assert "layers.1" not in layers[0] and "layers.0" in layers[0] and "layers.1" in layers[1]
+    assert not set(first.nodes) & set(second.nodes)
+
+
 # Whole bundles
 
 
@@ -314,7 +337,7 @@ def test_killed_half_way_it_goes_on_and_makes_the_same(lm, tmp_path, monkeypatch
     monkeypatch.setattr(gptq, "quantize", lambda *a, **o: made.append(1) or counted(*a, **o))
     low = quantize(lm, "int4-g16-gptq", out)
     assert len(made) == layers - 1 and low.files == whole.files
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".q.tmp-rounded")]
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".q.")]
 
 
 @every_method
@@ -393,8 +416,85 @@ def test_images_and_named_arrays_calibrate_a_denoiser(tmp_path):
     with pytest.raises(RequestError, match="holds x, expected the inputs of a graph: noisy"):
         calibration_data.feeds(exact, tmp_path / "other.npz")
     Image.fromarray(np.zeros((9, 8), np.uint8)).save(folder / "9.png")
-    with pytest.raises(RequestError, match="9.png is 9 x 8 pixels, expected 8 x 8"):
+    with pytest.raises(RequestError, match=r"9.png has shape \[9, 8, 1\], expected \[8, 8, 1\]"):
         calibration_data.feeds(exact, folder)
+
+
+def test_named_arrays_take_the_types_of_the_inputs(tmp_path):
+    exact = BUILDERS["diffusion"](tmp_path / "exact")
+    feed = dict(calibration_data.feeds(exact, None)[0]["model"][0])
+    path = tmp_path / "feed.npz"
+    np.savez(path, **{name: array.astype(np.float64) for name, array in feed.items()})
+    again = calibration_data.feeds(exact, path)[0]["model"][0]
+    assert {name: array.dtype for name, array in again.items()} == dict.fromkeys(feed, np.float32)
+    np.savez(path, **feed | {"sigma": np.array(["much"])})
+    with pytest.raises(RequestError, match="sigma is <U4, expected float32"):
+        calibration_data.feeds(exact, path)
+    with path.open("wb") as file:
+        np.save(file, feed["noisy"])
+    with pytest.raises(RequestError, match="feed.npz is a .npy file by its content"):
+        calibration_data.feeds(exact, path)
+    path.write_text("no archive")
+    with pytest.raises(RequestError, match="feed.npz cannot be read as .npz"):
+        calibration_data.feeds(exact, path)
+
+
+def test_arrays_of_images_are_channels_first_or_last(tmp_path):
+    """What `leangen generate -o x.npy` writes has them last."""
+    exact, path = BUILDERS["diffusion"](tmp_path / "exact"), tmp_path / "x.npy"
+    images = np.random.default_rng(0).uniform(size=(3, 8, 8, 1)).astype(np.float32)
+    np.save(path, images)
+    last, _ = calibration_data.feeds(exact, path)
+    np.save(path, np.moveaxis(images, -1, 1))
+    first, _ = calibration_data.feeds(exact, path)
+    for a, b in zip(last["model"], first["model"], strict=True):
+        np.testing.assert_array_equal(a["noisy"], b["noisy"])
+    np.save(path, images[..., 0])
+    with pytest.raises(RequestError, match="expected images"):
+        calibration_data.feeds(exact, path)
+
+
+def test_rows_that_a_flow_gives_no_density_are_refused(tmp_path):
+    exact = BUILDERS["flow/density"](tmp_path / "exact")
+    bound = exact.config["latent"]["bound"]
+    rows = np.zeros((4, len(exact.config["columns"])))
+    rows[2] = 1e9 * bound
+    np.save(tmp_path / "rows.npy", rows)
+    with pytest.raises(RequestError, match="1 of 4 rows of .* no density, row 2 first"):
+        calibration_data.feeds(exact, tmp_path / "rows.npy")
+
+
+def test_text_is_cut_to_what_a_model_reads_at_once(lm, tmp_path):
+    context = lm.config["context_length"]
+    np.save(tmp_path / "x.npy", np.zeros((2, context + 1), np.int64))
+    with pytest.raises(RequestError, match=f"rows of {context + 1} tokens, .* reads {context}"):
+        calibration_data.feeds(lm, tmp_path / "x.npy")
+    (tmp_path / "x.txt").write_text("a " * 4 * context)
+    for data in (None, tmp_path / "x.txt"):
+        found, _ = calibration_data.feeds(lm, data)
+        assert {feed["input_ids"].shape for feed in found["model"]} == {(1, context)}
+
+
+@pytest.mark.parametrize("scheme", ["int4", "fp16"])
+@pytest.mark.parametrize("family", ["language", "oneshot"])
+def test_weights_that_are_no_numbers_are_named(family, scheme, tmp_path):
+    """Also those that no treatment touches, such as a table of positions."""
+    exact = BUILDERS[family](tmp_path / "exact")
+    graph = Graph(exact.graph("model"))
+    for name in graph.float_parameters():
+        spoilt = graph.array(name).copy()
+        spoilt.flat[-1] = np.nan
+        graph = Graph(exact.graph("model"))
+        graph.change(name, lambda _, spoilt=spoilt: spoilt)
+        folder = tmp_path / "spoilt"
+        with create(folder, replace=True) as draft:
+            graph.save(draft.folder / "model.onnx")
+            draft.name, draft.family, draft.scheme = exact.name, exact.family, exact.scheme
+            draft.graphs, draft.config = {"model": "model.onnx"}, dict(exact.config)
+            draft.source, draft.quantization = dict(exact.source), dict(exact.quantization)
+        with pytest.raises(BundleError, match=f"{re.escape(repr(name))} .* holds NaN"):
+            quantize(open_bundle(folder), scheme, tmp_path / "q")
+        assert not (tmp_path / "q").exists()
 
 
 # Names

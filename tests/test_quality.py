@@ -161,6 +161,11 @@ def test_real_pictures_are_cut_into_tiles(tmp_path):
     (tmp_path / "folder").mkdir()
     Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(tmp_path / "folder" / "p.png")
     assert spectrum.load(tmp_path / "folder", (8, 8, 3)).shape == (1, 8, 8, 3)
+    Image.fromarray(np.full((9, 9), 65535, np.uint16)).save(tmp_path / "folder" / "q.tif")
+    tiles = spectrum.load(tmp_path / "folder", (8, 8, 1), (-1.0, 1.0))
+    assert [tile.mean() for tile in tiles] == [-1, 1], "16 bits a pixel too, as the model's values"
+    np.save(tmp_path / "first.npy", np.zeros((2, 3, 8, 9)))
+    assert spectrum.load(tmp_path / "first.npy", (8, 8, 3)).shape == (2, 8, 8, 3)
     for path, shape, message in (
         (tmp_path / "a.npy", (64, 64, 1), "no picture of 64 x 64"),
         (tmp_path / "a.npy", (8, 8, 3), "1 channels, the model draws 3"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-from leangen.commands.options import device_option, on_every_machine, run_options, share
+from leangen.commands.options import device_option, loading, on_every_machine, run_options, share
 from leangen.commands.request import request, request_options
 
 
@@ -43,14 +43,6 @@ def run(args: argparse.Namespace) -> int:
         options=options,
         repeats=args.repeats,
         precision=args.precision,
-        threads=args.threads,
-        activations=args.activations,
-        kernels=args.kernels,
-        device=args.device,
-        kv=args.kv,
-        region=args.region,
-        meter=args.meter,
-        intensity=args.intensity,
-        embodied=args.embodied,
+        loading=loading(args),
         as_json=args.json,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-from leangen.commands.options import GUESSES, SPECULATE, device_option, run_options
+from leangen.commands.options import GUESSES, SPECULATE, device_option, loading, run_options
 
 
 def declare(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -30,6 +30,7 @@ def declare(add: Callable[..., argparse.ArgumentParser]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Read lines, answer each; until end of file."""
+    from leangen import api
     from leangen import chat as conversation
 
-    return conversation.run(args)
+    return conversation.run(api.load_model(args.model, tag="chat", **loading(args)), args)

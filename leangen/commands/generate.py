@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from leangen.commands.options import device_option, run_options
+from leangen.commands.options import device_option, loading, run_options
 from leangen.commands.request import request, request_options
 from leangen.console import print_json, say
 
@@ -39,19 +39,7 @@ def run(args: argparse.Namespace) -> int:
     from leangen.preview import Preview
 
     prompt, options = request(args)
-    engine = lg.load(
-        args.model,
-        threads=args.threads,
-        region=args.region,
-        intensity=args.intensity,
-        embodied=args.embodied,
-        tag=args.tag,
-        activations=args.activations,
-        kernels=args.kernels,
-        device=args.device,
-        kv=args.kv,
-        meter=args.meter,
-    )
+    engine = lg.load(args.model, tag=args.tag, **loading(args))
     if args.output is not None:
         kind = engine.media if args.data is None else "table"  # of scores
         media.suffix_for(kind, args.output)  # before the work, not after it

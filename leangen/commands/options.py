@@ -81,6 +81,15 @@ def on_every_machine(sub: argparse.ArgumentParser) -> None:
     )
 
 
+def loading(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of `leangen.load` that `run_options` and `device_option` read."""
+    names = (
+        *("threads", "region", "intensity", "embodied", "meter"),
+        *("activations", "kernels", "device", "kv"),
+    )
+    return {name: getattr(args, name) for name in names}
+
+
 def share(text: str) -> float:
     """`5%` or `0.05`."""
     return float(text.removesuffix("%")) / 100 if text.endswith("%") else float(text)

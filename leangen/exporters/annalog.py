@@ -14,7 +14,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from leangen.bundle import Bundle, create, open_bundle, sha256_file
-from leangen.errors import DependencyError, SourceError
+from leangen.errors import SourceError, needs
 from leangen.exporters import restricted_pickle
 from leangen.exporters.checkpoint import Held, Layout, Rows
 from leangen.exporters.decoder import DecoderConfig
@@ -63,10 +63,8 @@ def export(
             "eos_ids": [end],
             "chat_template": None,
         }
-        draft.source = (
-            dict(source)
-            if source is not None
-            else {"kind": "annalog", "file": path.name, "sha256": sha256_file(path)}
+        draft.source = dict(
+            source or {"kind": "annalog", "file": path.name, "sha256": sha256_file(path)}
         )
     return open_bundle(out)
 
@@ -90,14 +88,9 @@ def _tokenizer(path: Path) -> Tokenizer:
 
 
 def _read(path: Path) -> dict[str, Rows]:
-    try:
+    message = f"{path.name} is a file of torch: `pip install 'leangen[export]'`"
+    with needs("torch", message=message):
         import torch
-    except ModuleNotFoundError as error:
-        if error.name != "torch":
-            raise
-        raise DependencyError(
-            f"{path.name} is a file of torch: `pip install 'leangen[export]'`"
-        ) from None
     from pickle import UnpicklingError
 
     try:

@@ -84,10 +84,8 @@ def export(
                 },
             ),
         }
-        draft.source = (
-            dict(source)
-            if source is not None
-            else {"kind": "ctranslate2", "file": path.name, "sha256": sha256_file(path)}
+        draft.source = dict(
+            source or {"kind": "ctranslate2", "file": path.name, "sha256": sha256_file(path)}
         )
     return open_bundle(out)
 

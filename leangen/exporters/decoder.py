@@ -80,6 +80,16 @@ class DecoderConfig:
     """Of what the output head reads."""
     experts: Experts | None = None
 
+    @property
+    def stated(self) -> dict[str, int]:
+        """The keys of a bundle's config by which its caches and logits are sized."""
+        return {
+            "layers": self.layers,
+            "kv_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "vocab_size": self.vocab,
+        }
+
     def rotation(self, layer: int) -> str:
         """The table of angles of a layer; `""` where heads are not rotated."""
         if self.learned_positions or self.relative is not None:

@@ -61,8 +61,8 @@ def export(
             diffusers_reuse.split(draft.folder)
             draft.graphs["shallow"] = "shallow.onnx"
         draft.config = diffusers_config.describe(saved, written, draft)
-        kind = {"kind": "diffusers", "pipeline": saved.kind, "folder": path.resolve().name}
-        draft.source = dict(source) if source is not None else kind | {"sha256": hashes}
+        own = {"kind": "diffusers", "pipeline": saved.kind, "folder": path.resolve().name}
+        draft.source = dict(source or own | {"sha256": hashes})
     return open_bundle(out)
 
 

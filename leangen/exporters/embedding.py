@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from leangen.bundle import Bundle, create, open_bundle, sha256_file
-from leangen.errors import BundleError, DependencyError, SourceError, UnsupportedError
+from leangen.errors import BundleError, SourceError, UnsupportedError, needs
 from leangen.exporters import bert
 from leangen.exporters.onnx_writer import Array
 from leangen.families.embedding import POOLING
@@ -146,12 +146,9 @@ def _describe(graph: Graph, folder: Path) -> dict[str, Any]:
 
 def _write_bert(folder: Path, out: Path) -> dict[str, Any]:
     """Write the graph of a BERT; what the bundle's config says of it."""
-    try:
+    message = f"{folder} holds safetensors: `pip install safetensors`"
+    with needs("safetensors", message=message):
         from safetensors import SafetensorError, safe_open
-    except ModuleNotFoundError as error:
-        if error.name != "safetensors":
-            raise
-        raise DependencyError(f"{folder} holds safetensors: `pip install safetensors`") from None
     config = _json(folder / CONFIG)
     try:
         with safe_open(folder / WEIGHTS, framework="np") as file:

@@ -56,10 +56,7 @@ def export(
         draft.config = {
             "architecture": file.architecture,
             "context_length": config.context,
-            "layers": config.layers,
-            "kv_heads": config.kv_heads,
-            "head_dim": config.head_dim,
-            "vocab_size": config.vocab,
+            **config.stated,
             **gguf_tokenizer.write(draft.folder, file.metadata),
             **properties.from_metadata(file.metadata, config.vocab),
         }

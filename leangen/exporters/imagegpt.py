@@ -26,6 +26,7 @@ from leangen.exporters.transformers_folder import (
     Tensors,
     default_source,
     folder_of,
+    model_type,
     read_json,
 )
 from leangen.exporters.transformers_lm import checked_layout
@@ -37,10 +38,7 @@ PREPROCESSOR = "preprocessor_config.json"
 
 def accepts(path: Path) -> bool:
     """Whether it is a folder (or its `config.json`) of an ImageGPT."""
-    try:
-        return read_json(folder_of(path) / CONFIG).get("model_type") == KIND
-    except SourceError:
-        return False
+    return model_type(path) == KIND
 
 
 def export(
@@ -92,10 +90,7 @@ def config_of(shape: Layout, labels: Sequence[str] = ()) -> dict[str, Any]:
     return {
         "architecture": KIND,
         "task": "image",
-        "layers": config.layers,
-        "kv_heads": config.kv_heads,
-        "head_dim": config.head_dim,
-        "vocab_size": config.vocab,
+        **config.stated,
         "head_size": config.head_vocab,
         "size": [side, side],
         "start": config.head_vocab,

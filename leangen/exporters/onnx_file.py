@@ -90,7 +90,7 @@ def export(
         draft.name, draft.family = name or path.stem, family
         draft.graphs = {"model": "model.onnx"}
         draft.config = config
-        draft.source = dict(source) if source is not None else {"kind": "file", "file": path.name}
+        draft.source = dict(source or {"kind": "file", "file": path.name})
     return open_bundle(out)
 
 

@@ -77,10 +77,9 @@ def export(
             **copy_tokenizer(path, draft.folder, tokens),
             "io": io,
         }
-        draft.source = (
-            dict(source)
-            if source is not None
-            else {
+        draft.source = dict(
+            source
+            or {
                 "kind": "onnxruntime-genai" if genai else "optimum",
                 "folder": path.resolve().name,
                 "sha256": {file.name: sha256_file(file)},

@@ -46,7 +46,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from leangen.bundle import Bundle, create, open_bundle, sha256_file
-from leangen.errors import DependencyError, SourceError, UnsupportedError
+from leangen.errors import SourceError, UnsupportedError, needs
 
 if TYPE_CHECKING:
     import torch
@@ -119,14 +119,8 @@ class Made:
 
 def build(path: Path, weights: Path | None, given: Mapping[str, Any]) -> Made:
     """Call the factory, load the weights, and read what it returned."""
-    try:
+    with needs("torch", message="a torch module needs torch: `pip install 'leangen[export]'`"):
         import torch
-    except ModuleNotFoundError as error:
-        if error.name != "torch":
-            raise
-        raise DependencyError(
-            "a torch module needs torch: `pip install 'leangen[export]'`"
-        ) from None
     from leangen.exporters import torch_flow
 
     torch.manual_seed(0)
@@ -238,15 +232,10 @@ def _read(returned: Any, path: Path, torch: Any) -> tuple[Any, Any, dict[str, An
 
 def _load(module: torch.nn.Module, weights: Path) -> None:
     """Load safetensors; SourceError that lists what is missing or does not fit."""
-    try:
+    message = "--weights needs safetensors: `pip install 'leangen[export]'`"
+    with needs("safetensors", message=message):
         from safetensors import SafetensorError
         from safetensors.torch import load_file
-    except ModuleNotFoundError as error:
-        if error.name != "safetensors":
-            raise
-        raise DependencyError(
-            "--weights needs safetensors: `pip install 'leangen[export]'`"
-        ) from None
     remedy = "save them with safetensors.torch.save_file(module.state_dict(), ...)"
     if not weights.is_file():
         raise SourceError(f"there is no file {weights}: give the module's weights as safetensors")

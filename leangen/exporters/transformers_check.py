@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from leangen.bundle import Bundle
-from leangen.errors import DependencyError
+from leangen.errors import needs
 from leangen.exporters.difference import Difference
 from leangen.families import language, text_to_text, transcription
 from leangen.families.decoder import Decoder, Floats
@@ -85,13 +85,10 @@ def seq2seq_differences(path: Path, bundle: Bundle) -> list[Difference]:
 
 def _model(path: Path, kind: str) -> tuple[Any, Any]:
     """The model in fp32, and torch."""
-    try:
+    message = "--check runs torch: `pip install 'leangen[export]'`"
+    with needs("torch", "transformers", message=message):
         import torch
         import transformers
-    except ModuleNotFoundError as error:
-        if error.name not in ("torch", "transformers"):
-            raise
-        raise DependencyError("--check runs torch: `pip install 'leangen[export]'`") from None
     model: Any = getattr(transformers, kind).from_pretrained(
         path, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
     )

@@ -11,7 +11,7 @@ from typing import Any, cast
 import numpy as np
 
 from leangen.bundle import sha256_file
-from leangen.errors import DependencyError, SourceError
+from leangen.errors import SourceError, needs
 from leangen.exporters.checkpoint import Checkpoint, Layout, Rows
 from leangen.exporters.gguf_blocks import Floats
 
@@ -23,15 +23,21 @@ def folder_of(path: Path) -> Path:
     return path.parent if path.name == CONFIG else path
 
 
+def model_type(path: Path) -> str | None:
+    """What the `config.json` of a folder says it is; None where there is none that can be read."""
+    try:
+        kind: str | None = read_json(folder_of(path) / CONFIG).get("model_type")
+    except SourceError:
+        return None
+    return kind
+
+
 def open_tensors(path: Path) -> tuple[list[Path], dict[str, Any]]:
     """The safetensors files of a folder, and by tensor the opened file that has it."""
-    try:
+    message = f"{path} holds safetensors: `pip install safetensors`"
+    with needs("safetensors", "ml_dtypes", message=message):
         import ml_dtypes  # noqa: F401  gives NumPy bfloat16
         from safetensors import SafetensorError, safe_open
-    except ModuleNotFoundError as error:
-        if error.name not in ("safetensors", "ml_dtypes"):
-            raise
-        raise DependencyError(f"{path} holds safetensors: `pip install safetensors`") from None
     files = sorted(path.glob("*.safetensors"))
     if not files:
         raise SourceError(_no_weights(path))

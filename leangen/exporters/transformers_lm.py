@@ -69,10 +69,7 @@ def export(
         draft.config = {
             "architecture": read_json(path / CONFIG)["model_type"],
             "context_length": config.context,
-            "layers": config.layers,
-            "kv_heads": config.kv_heads,
-            "head_dim": config.head_dim,
-            "vocab_size": config.vocab,
+            **config.stated,
             **copy_tokenizer(path, draft.folder),
         }
         draft.source = dict(source or default_source(path, checkpoint.files))

@@ -99,8 +99,5 @@ def shape(layout: Layout) -> dict[str, Any]:
     return {
         "context_length": config.context,
         "source_length": layout.encoder.context,
-        "layers": config.layers,
-        "kv_heads": config.kv_heads,
-        "head_dim": config.head_dim,
-        "vocab_size": config.vocab,
+        **config.stated,
     }

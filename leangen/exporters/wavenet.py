@@ -35,6 +35,7 @@ from leangen.exporters.transformers_folder import (
     CONFIG,
     default_source,
     folder_of,
+    model_type,
     open_tensors,
     read_json,
 )
@@ -54,10 +55,7 @@ class Shape:
 
 def accepts(path: Path) -> bool:
     """Whether it is a folder (or its `config.json`) that describes a WaveNet."""
-    try:
-        return read_json(folder_of(path) / CONFIG).get("model_type") == KIND
-    except SourceError:
-        return False
+    return model_type(path) == KIND
 
 
 def export(

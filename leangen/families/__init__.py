@@ -92,6 +92,16 @@ def of(bundle: Bundle) -> Family:
     return cast(Family, import_module(FAMILIES[name]))
 
 
+def finished(steps: Generator[Step, None, Output]) -> Output:
+    """The output of a generation whose steps nobody looks at."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as stop:
+            output: Output = stop.value
+            return output
+
+
 def media(bundle: Bundle) -> Media:
     """What a bundle's generations put out."""
     family = of(bundle)

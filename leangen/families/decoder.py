@@ -1,8 +1,8 @@
 """One sequence in a language model: feed tokens, get the logits of what comes next.
 
-The key and value caches are NumPy memory bound as both past and present, so that a run appends in
-place. Inputs and the logits are bound once and changed in place too: a decoded token costs one
-call into ORT and no copies.
+The key and value caches are bound as both past and present, so that a run appends in place. Inputs
+and the logits are bound once and changed in place too: a decoded token costs one call into ORT and
+no copies.
 """
 
 from __future__ import annotations
@@ -127,37 +127,29 @@ class _Cache:
         self._binding = self._graph.io_binding()
         config = session.bundle.config
         self._vocab = config.get("head_size", config["vocab_size"])
-        self._on_card: key_values.OnCard | None = None
-        if session.device.kind == "cuda":
-            memory = (session.device.kind, session.device.index)
-            self._on_card = key_values.OnCard(session, capacity, role, memory)
-            self._on_card.bind(self._binding)
-        else:
-            self._buffers = key_values.allocate(session, 1, capacity, role)
-            key_values.bind(self._binding, self._buffers)
+        self._kept = key_values.allocate(session, 1, capacity, role)
+        self._kept.bind(self._binding)
         self._last = np.zeros(1, np.int32)
         self._total = np.zeros((), np.int32)
         self._logits_from = np.zeros(1, np.int64)
-        self._input("seqlens_k", self._last)
-        self._input("total_sequence_length", self._total)
-        self._input("logits_from", self._logits_from)
+        key_values.bind_inputs(
+            self._binding,
+            seqlens_k=self._last,
+            total_sequence_length=self._total,
+            logits_from=self._logits_from,
+        )
         self._ids = np.zeros((1, 0), np.int64)
         self._logits = np.zeros((1, 0, 0), np.float32)
 
     def put_beside(self, inputs: Mapping[str, Floats]) -> None:
         """Bind the inputs that stay the same."""
         self._beside = inputs  # ORT reads their memory
-        for name, array in inputs.items():
-            self._input(name, array)
+        key_values.bind_inputs(self._binding, **inputs)
 
     def copy(self, other: _Cache, length: int) -> None:
         """Take over the other's first `length` tokens; both caches have room for them."""
         # In whole rounds: leangen's attention orders keys otherwise than ORT's, in blocks of 16.
-        room = -(-length // _ROUND) * _ROUND
-        if self._on_card is not None and other._on_card is not None:
-            self._on_card.copy(other._on_card, room)
-        else:
-            self._buffers[..., :room, :] = other._buffers[..., :room, :]
+        self._kept.copy(other._kept, -(-length // _ROUND) * _ROUND)
         self.tokens = other.tokens[:length]
 
     def run(self, tokens: Sequence[int], total: int, *, all_logits: bool) -> Floats:
@@ -166,7 +158,7 @@ class _Cache:
         wanted = n if all_logits else 1
         if self._ids.shape[1] != n:
             self._ids = np.zeros((1, n), np.int64)
-            self._input("input_ids", self._ids)
+            key_values.bind_inputs(self._binding, input_ids=self._ids)
         if self._logits.shape[1] != wanted:
             self._logits = np.zeros((1, wanted, self._vocab), np.float32)
             value = ort.OrtValue.ortvalue_from_numpy(self._logits)
@@ -179,15 +171,12 @@ class _Cache:
         logits: Floats = self._logits[0]
         return logits
 
-    def _input(self, name: str, array: np.ndarray[Any, Any]) -> None:
-        # The OrtValue is a window on the array's memory: later changes to the array are seen.
-        self._binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
 
-
-def cross_names(config: Mapping[str, Any]) -> list[str]:
-    """What an encoder's graph makes for its decoder, by layer."""
-    layers = range(config["layers"])
-    return [f"cross_{kind}_{layer}" for layer in layers for kind in ("key", "value")]
+def encoder_states(session: Session, **feeds: np.ndarray[Any, Any]) -> dict[str, Floats]:
+    """The keys and values that the graph `encoder` makes for its decoder, by its inputs' names."""
+    layers = range(session.bundle.config["layers"])
+    names = [f"cross_{kind}_{layer}" for layer in layers for kind in ("key", "value")]
+    return dict(zip(names, session.run("encoder", feeds, names), strict=True))
 
 
 def _shared(held: Sequence[int], prefix: Sequence[int]) -> int:

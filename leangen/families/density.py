@@ -42,8 +42,6 @@ BATCH_VALUES = 2**18
 CALIBRATION_ROWS = 2048
 CALIBRATION_VALUES = 2**17
 
-_PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
-
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -224,10 +222,7 @@ def rows_of(data: Any, config: Mapping[str, Any], seed: int = 0) -> Array:
 
 def _pictures(path: Path, image: Mapping[str, Any], seed: int) -> Array:
     """A picture, or all of a folder, as dequantized rows [n, d]."""
-    names = sorted(path.iterdir()) if path.is_dir() else [path]
-    names = [name for name in names if not path.is_dir() or name.suffix.lower() in _PICTURES]
-    if not names:
-        raise RequestError(f"{path} holds no pictures ({', '.join(_PICTURES)})")
+    names = imaging.pictures_in(path) if path.is_dir() else [path]
     low, high = image["range"]
     samples = [imaging.picture(name, image["shape"], (0.0, 255.0)) for name in names]
     levels = np.floor(np.concatenate(samples).astype(np.float64) * image["levels"] / 256)

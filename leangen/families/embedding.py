@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from leangen.errors import RequestError
+from leangen.families import finished
 from leangen.families.language import tokenizer
 from leangen.records import Media, Output, Step
 from leangen.session import Session
@@ -86,12 +87,7 @@ def run(session: Session, request: Request) -> Generator[Step, None, Output]:
 
 def embed(session: Session, texts: Sequence[str]) -> Array:
     """The vectors of texts, float32 [texts, d], outside of any measuring."""
-    steps = run(session, Request(prompt=texts))
-    while True:
-        try:
-            next(steps)
-        except StopIteration as stop:
-            return np.asarray(stop.value.array)
+    return np.asarray(finished(run(session, Request(prompt=texts))).array)
 
 
 def calibration_requests(session: Session) -> list[Request]:

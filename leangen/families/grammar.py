@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from leangen.errors import DependencyError, RequestError
+from leangen.errors import RequestError, needs
 from leangen.families.sampling import Floats
 
 KINDS = ("json_schema", "regex", "lark")
@@ -65,12 +65,7 @@ class Grammar:
 
 
 def _library() -> Any:
-    try:
+    message = "constrained text needs llguidance: pip install 'leangen[grammar]'"
+    with needs("llguidance", message=message):
         import llguidance
-    except ModuleNotFoundError as error:
-        if error.name != "llguidance":
-            raise
-        raise DependencyError(
-            "constrained text needs llguidance: pip install 'leangen[grammar]'"
-        ) from None
     return llguidance

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from leangen.errors import BundleError, RequestError
+from leangen.errors import BundleError
 from leangen.families import imaging
 from leangen.families.decoder import CHUNK, Decoder, Floats
 from leangen.families.pixel_request import Request, judged
@@ -115,5 +115,5 @@ def colours(session: Session) -> Floats:
 
     table = session.keep("image_tokens.colours", load)
     if len(table) != session.bundle.config["head_size"]:
-        raise RequestError(f"{COLOURS} has {len(table)} colours: export the model again")
+        raise BundleError(f"{COLOURS} has {len(table)} colours: export the model again")
     return table

@@ -15,6 +15,8 @@ Array = np.ndarray[Any, Any]
 
 CALIBRATION_SEED = 20_000
 """First seed of calibration; far from the seeds people type, so that figures are not flattered."""
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
+"""Of the pictures that are looked for in a folder."""
 _FEW = 8
 """Numbers that a message repeats."""
 _LENGTH_OFF = 0.05
@@ -169,14 +171,16 @@ def picture(value: Any, shape: Sequence[int], limits: Sequence[float] | None) ->
     RequestError for a file that cannot be read and for another shape: nothing is resized.
     """
     channels, *size = shape
+    what = "image"
     if isinstance(value, str | Path):
-        value = _read("image", Path(value), "L" if channels == 1 else "RGB", limits)
-    image = _numbers("image", value)
+        what = f"image {value}"
+        value = _read("image", Path(value), channels, limits)
+    image = _numbers(what, value)
     image = image[0] if image.ndim == 4 and len(image) == 1 else image
     image = image[..., None] if image.ndim == 2 else image
     if image.shape != (*size, channels):
         raise RequestError(
-            f"image has shape {list(image.shape)}, expected {[*size, channels]}: "
+            f"{what} has shape {list(image.shape)}, expected {[*size, channels]}: "
             "resize it to height, width and channels of the model's samples"
         )
     return np.moveaxis(image, -1, 0)[None].copy()
@@ -188,7 +192,8 @@ def mask(value: Any, shape: Sequence[int]) -> Array:
     `value` is an array [h, w] or the path of a .npy file of one or of a picture.
     """
     if isinstance(value, str | Path):
-        value = _read("mask", Path(value), "L", (0.0, 1.0))
+        value = _read("mask", Path(value), 1, (0.0, 1.0))
+        value = value[..., 0] if value.ndim == 3 and value.shape[2] == 1 else value
     values = _numbers("mask", value)
     if values.shape != tuple(shape[1:]):
         raise RequestError(
@@ -201,6 +206,29 @@ def mask(value: Any, shape: Sequence[int]) -> Array:
     return values[None, None]
 
 
+def pictures_in(folder: Path) -> list[Path]:
+    """The pictures of a folder by name; RequestError when it holds none."""
+    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    if not found:
+        raise RequestError(f"{folder} holds no pictures ({', '.join(SUFFIXES)})")
+    return found
+
+
+def pixels(path: Path, channels: int) -> Array:
+    """A picture file as float32 [h, w, c], black 0 and white 1; RequestError for another file."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as opened:
+            if opened.mode.startswith("I"):  # 16 bits a pixel, which Pillow would cut at 255
+                grey = np.asarray(opened, np.float32)[..., None] / 65535
+                return np.repeat(grey, channels, axis=-1)
+            values = np.asarray(opened.convert("L" if channels == 1 else "RGB"), np.float32) / 255
+    except OSError as error:  # Pillow's UnidentifiedImageError is one
+        raise RequestError(f"cannot read {path} as a picture: {error.strerror or error}") from error
+    return values.reshape(*values.shape[:2], channels)
+
+
 def _numbers(what: str, value: Any) -> Array:
     try:
         values = np.asarray(value, np.float32)
@@ -211,24 +239,20 @@ def _numbers(what: str, value: Any) -> Array:
     return values
 
 
-def _read(what: str, path: Path, mode: str, limits: Sequence[float] | None) -> Array:
-    """A .npy file's values, or a picture's in a Pillow mode, its 0 to 255 as `limits`."""
-    try:
-        if path.suffix == ".npy":
+def _read(what: str, path: Path, channels: int, limits: Sequence[float] | None) -> Array:
+    """A .npy file's values, or a picture's [h, w, c], its black and white as `limits`."""
+    if path.suffix == ".npy":
+        try:
             values: Array = np.load(path, allow_pickle=False)
-            return values
-        if limits is None:
-            raise RequestError(
-                f"{what} is {path}, but this model does not say which values black and white are: "
-                "give the values as a .npy file"
-            )
-        from PIL import Image
-
-        with Image.open(path) as opened:
-            pixels = np.asarray(opened.convert(mode), np.float32)
-    except OSError as error:  # Pillow's UnidentifiedImageError is one
-        raise RequestError(f"cannot read {what} {path}: {error.strerror or error}") from error
-    except ValueError as error:  # a damaged or pickled .npy
-        raise RequestError(f"cannot read {what} {path} as .npy: {error}") from error
+        except OSError as error:
+            raise RequestError(f"cannot read {what} {path}: {error.strerror or error}") from error
+        except ValueError as error:  # damaged or pickled
+            raise RequestError(f"cannot read {what} {path} as .npy: {error}") from error
+        return values
+    if limits is None:
+        raise RequestError(
+            f"{what} is {path}, but this model does not say which values black and white are: "
+            "give the values as a .npy file"
+        )
     low, high = limits
-    return low + pixels / 255 * (high - low)
+    return low + pixels(path, channels) * np.float32(high - low)

@@ -1,8 +1,12 @@
-"""Keys and values of past tokens: memory that a language model's graph reads and appends to."""
+"""Keys and values of past tokens: memory that a language model's graph reads and appends to.
+
+Batch is outermost in each layer's tensor, so that neighbouring sequences are bound as they lie: a
+run appends in place and copies nothing.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import onnxruntime as ort
@@ -20,13 +24,24 @@ _TYPES = {
 }
 
 
-def allocate(session: Session, rows: int, capacity: int, role: str = "model") -> Array:
-    """Room for `rows` sequences of `capacity` tokens, in the numbers that the graph keeps.
+class KeyValues(Protocol):
+    """The keys and values of some sequences, in the memory of the session's device."""
 
-    [layers, 2, rows, kv_heads, capacity, columns]; int8 has four more columns than head_dim, for
-    scales. A tail or a row that is not used takes no memory.
+    def bind(self, binding: ort.IOBinding, first: int = 0, stop: int | None = None) -> None:
+        """Bind those of the sequences from `first` up to `stop` as past and present."""
+
+    def copy(self, other: Any, positions: int, source: int = 0, target: int = 0) -> None:
+        """Take over the first positions of `source` among the `other`'s sequences as `target`."""
+
+
+def allocate(session: Session, rows: int, capacity: int, role: str = "model") -> KeyValues:
+    """Room for `rows` sequences of `capacity` tokens on the session's device.
+
+    Raises MemoryError, OutOfMemoryError for a card.
     """
-    return pages.zeros(*_needed(session, rows, capacity, role))
+    if session.device.kind == "cuda":
+        return OnCard(session, rows, capacity, role, (session.device.kind, session.device.index))
+    return InMemory(session, rows, capacity, role)
 
 
 def _needed(
@@ -45,39 +60,74 @@ def _needed(
     return shape, np.dtype(_TYPES[kept.type])
 
 
+class InMemory:
+    """In the host's memory; a tail or a row that is not used takes none."""
+
+    def __init__(self, session: Session, rows: int, capacity: int, role: str) -> None:
+        self.array = pages.zeros(*_needed(session, rows, capacity, role))
+        """[layers, 2, rows, kv_heads, capacity, columns], in the numbers that the graph keeps;
+        int8 has four more columns than head_dim, for scales."""
+
+    def bind(self, binding: ort.IOBinding, first: int = 0, stop: int | None = None) -> None:
+        """As KeyValues."""
+        for layer, pair in enumerate(self.array[:, :, first:stop]):
+            for kind, part in zip(("key", "value"), pair, strict=True):
+                value = ort.OrtValue.ortvalue_from_numpy(part)
+                binding.bind_ortvalue_input(f"past_{kind}_{layer}", value)
+                binding.bind_ortvalue_output(f"present_{kind}_{layer}", value)
+
+    def copy(self, other: InMemory, positions: int, source: int = 0, target: int = 0) -> None:
+        """As KeyValues."""
+        self.array[:, :, target, :, :positions] = other.array[:, :, source, :, :positions]
+
+
 class OnCard:
-    """The same for one sequence in a card's memory, where a run appends without copies.
+    """In a card's memory; `memory` is ONNX Runtime's name of a device, and which one."""
 
-    `memory` is ONNX Runtime's name of a device, and which one.
-    """
-
-    def __init__(self, session: Session, capacity: int, role: str, memory: tuple[str, int]) -> None:
-        shape, kind = _needed(session, 1, capacity, role)
-        names = [f"{which}_{layer}" for layer in range(shape[0]) for which in ("key", "value")]
+    def __init__(
+        self, session: Session, rows: int, capacity: int, role: str, memory: tuple[str, int]
+    ) -> None:
+        (layers, _, *self._shape), self._type = _needed(session, rows, capacity, role)
+        self._memory = memory
+        names = [f"{kind}_{layer}" for layer in range(layers) for kind in ("key", "value")]
         with session.card_told():
-            self.values = {
-                name: ort.OrtValue.ortvalue_from_shape_and_type(shape[2:], kind, *memory)
+            self._values = {
+                name: ort.OrtValue.ortvalue_from_shape_and_type(self._shape, self._type, *memory)
                 for name in names
             }
 
-    def bind(self, binding: ort.IOBinding) -> None:
-        """Bind each layer's keys and values as past and present."""
-        for name, value in self.values.items():
-            binding.bind_ortvalue_input(f"past_{name}", value)
-            binding.bind_ortvalue_output(f"present_{name}", value)
+    def bind(self, binding: ort.IOBinding, first: int = 0, stop: int | None = None) -> None:
+        """As KeyValues."""
+        rows, *one = self._shape
+        shape = [len(range(rows)[first:stop]), *one]
+        for name, value in self._values.items():
+            what = *self._memory, self._type, shape, self._place(value, first, 0)
+            binding.bind_input(f"past_{name}", *what)
+            binding.bind_output(f"present_{name}", *what)
 
-    def copy(self, other: OnCard, length: int) -> None:
-        """Take over the other's first `length` positions, through the host's memory."""
-        for name, value in self.values.items():
-            mine = value.numpy()
-            mine[..., :length, :] = other.values[name].numpy()[..., :length, :]
-            value.update_inplace(mine)
+    def copy(self, other: OnCard, positions: int, source: int = 0, target: int = 0) -> None:
+        """As KeyValues."""
+        from leangen_kernels.cuda import driver
+
+        _, heads, _, columns = self._shape
+        driver.copy_within(
+            self._memory[1],
+            [
+                (self._place(value, target, head), other._place(other._values[name], source, head))
+                for name, value in self._values.items()
+                for head in range(heads)
+            ],
+            positions * columns * self._type.itemsize,
+        )
+
+    def _place(self, value: ort.OrtValue, row: int, head: int) -> int:
+        """The address of a sequence's first key or value in a head."""
+        _, heads, capacity, columns = self._shape
+        place: int = value.data_ptr()
+        return place + (row * heads + head) * capacity * columns * self._type.itemsize
 
 
-def bind(binding: ort.IOBinding, caches: Array) -> None:
-    """Bind each layer's keys and values as past and present, so that a run appends in place."""
-    for layer, pair in enumerate(caches):
-        for kind, cache in zip(("key", "value"), pair, strict=True):
-            value = ort.OrtValue.ortvalue_from_numpy(cache)
-            binding.bind_ortvalue_input(f"past_{kind}_{layer}", value)
-            binding.bind_ortvalue_output(f"present_{kind}_{layer}", value)
+def bind_inputs(binding: ort.IOBinding, **arrays: Array) -> None:
+    """Bind arrays as inputs; what is written to one later is what a later run reads."""
+    for name, array in arrays.items():
+        binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))

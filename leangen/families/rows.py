@@ -1,13 +1,8 @@
-"""The caches of many sequences of one language model, and bindings of those that run together.
-
-All caches are one buffer, batch outermost, so that neighbouring rows are bound as they lie: a run
-appends in place and copies nothing.
-"""
+"""The caches of many sequences of one language model, and bindings of those that run together."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
-from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -30,7 +25,7 @@ class Rows:
         self.rows = rows
         self._graph = session.graph("model")
         self._vocab = session.bundle.config["vocab_size"]
-        self._buffers = key_values.allocate(session, rows, _whole(capacity))
+        self._kept = key_values.allocate(session, rows, _whole(capacity))
         self._bindings: dict[tuple[int, int], _Binding] = {}
 
     def prefill(self, row: int, tokens: Items[int], length: int) -> Floats:
@@ -44,49 +39,45 @@ class Rows:
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` tokens of a row."""
-        length = _whole(length)
-        self._buffers[:, :, target, :, :length] = self._buffers[:, :, source, :, :length]
+        self._kept.copy(self._kept, _whole(length), source, target)
 
     def _binding(self, first: int, stop: int) -> _Binding:
         if (first, stop) not in self._bindings:
-            part = self._buffers[:, :, first:stop]
-            self._bindings[first, stop] = _Binding(self._graph, part, self._vocab)
+            binding = self._bindings[first, stop] = _Binding(self._graph, stop - first, self._vocab)
+            self._kept.bind(binding.binding, first, stop)
         return self._bindings[first, stop]
 
 
 class _Binding:
     """Some neighbouring rows bound as past and present, with inputs and logits of their own."""
 
-    def __init__(self, graph: ort.InferenceSession, buffers: key_values.Array, vocab: int) -> None:
+    def __init__(self, graph: ort.InferenceSession, rows: int, vocab: int) -> None:
         self._graph = graph
-        self._binding = graph.io_binding()
-        rows = buffers.shape[2]
-        key_values.bind(self._binding, buffers)
+        self.binding = graph.io_binding()
         self._last = np.zeros(rows, np.int32)
         self._total = np.zeros((), np.int32)
         self._logits_from = np.full(1, -1, np.int64)
         self._logits = np.zeros((rows, 1, vocab), np.float32)
         self._ids = np.zeros((rows, 0), np.int64)
-        self._input("seqlens_k", self._last)
-        self._input("total_sequence_length", self._total)
-        self._input("logits_from", self._logits_from)
+        key_values.bind_inputs(
+            self.binding,
+            seqlens_k=self._last,
+            total_sequence_length=self._total,
+            logits_from=self._logits_from,
+        )
         logits = ort.OrtValue.ortvalue_from_numpy(self._logits)
-        self._binding.bind_ortvalue_output("logits", logits)
+        self.binding.bind_ortvalue_output("logits", logits)
 
     def run(self, tokens: Items[Items[int]], lengths: Items[int]) -> Floats:
         """Append `tokens`, as many to each row, to rows of `lengths`; logits [rows, vocab]."""
         new = len(tokens[0])
         if self._ids.shape[1] != new:
             self._ids = np.zeros((len(tokens), new), np.int64)
-            self._input("input_ids", self._ids)
+            key_values.bind_inputs(self.binding, input_ids=self._ids)
         self._ids[...] = tokens
         self._last[...] = lengths
         self._last += new - 1
         self._total[...] = self._last.max() + 1
-        self._graph.run_with_iobinding(self._binding)
+        self._graph.run_with_iobinding(self.binding)
         logits: Floats = self._logits[:, 0]
         return logits
-
-    def _input(self, name: str, array: np.ndarray[Any, Any]) -> None:
-        # The OrtValue is a window on the array's memory: later changes to the array are seen.
-        self._binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))

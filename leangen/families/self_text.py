@@ -33,15 +33,15 @@ def draw(session: Session, sequences: int, length: int, *, seed: int) -> Tokens:
     ids, last = np.zeros((sequences, 1), np.int64), np.zeros(sequences, np.int32)
     total, logits_from = np.zeros((), np.int32), np.array([-1], np.int64)
     binding = graph.io_binding()
-    key_values.bind(binding, key_values.allocate(session, sequences, length))
-    # OrtValues are windows on the arrays' memory: what is written to an array later is seen.
-    for name, array in (
-        ("input_ids", ids),
-        ("seqlens_k", last),
-        ("total_sequence_length", total),
-        ("logits_from", logits_from),
-    ):
-        binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
+    caches = key_values.allocate(session, sequences, length)
+    caches.bind(binding)
+    key_values.bind_inputs(
+        binding,
+        input_ids=ids,
+        seqlens_k=last,
+        total_sequence_length=total,
+        logits_from=logits_from,
+    )
     binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(logits))
     for place in range(length - 1):
         ids[:], last[:], total[...] = tokens[:, place : place + 1], place, place + 1

@@ -14,7 +14,7 @@ import numpy as np
 
 from leangen.errors import RequestError
 from leangen.families import language
-from leangen.families.decoder import Decoder, Floats, cross_names
+from leangen.families.decoder import Decoder, Floats, encoder_states
 from leangen.families.text_request import INPUTS, Request
 from leangen.records import Media, Output, Step
 from leangen.session import Session
@@ -56,6 +56,4 @@ def encoded(session: Session, source: list[int]) -> dict[str, Floats]:
         raise RequestError(
             f"the prompt has {len(source)} tokens and the encoder takes {longest}: shorten it"
         )
-    names = cross_names(session.bundle.config)
-    made = session.run("encoder", {"input_ids": np.array([source], np.int64)}, names)
-    return dict(zip(names, made, strict=True))
+    return encoder_states(session, input_ids=np.array([source], np.int64))

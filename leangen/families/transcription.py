@@ -24,7 +24,7 @@ import numpy as np
 from leangen import audio
 from leangen.errors import RequestError
 from leangen.families import language, whisper_mel
-from leangen.families.decoder import Decoder, Floats, cross_names
+from leangen.families.decoder import Decoder, Floats, encoder_states
 from leangen.families.reply import Reply
 from leangen.families.sampling import Chooser, Sampling, check, is_whole
 from leangen.families.text_request import MOST_BEAMS
@@ -173,10 +173,7 @@ def cut(samples: Floats, window: int) -> Iterator[Floats]:
 
 def encoded(session: Session, sound: Floats) -> dict[str, Floats]:
     """What the decoder hears of a window's samples: its inputs, by name."""
-    config = session.bundle.config
-    names = cross_names(config)
-    made = session.run("encoder", {"features": features(config, sound)}, names)
-    return dict(zip(names, made, strict=True))
+    return encoder_states(session, features=features(session.bundle.config, sound))
 
 
 def features(config: Mapping[str, Any], sound: Floats) -> Floats:

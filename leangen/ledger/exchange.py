@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from leangen.errors import DependencyError, RequestError, SourceError
+from leangen.errors import RequestError, SourceError, needs
 from leangen.files import atomic_file
 from leangen.ledger import Ledger, Merged, codecarbon
 from leangen.ledger.rows import canonical, derive
@@ -204,13 +204,10 @@ def _from_parquet(file: BinaryIO) -> Receipts:
 
 
 def _pyarrow() -> tuple[Any, Any]:
-    try:
+    message = "Parquet needs pyarrow: pip install 'leangen[parquet]'"
+    with needs("pyarrow", "pyarrow.parquet", message=message):
         import pyarrow
         import pyarrow.parquet
-    except ModuleNotFoundError as error:
-        if error.name not in ("pyarrow", "pyarrow.parquet"):
-            raise
-        raise DependencyError("Parquet needs pyarrow: pip install 'leangen[parquet]'") from error
     return pyarrow, pyarrow.parquet
 
 

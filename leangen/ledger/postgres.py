@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from leangen import host
-from leangen.errors import DependencyError, StorageError
+from leangen.errors import StorageError, needs
 from leangen.ledger.database import BUSY_S, SCHEMA, VERSION, Rows
 
 LOCK = 0x6C67656E  # "lgen": of pg_advisory_xact_lock
@@ -82,14 +82,9 @@ class Postgres:
     """The ledger in the database of a `postgresql://` address. DependencyError without psycopg."""
 
     def __init__(self, address: str) -> None:
-        try:
+        message = "a ledger in PostgreSQL needs psycopg: pip install 'leangen[postgres]'"
+        with needs("psycopg", message=message):
             import psycopg
-        except ModuleNotFoundError as error:
-            if error.name != "psycopg":
-                raise
-            raise DependencyError(
-                "a ledger in PostgreSQL needs psycopg: pip install 'leangen[postgres]'"
-            ) from error
         self._psycopg = psycopg
         self._address = address
         self._shown = re.sub(r":[^:@/]*@", "@", address)

@@ -17,7 +17,7 @@ from onnx import NodeProto
 
 from leangen.graph_edit import Array, attributes
 from leangen.lowering import unpacked
-from leangen.lowering.draft import DOMAIN, Draft, options_are, set_option
+from leangen.lowering.draft import DOMAIN, Draft, either_way, options_are, set_option
 from leangen.lowering.shapes import Shapes
 
 X, WEIGHTS, BIAS, RESIDUAL, GAIN, SHIFT, FILM = range(7)  # inputs of Conv
@@ -165,7 +165,7 @@ def _change(graph: Draft, node: NodeProto, inputs: dict[int, str], **options: ob
 
 
 def _residual(graph: Draft, node: NodeProto, shapes: Shapes) -> None:
-    for name, other in (tuple(node.input), tuple(reversed(node.input))):
+    for name, other in either_way(node):
         conv = graph.producer(name, "Conv", "ConvTranspose")
         if (
             conv is not None
@@ -215,11 +215,11 @@ def _film(graph: Draft, conv: NodeProto, shapes: Shapes) -> None:
     total = graph.producer(conv.input[X], "Add")
     if total is None or not _only_convolved(graph, total.output[0]):
         return
-    for scaled, shift in (tuple(total.input), tuple(reversed(total.input))):
+    for scaled, shift in either_way(total):
         product, split = graph.producer(scaled, "Mul"), graph.producer(shift, "Split")
         if product is None or split is None or len(split.output) != 2 or shift != split.output[1]:
             continue
-        for x, factor in (tuple(product.input), tuple(reversed(product.input))):
+        for x, factor in either_way(product):
             plus_one = graph.producer(factor, "Add")
             if plus_one is None or split.output[0] not in plus_one.input:
                 continue
@@ -285,7 +285,7 @@ def _by_channel(graph: Draft, tensor: str, op_type: str) -> tuple[str, Array] | 
     node = graph.producer(tensor, op_type)
     if node is None:
         return None
-    for x, name in (tuple(node.input), tuple(reversed(node.input))):
+    for x, name in either_way(node):
         if graph.has(name) and not graph.has(x):
             shape = graph.shape(name)
             if len(shape) >= 2 and max(shape[1:]) == 1 and graph.is_float(name):

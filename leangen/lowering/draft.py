@@ -86,7 +86,7 @@ class Draft(Graph):
         self._live[id(node)] = node
         for tensor in filter(None, node.output):
             self._producers[tensor] = node
-        for tensor in filter(None, dict.fromkeys(tensor_names([node]))):
+        for tensor in dict.fromkeys(tensor_names([node])):
             self._consumers[tensor].append(node)
 
     def put(
@@ -173,6 +173,12 @@ def options_are(node: NodeProto, **expected: Any) -> bool:
         if given.get(name, choices[0]) not in choices:
             return False
     return True
+
+
+def either_way(node: NodeProto) -> tuple[tuple[str, str], tuple[str, str]]:
+    """The two inputs of an operator that may have them in either order, both ways round."""
+    first, second = node.input
+    return (first, second), (second, first)
 
 
 def set_option(node: NodeProto, name: str, value: Any) -> None:

@@ -11,7 +11,7 @@ from typing import cast
 from onnx import NodeProto
 
 from leangen.graph_edit import attributes
-from leangen.lowering.draft import DOMAIN, Draft
+from leangen.lowering.draft import DOMAIN, Draft, either_way
 from leangen.lowering.shapes import Shapes
 
 
@@ -79,7 +79,7 @@ def _scaled(graph: Draft, tensor: str) -> tuple[str, float] | None:
     product = None if reshape is None else graph.producer(reshape.input[0], "Mul")
     if product is None:
         return None
-    for x, name in (tuple(product.input), tuple(reversed(product.input))):
+    for x, name in either_way(product):
         values = graph.values(name)
         if values is not None and len(values) == 1:
             return x, float(values[0])

@@ -48,6 +48,22 @@ class Sampling:
     """Time that lies between samples close enough to speak for it."""
     samples: int
 
+    def extended(
+        self, elapsed_s: float, before_w: float, after_w: float, *, covered_ns: int | None
+    ) -> Sampling:
+        """The record with one more interval; None for one that is a gap.
+
+        The variance grows as `leangen.meters.sampled` says.
+        """
+        variance_j2 = (elapsed_s * (after_w - before_w)) ** 2 / 2
+        if covered_ns is None:
+            variance_j2 += (elapsed_s * (before_w + after_w) / 2) ** 2 / 3
+        return Sampling(
+            self.variance_j2 + variance_j2,
+            self.covered_ns + (covered_ns or 0),
+            self.samples + 1,
+        )
+
 
 class Sampler(Protocol):
     """Turns a power sensor into a counter, by sampling it between `start` and `stop`.

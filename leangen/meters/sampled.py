@@ -106,15 +106,8 @@ class PowerSampler:
 
     def _add(self, elapsed_ns: int, before_w: float, after_w: float) -> None:
         elapsed_s = elapsed_ns / 1e9
-        mean_w = (before_w + after_w) / 2
-        self._energy_j += mean_w * elapsed_s
-        covered = elapsed_s <= GAP * self.period_s
-        variance = (elapsed_s * (after_w - before_w)) ** 2 / 2
-        if not covered:
-            variance += (elapsed_s * mean_w) ** 2 / 3
-        old = self._sampling
-        self._sampling = Sampling(
-            old.variance_j2 + variance,
-            old.covered_ns + (elapsed_ns if covered else 0),
-            old.samples + 1,
+        self._energy_j += (before_w + after_w) / 2 * elapsed_s
+        covered_ns = elapsed_ns if elapsed_s <= GAP * self.period_s else None
+        self._sampling = self._sampling.extended(
+            elapsed_s, before_w, after_w, covered_ns=covered_ns
         )

@@ -95,18 +95,9 @@ class Series:
                 raise MeterFault("reset", f"its counter fell from {before:g} to {after:g} J")
             self.energy_j += after - before
             return
-        mean_w = (before + after) / 2
-        self.energy_j += mean_w * elapsed_s
-        covered = elapsed_s <= GAP * interval_s
-        variance = (elapsed_s * (after - before)) ** 2 / 2  # as in `sampled`
-        if not covered:
-            variance += (elapsed_s * mean_w) ** 2 / 3
-        old = self.sampling
-        self.sampling = Sampling(
-            old.variance_j2 + variance,
-            old.covered_ns + (int(elapsed_s * 1e9) if covered else 0),
-            old.samples + 1,
-        )
+        self.energy_j += (before + after) / 2 * elapsed_s
+        covered_ns = int(elapsed_s * 1e9) if elapsed_s <= GAP * interval_s else None
+        self.sampling = self.sampling.extended(elapsed_s, before, after, covered_ns=covered_ns)
 
 
 def _fraction(text: str) -> float:

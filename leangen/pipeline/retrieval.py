@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from leangen.engine import Engine
-from leangen.errors import DependencyError, RequestError
+from leangen.errors import RequestError, needs
 from leangen.families.language import tokenizer
 from leangen.files import atomic_folder, default_home
 from leangen.pipeline.ports import TEXT, Ports
@@ -184,14 +184,8 @@ def _split(text: str) -> Iterator[str]:
 
 
 def _usearch() -> Any:
-    try:
+    with needs("usearch", message="retrieval needs the `rag` extra: pip install 'leangen[rag]'"):
         from usearch import index
-    except ModuleNotFoundError as error:
-        if error.name != "usearch":
-            raise
-        raise DependencyError(
-            "retrieval needs the `rag` extra: pip install 'leangen[rag]'"
-        ) from None
     return index
 
 

@@ -198,27 +198,30 @@ class PipelineStream(Iterator[Step]):
             duration_ns = clock.monotonic_ns() - begin_ns
             windows = meters.end(window)
             self._legs = [leg for leg in self._legs if leg.steps]
-            if self._legs:
-                run = accounts.Run(
-                    legs=self._legs,
-                    started_at=started_at,
-                    begin_boottime_ns=window.begin_boottime_ns,
-                    duration_ns=duration_ns,
-                    windows=windows,
-                    marks=marks,
-                )
-                self.receipt = accounts.settle(
-                    run,
-                    name=pipeline.name,
-                    digest=pipeline.digest,
-                    request=_described(inputs),
-                    selection=pipeline.selection,
-                    baseline=pipeline.baseline(),
-                )
-                self._tickets = [
-                    leg.engine.keep(part)
-                    for leg, part in zip(self._legs, self.receipt.parts, strict=True)
-                ]
+            run = accounts.Run(
+                legs=self._legs,
+                started_at=started_at,
+                begin_boottime_ns=window.begin_boottime_ns,
+                duration_ns=duration_ns,
+                windows=windows,
+                marks=marks,
+            )
+            if run.legs:
+                self._keep(pipeline, run, inputs)
+
+    def _keep(self, pipeline: Pipeline, run: accounts.Run, inputs: Mapping[str, Any]) -> None:
+        """Make the receipts of a run and put those of its parts on the account."""
+        self.receipt = accounts.settle(
+            run,
+            name=pipeline.name,
+            digest=pipeline.digest,
+            request=_described(inputs),
+            selection=pipeline.selection,
+            baseline=pipeline.baseline(),
+        )
+        self._tickets = [
+            leg.engine.keep(part) for leg, part in zip(run.legs, self.receipt.parts, strict=True)
+        ]
 
 
 def _described(inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from leangen.errors import RequestError
-from leangen.families import density
+from leangen.families import density, finished
 from leangen.quality.measures import Array, Measure, Task, mean
 from leangen.session import Session
 
@@ -126,10 +125,5 @@ def _within(a: Array) -> float:
 
 
 def _run(session: Session, request: density.Request) -> Array:
-    steps: Any = density.run(session, request)
-    while True:
-        try:
-            next(steps)
-        except StopIteration as stop:
-            made = density.as_rows(stop.value.array)
-            return made if request.count is not None or made.ndim == 1 else made[:, 0]
+    made = density.as_rows(finished(density.run(session, request)).array)
+    return made if request.count is not None or made.ndim == 1 else made[:, 0]

@@ -17,7 +17,7 @@ import numpy as np
 
 from leangen import families
 from leangen.console import Progress
-from leangen.errors import DependencyError, RequestError
+from leangen.errors import RequestError, needs
 from leangen.families import language
 from leangen.quality.language import log_softmax
 from leangen.quality.measures import Measure, mean
@@ -90,15 +90,9 @@ def _scores(session: Session, asked: Asked) -> dict[str, list[float]]:
             "to answer tasks"
         )
     names, folders = _named(asked.tasks)
-    try:
+    with needs("lm_eval", message="tasks need lm-evaluation-harness: pip install 'leangen[eval]'"):
         import lm_eval
         from lm_eval.tasks import TaskManager
-    except ModuleNotFoundError as error:
-        if error.name != "lm_eval":
-            raise
-        raise DependencyError(
-            "tasks need lm-evaluation-harness: pip install 'leangen[eval]'"
-        ) from None
     manager = TaskManager(include_path=folders or None)
     if unknown := [name for name in names if name not in manager.all_tasks]:
         raise RequestError(

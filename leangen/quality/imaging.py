@@ -7,13 +7,12 @@ is told for each, so that it shows where along the trajectory a scheme goes astr
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
 from leangen.calibrate import evenly
 from leangen.errors import RequestError
-from leangen.families import diffusion, imaging, oneshot
+from leangen.families import diffusion, finished, imaging, oneshot
 from leangen.quality import features, spectrum
 from leangen.quality.measures import Array, Measure, Task, mean
 from leangen.session import Session
@@ -49,10 +48,11 @@ def observe(session: Session, task: Task, reference: Drawn | None) -> Drawn:
         )
     if reference is not None:
         return Drawn(images, trajectories, reference.real, reference.network)
+    limits = session.bundle.config.get("range")
     return Drawn(
         images,
         trajectories,
-        None if task.data is None else spectrum.load(task.data, images[0].shape),
+        None if task.data is None else spectrum.load(task.data, images[0].shape, limits),
         None if task.features is None else features.Network(task.features),
     )
 
@@ -140,12 +140,8 @@ def _states(session: Session, task: Task, seed: int) -> list[Array]:
     if session.bundle.family == "diffusion":
         request = replace(diffusion.trial(session, seed), steps=task.steps, reuse=task.reuse)
         return list(diffusion.trajectory(session, request))
-    steps: Any = oneshot.run(session, oneshot.Request(seed=seed))
-    while True:
-        try:
-            next(steps)
-        except StopIteration as stop:
-            made = np.asarray(stop.value.array)
-            if made.ndim == 2:  # an encoder's latents
-                return [made[:, None, None]]
-            return [np.moveaxis(made, -1, 1)]
+    output = finished(oneshot.run(session, oneshot.Request(seed=seed)))
+    made = np.asarray(output.array)
+    if made.ndim == 2:  # an encoder's latents
+        return [made[:, None, None]]
+    return [np.moveaxis(made, -1, 1)]

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from leangen.errors import RequestError
+from leangen.families import imaging
 from leangen.quality.measures import Array, Measure, mean
 
 TILES = 256
@@ -56,15 +57,17 @@ def _rms(difference: Array) -> Array:
     return np.asarray(np.sqrt(np.mean(difference**2, axis=-1)))
 
 
-def load(path: Path, shape: tuple[int, ...]) -> Array:
+def load(path: Path, shape: tuple[int, ...], limits: Sequence[float] | None = None) -> Array:
     """Real pictures as [n, h, w, c] like `shape` [h, w, c]: a folder of images, a .npy or a .npz.
 
-    An array is [h, w], [n, h, w] or [n, h, w, c]; larger pictures are cut into whole tiles.
-    Raises RequestError for what cannot be read or is smaller than the model's pictures.
+    Black and white of image files become `limits`, the model's own (0 and 1 where it has none);
+    arrays hold the model's values, [h, w], [n, h, w], [n, h, w, c] or [n, c, h, w]. Larger pictures
+    are cut into whole tiles. Raises RequestError for what cannot be read or is smaller than the
+    model's pictures.
     """
     h, w, c = shape
     tiles: list[Array] = []
-    for picture in _pictures(path, c):
+    for picture in _pictures(path, c, limits or (0.0, 1.0)):
         if picture.shape[2] != c:
             raise RequestError(
                 f"{path} holds pictures of {picture.shape[2]} channels, the model draws {c}"
@@ -82,16 +85,13 @@ def load(path: Path, shape: tuple[int, ...]) -> Array:
     return found
 
 
-def _pictures(path: Path, channels: int) -> list[Array]:
+def _pictures(path: Path, channels: int, limits: Sequence[float]) -> list[Array]:
     """Arrays [h, w, c]."""
+    if path.is_dir():
+        low, high = limits
+        names = imaging.pictures_in(path)[:TILES]
+        return [low + imaging.pixels(name, channels) * (high - low) for name in names]
     try:
-        if path.is_dir():
-            from PIL import Image
-
-            names = sorted(p for p in path.iterdir() if p.suffix.lower() in (".png", ".jpg"))
-            mode = "L" if channels == 1 else "RGB"
-            pictures = [np.asarray(Image.open(name).convert(mode)) for name in names[:TILES]]
-            return [image[..., None] if image.ndim == 2 else image for image in pictures]
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as archive:
                 arrays = [archive[name] for name in archive.files]
@@ -110,7 +110,8 @@ def _pictures(path: Path, channels: int) -> list[Array]:
         elif array.dtype.kind in "fiu" and array.ndim == 3:
             found += [image[..., None] for image in array]
         elif array.dtype.kind in "fiu" and array.ndim == 4:
-            found += list(array)
+            first = array.shape[1] == channels != array.shape[3]
+            found += list(np.moveaxis(array, 1, -1) if first else array)
     if not found:
         raise RequestError(f"{path} has no array [h, w], [n, h, w] or [n, h, w, c] of numbers")
     return found

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from leangen import audio
-from leangen.families import speech
+from leangen.families import finished, speech
 from leangen.quality import words
 from leangen.quality.measures import Array, Measure, Task, mean
 from leangen.records import Output
@@ -102,10 +102,4 @@ def _word_error_rate(name: str, heard: Sequence[tuple[int, int]]) -> list[Measur
 
 
 def _speak(session: Session, **options: Any) -> Output:
-    steps: Any = speech.run(session, speech.Request(**options))
-    while True:
-        try:
-            next(steps)
-        except StopIteration as stop:
-            output: Output = stop.value
-            return output
+    return finished(speech.run(session, speech.Request(**options)))

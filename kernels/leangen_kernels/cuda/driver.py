@@ -90,6 +90,27 @@ def _device(index: int) -> Device:
     return Device(index, name.value.decode(), (major, minor), memory.value, processors)
 
 
+def copy_within(index: int, places: Iterable[tuple[int, int]], size_bytes: int) -> None:
+    """Copy `size_bytes` within a card's memory for each (to, from); done when it returns.
+
+    The memory is of the primary context, in which CUDA's runtime works and so ONNX Runtime does.
+    Raises CudaError.
+    """
+    context = ctypes.c_void_p()
+    call("cuDevicePrimaryCtxRetain", ctypes.byref(context), index)
+    try:
+        call("cuCtxPushCurrent_v2", context)
+        try:
+            for to, source in places:
+                call("cuMemcpyDtoD_v2", ctypes.c_void_p(to), ctypes.c_void_p(source),
+                     ctypes.c_size_t(size_bytes))  # fmt: skip
+            call("cuCtxSynchronize")  # such copies go on after the call
+        finally:
+            call("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
+    finally:
+        call("cuDevicePrimaryCtxRelease_v2", index)
+
+
 def attribute(index: int, which: int) -> int:
     """One of CUdevice_attribute."""
     value = ctypes.c_int()

@@ -1,0 +1,87 @@
+"""What needs an NVIDIA card: `pytest -m gpu`; without one, skips say what is missing."""
+
+import numpy as np
+import pytest
+import tiny_bundles
+from cuda_cases import CASES
+from leangen_kernels.cuda import driver
+
+from leangen import devices
+from leangen.engine import Engine
+from leangen.errors import DependencyError, UnknownSchemeError
+from leangen.families.batch import Batch, Sequence
+from leangen.families.language import Request
+from leangen.quantize import quantize
+from leangen.session import Session
+
+pytestmark = pytest.mark.gpu
+DEVICE = "cuda"
+
+
+@pytest.fixture(scope="module")
+def card():
+    try:
+        return driver.Card()
+    except driver.CudaError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def device():
+    try:
+        return devices.choose(DEVICE).name
+    except DependencyError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_kernel_is_its_twin(card, case):
+    assert CASES[case](card, np.random.default_rng()) is None
+
+
+@pytest.mark.parametrize("family", tiny_bundles.BUILDERS)
+@pytest.mark.parametrize("scheme", ["fp32", "int8"])
+def test_every_family_generates_what_it_does_on_the_cpu(tmp_path, device, family, scheme):
+    bundle = tiny_bundles.BUILDERS[family](tmp_path)
+    if scheme != "fp32":
+        try:
+            bundle = quantize(bundle, scheme, tmp_path / scheme)
+        except UnknownSchemeError as error:
+            pytest.skip(str(error))
+    made = []
+    for where in ("cpu", device):
+        session = Session(bundle, device=where, activations="fp32")
+        result = Engine(session, baseline_s=0).generate(**tiny_bundles.OPTIONS[family])
+        assert session.device.name == where
+        made.append(np.asarray(result.tokens if result.array is None else result.array))
+    assert made[0].shape == made[1].shape
+    if made[0].dtype.kind == "f" and not family.startswith("autoregressive"):
+        assert np.linalg.norm(made[1] - made[0]) <= 1e-2 * np.linalg.norm(made[0])
+
+
+def test_a_text_does_not_depend_on_who_runs_beside_it(tmp_path, device):
+    session = Session(tiny_bundles.language(tmp_path), device=device)
+    wanted = [
+        Request(tokens=tokens, ignore_eos=True, max_new_tokens=8)
+        for tokens in ([3, 4, 5], [3, 4, 6, 7], [8], [3, 4, 5, 9])
+    ]
+    texts = []
+    for together in (1, 4):
+        batch = Batch(session, rows=together, capacity=64)
+        sequences = [Sequence(session, request, 64) for request in wanted]
+        left = list(sequences)
+        while any(sequence.output is None for sequence in sequences):
+            while left and batch.size < together:
+                batch.add(left.pop(0))
+            batch.step()
+        texts.append([sequence.output.tokens for sequence in sequences])
+    assert texts[0] == texts[1]
+
+
+def test_its_counter_measures_a_generation(tmp_path, device):
+    session = Session(tiny_bundles.diffusion(tmp_path), device=device)
+    engine = Engine(session, baseline_s=0.2)
+    receipt = engine.repeat(200, **tiny_bundles.OPTIONS["diffusion"]).receipt
+    [window] = [one for one in receipt.energy.meters if one.sensor.startswith("nvml")]
+    assert window.source in ("measured", "integrated") and window.energy_uj > 0
+    assert "gpu-0" in receipt.energy.scope and receipt.energy.u_j > 0
