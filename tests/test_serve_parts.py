@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from leangen import cli, clock, metrics, serve
 from leangen.errors import RequestError
 from leangen.intensity import read_series
-from leangen.serve import access, options, prometheus
+from leangen.serve import access, options, prometheus, single
 from leangen.serve.jobs import FairQueue, Job
 from leangen.serve.options import Options
 from leangen.serve.power import PowerCap, cleanest_delay_s
@@ -142,6 +142,22 @@ def test_what_can_wait_waits_for_the_cleanest_hour(tmp_path):
     assert cleanest_delay_s(series, "2026-11-21T02:10:00Z", 86_400) == (0, 100)
     with pytest.raises(RequestError, match="no carbon intensity"):
         cleanest_delay_s(series, "2026-11-21T09:00:00Z", 3600)
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=8,
+)
+
+
+@given(st.dictionaries(st.text(), JSON, max_size=4))
+def test_an_answer_that_is_encoded_in_parts_is_json(content):
+    assert json.loads(single._encoded(content)) == content
 
 
 def test_settings_that_are_not_safe_are_refused(tmp_path):
