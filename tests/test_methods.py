@@ -510,7 +510,7 @@ def test_a_precision_is_written_as_it_is_read(text):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("int5", "'int5' is unknown: expected one of fp32, fp16"),
+        ("int5", "'int5' is unknown: expected one of fp16, bf16"),
         ("int4-g100", "100 weights to a scale: expected one of 16, 32"),
         ("int4-sideways", "method 'sideways' is unknown: expected one of rtn"),
         ("int4-gptq-g32", "is not a precision: expected SCHEME"),
