@@ -1,4 +1,7 @@
-"""Does the truth lie within value ± u? `python bench/coverage.py [--full] [--json]`
+"""Does the truth lie within value ± u?
+
+    python bench/coverage.py
+    python bench/coverage.py --full --json
 
 For every cell (sensor x power law x length in ticks) many windows are measured in a simulated world
 (`power_world.py`), each on a counter with a gain of its own, drawn from what the class uncertainty
@@ -90,7 +93,9 @@ def run(cells: list[Cell], windows: int, aligned: bool = False) -> list[dict[str
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--full", action="store_true", help="every cell, 10,000 windows each")
     parser.add_argument("--windows", type=int, help="windows per cell")
     parser.add_argument("--aligned", action="store_true", help="begin on a tick, as benchmarks do")

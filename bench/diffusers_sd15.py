@@ -167,7 +167,9 @@ def make(folder: Path, options: list[str]) -> None:
 
 def main() -> None:
     """Carry out one part, or all."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("part", choices=("make", "save", "export", "int8", "int4", "run", "torch"))
     parser.add_argument("what", nargs="?", default="fp32")

@@ -1,6 +1,7 @@
 """What int8 and int4 cost in each family's own measure: `leangen compare` over one model of each.
 
-    pip install ./bench/zoo && python bench/families.py
+    python bench/families.py             (after pip install ./bench/zoo)
+    python bench/families.py fashion-ddpm galaxy-flow
 
 A table in Markdown: size, the family's figures against fp32 (± u), time against
 fp32's with the interval of the paired ratio. Where a scheme has no treatment for any layer of a

@@ -196,7 +196,11 @@ def describe(device: Any, loaded: Path) -> Figures:
 
 def main() -> int:
     """Measure what is missing, print the table."""
-    parser = argparse.ArgumentParser(prog="bench/gpu.py")
+    parser = argparse.ArgumentParser(
+        prog="bench/gpu.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--part", choices=PARTS, help="this one alone")
     parser.add_argument("--again", action="store_true", help="try rows again that failed")
     parser.add_argument("--device", type=int, default=0, help="of the driver's count")

@@ -234,7 +234,9 @@ def stream_gb_per_s(threads: int, size: int = 1 << 28) -> float:
 
 def main() -> None:
     """Print a line for each shape, form and number of tokens."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=0.5)
     parser.add_argument("--clock-ghz", type=float, help="for the share of peak multiply-adds")

@@ -175,7 +175,9 @@ def torch_decode(folder: Path, dtype: str) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one part; print what it cost."""
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("part", choices=("make", "export", "quantize", "gptq", "decode", "torch"))
     parser.add_argument("folder", type=Path)
     parser.add_argument("form", nargs="?", default="int4", help="decode: scheme; torch: dtype")

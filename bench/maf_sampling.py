@@ -1,6 +1,6 @@
 """Sampling of a masked autoregressive flow: the exported Scan beside D full passes.
 
-    pip install -e . zuko torch && python bench/maf_sampling.py
+    python bench/maf_sampling.py         (after pip install zuko torch)
 
 The flow is zuko's MAF of random weights: 784 features, two transforms, two hidden layers of 512.
 D full passes is D times one pass of the exported density graph, which runs each network once;
@@ -37,7 +37,9 @@ def seconds(run: Callable[[], object]) -> float:
 
 def main() -> None:
     """Print what is found, JSON last."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--features", type=int, default=784)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--transforms", type=int, default=2)

@@ -1,4 +1,6 @@
-"""Are the molecules that a model writes molecules? `python bench/molecules.py smiles-lm:int4`
+"""Are the molecules that a model writes molecules?
+
+    python bench/molecules.py smiles-lm smiles-lm:int4
 
 Draws `--count` samples from each model at temperature 1, same seeds, and has rdkit judge them:
 valid (it parses), unique (of the valid ones), novel (of the unique ones: not in the training set
@@ -48,7 +50,9 @@ def head_quality(said: list[Any], parsed: list[Any]) -> dict[str, dict[str, floa
 
 def main() -> None:
     """Draw, judge, print."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("models", nargs="+", metavar="MODEL")
     parser.add_argument("--count", type=int, default=500)
     parser.add_argument("--json", action="store_true")

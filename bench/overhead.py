@@ -1,4 +1,6 @@
-"""What measuring adds to a generation of 50 ms: `python bench/overhead.py [--json]`.
+"""What measuring adds to a generation of 50 ms.
+
+    python bench/overhead.py --json
 
 Counters on a powercap tree in memory (a package and its dram) stand in for RAPL, so what the
 hardware needs for a read (a few us) is not in the figures; CPU time is of this process alone.
@@ -43,7 +45,9 @@ def median_us(work: Callable[[], object], repeats: int = 300) -> float:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,6 @@
-"""Do pictures look like what was asked for? `python bench/pictures.py MODEL`
+"""Do pictures look like what was asked for?
+
+    python bench/pictures.py fashion-ddpm fashion-ddpm:int8
 
 Draws `--count` pictures of each of Fashion-MNIST's ten labels, same seeds for every model, and has
 a classifier (that of `bench/train/fashion_judge.py`, which leangen-zoo has too) judge them: the
@@ -103,7 +105,9 @@ def distance(real: np.ndarray, drawn: np.ndarray) -> list[float]:
 
 def main() -> None:
     """Draw, judge, print."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("models", nargs="+", metavar="MODEL")
     parser.add_argument("--judge", type=Path, default=JUDGE, metavar="FILE.onnx", help="or .xz")
     parser.add_argument("--count", type=int, default=30, help="pictures of each label")

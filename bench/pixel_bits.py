@@ -1,4 +1,6 @@
-"""Bits per dimension of pixel models: `python bench/pixel_bits.py fashion-pixelcnn:int4 ...`
+"""Bits per dimension of pixel models.
+
+    python bench/pixel_bits.py fashion-pixelcnn:int8 fashion-pixelcnn:int4
 
 Scores the first `--count` pictures of Fashion-MNIST's test set, each given its label, with the
 bundles themselves; a mean with two standard errors, and what each scheme adds to fp32 on the same
@@ -61,7 +63,9 @@ def draw(name: str, path: Path, seed: int) -> None:
 
 def main() -> None:
     """Score, print, draw."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("models", nargs="+", metavar="MODEL")
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--data", type=Path, metavar="DIR", help="Fashion-MNIST's four files")

@@ -31,14 +31,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from precision_peers import Llama, ort_bundle
+from precision_peers import ORT_METHODS, Llama, ort_bundle
 
 import leangen as lg
 from leangen import benchmark, calibration_data
 from leangen.bundle import Bundle, open_bundle
 from leangen.console import say, table, with_u
+from leangen.errors import UnknownSchemeError
 from leangen.families import language
 from leangen.graph_edit import Graph, attributes
+from leangen.precision import parse
 from leangen.quality.language import kl_and_top1, log_softmax
 from leangen.quantize import quantize
 from leangen.session import Session
@@ -61,7 +63,9 @@ Array = np.ndarray[Any, Any]
 
 def main() -> None:
     """Quantize, judge, time, print."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="smollm2-135m", help="a name or a bundle")
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--text", type=Path, help="default: the catalog's wiki-text")
@@ -73,6 +77,9 @@ def main() -> None:
     parser.add_argument("--gguf", type=Path, help="the model's floats, for llama.cpp")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    for precision in args.precisions:
+        if (wrong := _wrong(precision, args)) is not None:
+            parser.error(f"{precision!r}: {wrong}")
     logging.disable(logging.INFO)  # ORT's quantizers tell of every node
     exact = Store().resolve(args.model, notify=say)
     calibration, judged = texts(args.model, args.text)
@@ -140,6 +147,23 @@ def _logits(session: Session, windows: Sequence[Sequence[int]]) -> list[Array]:
 def _ftype(precision: str) -> str:
     kind = precision.removeprefix("llama-")
     return f"ALL_{kind}" if kind == "F32" else f"MOSTLY_{kind}"
+
+
+def _wrong(precision: str, args: argparse.Namespace) -> str | None:
+    """What stops a precision from being made, which is better said before the first than then."""
+    if precision.startswith("llama-"):
+        return None if args.llama_python and args.gguf else "give --llama-python and --gguf"
+    if precision.startswith("ort-"):
+        methods = "|".join(ORT_METHODS)
+        known = re.fullmatch(rf"ort-({methods})-g\d+", precision)
+        return None if known else f"expected ort-METHOD-gN, METHOD one of {methods}"
+    if Path(precision).is_dir():
+        return None
+    try:
+        parse(precision)
+    except UnknownSchemeError as error:
+        return str(error)
+    return None
 
 
 def _make(exact: Bundle, precision: str, folder: Path, data: Path | None) -> Bundle:

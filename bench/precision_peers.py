@@ -1,4 +1,10 @@
-"""The other sides of `precision.py`: ONNX Runtime's quantizers and llama.cpp, same weights."""
+"""The other sides of `precision.py`: ONNX Runtime's quantizers and llama.cpp, same weights.
+
+    python bench/precision_peers.py task.json
+
+is what precision.py runs with llama.cpp's interpreter: the file names a GGUF, windows of tokens and
+where their logits go.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +23,7 @@ if TYPE_CHECKING:  # llama.cpp's interpreter has no leangen
     from leangen.bundle import Bundle
 
 Array = np.ndarray[Any, Any]
+ORT_METHODS = ("rtn", "hqq", "kquant", "gptq")
 
 
 def ort_bundle(
@@ -111,9 +118,7 @@ def _serve(path: Path) -> None:
     task = json.loads(path.read_text())
     options = llama_cpp.llama_model_quantize_default_params()
     options.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_{task['kind']}")
-    options.allow_requantize = (
-        True  # SmolLM2's floats are a dequantized Q4_1 file, as they are ours
-    )
+    options.allow_requantize = True  # SmolLM2's floats are a dequantized file for us, too
     if llama_cpp.llama_model_quantize(task["source"].encode(), task["file"].encode(), options):
         sys.exit(f"llama.cpp could not quantize {task['source']} to {task['kind']}")
     longest = max(map(len, task["windows"]))
@@ -127,6 +132,8 @@ def _serve(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("task", type=Path)
     _serve(parser.parse_args().task)

@@ -396,7 +396,9 @@ def afterwards(soak: Soak) -> dict[str, float]:
 
 def main() -> int:
     """Run, check, report; 1 where something does not hold."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seconds", type=float, default=3600.0)
     parser.add_argument("--rate", type=float, default=1.5, help="requests a second")
     parser.add_argument("--logs", type=Path, metavar="DIR", help="where the servers' logs stay")

@@ -1,4 +1,6 @@
-"""Bits per sample of prompts-wavenet: `python bench/sound_bits.py prompts-wavenet:int4 ...`
+"""Bits per sample of prompts-wavenet.
+
+    python bench/sound_bits.py prompts-wavenet:int8 prompts-wavenet:int4
 
 Scores the held-out prompts (bench/train/prompts.py) with the bundles themselves; a mean with two
 standard errors, and what each scheme adds to fp32 on the same files. `--picture FILE.png` draws the
@@ -64,7 +66,9 @@ def draw(name: str, path: Path, seed: int, sounds: list[Array]) -> None:
 
 def main() -> None:
     """Score, print, draw."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("models", nargs="+", metavar="MODEL")
     parser.add_argument("--count", type=int, help="of the held-out files, the first so many")
     parser.add_argument("--data", type=Path, default=FOLDER, metavar="DIR", help="the prompts")

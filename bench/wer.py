@@ -58,7 +58,9 @@ def measure(bundle: Bundle, hear: Hear, seeds: int) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print a line per bundle, or one JSON list with --json."""
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("models", nargs="+", metavar="MODEL")
     parser.add_argument("--recogniser", default="whisper-tiny-en", metavar="MODEL")
     parser.add_argument("--seeds", type=int, default=1, help="how often each sentence is spoken")

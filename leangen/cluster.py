@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from leangen.console import print_json, say
-from leangen.errors import needs
+from leangen.errors import RequestError, needs
 from leangen.ledger import Ledger
 from leangen.store import Store
 
@@ -47,13 +47,20 @@ class Measured:
 def connect() -> Any:
     """Ray, connected to `RAY_ADDRESS` or this machine's cluster, else to one started here.
 
-    Raises DependencyError without the extra.
+    Raises DependencyError without the extra, RequestError where no cluster answers.
     """
     with needs("ray", message="--ray needs Ray: pip install 'leangen[ray]'"):
         import ray
     if not ray.is_initialized():
         told = PATIENCE | {name: os.environ[name] for name in TOLD if name in os.environ}
-        ray.init(runtime_env={"env_vars": told}, log_to_driver=False, configure_logging=False)
+        try:
+            ray.init(runtime_env={"env_vars": told}, log_to_driver=False, configure_logging=False)
+        except ConnectionError as error:
+            address = os.environ.get("RAY_ADDRESS", "its usual place")
+            raise RequestError(
+                f"no Ray cluster answers at {address}: `ray start --head` makes one, RAY_ADDRESS "
+                "says where it is, and RAY_AUTH_MODE=token is to be set where it wants a token"
+            ) from error
     return ray
 
 
@@ -65,7 +72,9 @@ def on_every_machine(argv: Sequence[str]) -> int:
     found: list[tuple[Mapping[str, Any], Measured]] = []
     waiting = _by_machine(ray.nodes())
     running = dict(_start(ray, nodes.pop(0), command) for nodes in waiting.values())
-    say(f"measuring on {len(running)} machines")
+    say(
+        f"measuring on {len(running)} machines, on each when nothing else of the cluster runs there"
+    )
     while running:
         [done], _ = ray.wait(list(running))
         node = running.pop(done)

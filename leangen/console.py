@@ -81,11 +81,17 @@ def human_bytes(size_bytes: float) -> str:
     raise AssertionError("unreachable")
 
 
+_MOST_DIGITS = 7
+"""After the point; figures that need more are written with a power of ten."""
+
+
 def with_u(value: float | None, u: float | None, unit: str) -> str:
     """A value with its uncertainty, at the digits that the uncertainty supports.
 
     >>> with_u(4.1234, 0.21, "J"), with_u(0.0631, 0.038, "J"), with_u(None, None, "J")
     ('4.12 ± 0.21 J', '0.063 ± 0.038 J', 'not measured')
+    >>> with_u(5.88e-14, 1.4e-15, "nats")
+    '(5.88 ± 0.14)e-14 nats'
     """
     if value is None:
         return "not measured"
@@ -94,4 +100,8 @@ def with_u(value: float | None, u: float | None, unit: str) -> str:
     from math import floor, log10
 
     digits = max(0, 1 - floor(log10(u)))
+    if digits > _MOST_DIGITS:
+        power = floor(log10(max(abs(value), u)))
+        value, u, digits = value / 10.0**power, u / 10.0**power, digits + power
+        return f"({value:.{digits}f} ± {u:.{digits}f})e{power:03d} {unit}"
     return f"{value:.{digits}f} ± {u:.{digits}f} {unit}"

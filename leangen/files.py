@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import os
 import shutil
 import tempfile
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from leangen.errors import StorageError
+
+_STAGING = "tmp-made-"
 
 
 def default_home() -> Path:
@@ -56,16 +59,21 @@ def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     """A fresh sibling folder to write into, renamed to `target` when the block succeeds.
 
     On any exception, KeyboardInterrupt included, the temporary folder is removed and `target` is
-    as it was. Raises StorageError when `target` exists and `replace` is false, and for a full or
-    read-only disk.
+    as it was; what a killed process left goes at the next try. Raises StorageError when `target`
+    exists and `replace` is false, and for a full or read-only disk.
     """
     if not replace:
         check_free(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.tmp-", dir=target.parent))
+        for left in target.parent.glob(f".{glob.escape(target.name)}.{_STAGING}*"):
+            if (held := _hold(left)) is not None:  # nobody else does, so nobody writes it any more
+                shutil.rmtree(left, ignore_errors=True)
+                os.close(held)
+        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.{_STAGING}", dir=target.parent))
     except OSError as error:
         raise _explain(error, target) from error
+    held = _hold(staging)
     try:
         os.chmod(staging, 0o755)
         yield staging
@@ -84,6 +92,29 @@ def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+    finally:
+        if held is not None:
+            os.close(held)
+
+
+def _hold(folder: Path) -> int | None:
+    """A descriptor that locks a folder until it is closed, or None where another process has it.
+
+    None as well where folders cannot be locked: not on this system, or not on that disk.
+    """
+    try:
+        import fcntl
+    except ModuleNotFoundError:  # Windows
+        return None
+    descriptor: int | None = None
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        if descriptor is not None:
+            os.close(descriptor)
+        return None
+    return descriptor
 
 
 @contextmanager

@@ -60,7 +60,7 @@ def subgraphs(node: NodeProto) -> Iterator[GraphProto]:
 def tensor_names(nodes: Iterable[NodeProto]) -> Iterator[str]:
     """Every tensor that the nodes read, those of their subgraphs included."""
     for node in nodes:
-        yield from node.input
+        yield from filter(None, node.input)  # an input that is left out has no name
         for graph in subgraphs(node):
             yield from tensor_names(graph.node)
             yield from (output.name for output in graph.output)

@@ -84,7 +84,7 @@ def parse(text: str, *, method: str | None = None) -> Precision:
     scheme = found["scheme"] if found else text.split("-")[0]
     if scheme not in SCHEMES:
         raise UnknownSchemeError(
-            f"scheme {scheme!r} is unknown: expected one of {', '.join(['fp32', *SCHEMES])}"
+            f"scheme {scheme!r} is unknown: expected one of {', '.join(SCHEMES)}"
         )
     if found is None:
         raise UnknownSchemeError(

@@ -1,11 +1,13 @@
 """A bundle appears whole or not at all, and opens only when it is whole."""
 
 import json
+import shutil
 
 import pytest
 
 from leangen.bundle import MANIFEST, create, open_bundle, verify
 from leangen.errors import BundleError, StorageError
+from leangen.files import atomic_folder
 
 
 def make(path, **changes):
@@ -72,6 +74,18 @@ def test_an_existing_folder_is_not_overwritten_unasked(tmp_path):
     make(tmp_path / "toy")
     with pytest.raises(StorageError, match="exists already.*--force"), create(tmp_path / "toy"):
         pass
+
+
+def test_two_at_once_leave_each_other_alone(tmp_path):
+    """The staging folder of a living process is not taken for a killed one's."""
+    with atomic_folder(tmp_path / "a") as first:
+        (first / "x").write_text("1")
+        with atomic_folder(tmp_path / "a") as second:
+            (second / "x").write_text("2")
+        assert (first / "x").read_text() == "1"
+        shutil.rmtree(tmp_path / "a")
+    assert (tmp_path / "a/x").read_text() == "1"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 def test_a_manifest_that_names_a_missing_graph_is_not_put_in_place(tmp_path):

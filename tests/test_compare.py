@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import random
 import re
 from types import SimpleNamespace
 
@@ -115,6 +116,15 @@ def test_a_difference_within_the_noise_is_none():
     assert all("no significant" in line for line in found.findings)
     for pair in ("int8 and fp32", "nf4 and fp32", "nf4 and int8"):
         assert any(f"{pair}: no significant difference in energy" in f for f in found.findings)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_all_take_every_place_equally_often(seed):
+    order = compare.orders(["a", "b", "c"], 9, random.Random(seed))
+    for place in range(3):
+        assert sorted(names[place] for names in order) == sorted("abc" * 3)
+    assert all(sorted(names) == ["a", "b", "c"] for names in order)
+    assert len(compare.orders(["a", "b", "c"], 4, random.Random(seed))) == 4
 
 
 @pytest.mark.parametrize("source", ["estimated", None])

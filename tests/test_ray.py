@@ -5,6 +5,7 @@ The nodes are processes of this machine. Slow: Ray takes its time to start.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import socket
@@ -20,8 +21,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from leangen import clock, cluster
 from leangen.cli import main
+from leangen.errors import RequestError
 from leangen.ledger import Ledger
-from leangen.serve import on_ray
+from leangen.serve import access, on_ray
 from leangen.serve.options import Options
 from leangen.serve.worker import Limits
 
@@ -83,6 +85,59 @@ def free_port():
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
+
+
+class Lost:
+    """A deployment's handle, whose replica dies after some messages."""
+
+    def __init__(self, *messages):
+        self._messages = messages
+        self.asgi = self
+
+    def options(self, **_):
+        return self
+
+    async def remote(self, *_):
+        for message in self._messages:
+            yield message
+        raise pytest.importorskip("ray").exceptions.RayActorError
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_a_lost_replica_is_told_in_the_shape_of_every_error(tmp_path, streams):
+    pytest.importorskip("ray", reason="ray is not installed")
+    kind = [(b"content-type", b"text/event-stream; charset=utf-8")]
+    begun = (
+        {"type": "http.response.start", "status": 200, "headers": kind},
+        {"type": "http.response.body", "body": b"data: {}\n\n", "more_body": True},
+    )
+    router = on_ray.Router({"one": Lost(*begun if streams else ())}, Ledger(tmp_path / "ledger"))
+    guarded = access.Access(
+        router, keys=None, local=True, max_body_bytes=99, per_minute=None, refused=lambda _: None
+    )
+
+    async def ask():
+        transport = httpx.ASGITransport(guarded)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
+            return await http.post("/v1/completions", json={"model": "one"})
+
+    reply = asyncio.run(ask())
+    assert reply.status_code == (200 if streams else 503)
+    last = reply.text.strip().rpartition("data: ")[2]
+    assert json.loads(last)["error"]["code"] == "replica_lost"
+
+
+def test_a_cluster_that_is_not_there_is_named(monkeypatch):
+    ray = pytest.importorskip("ray", reason="ray is not installed")
+
+    def init(**_):
+        raise ConnectionError("Failed to connect to Ray cluster")
+
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.9:6379")
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(RequestError, match="no Ray cluster answers at 10.0.0.9:6379"):
+        cluster.connect()
 
 
 @pytest.mark.slow

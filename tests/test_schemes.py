@@ -188,7 +188,7 @@ def test_bits_per_weight_counts_scales_and_zero_points():
 
 
 def test_unknown_scheme_names_the_known_ones():
-    with pytest.raises(UnknownSchemeError, match="int5.*fp32, fp16, bf16, int8, int4"):
+    with pytest.raises(UnknownSchemeError, match="int5.*one of fp16, bf16, int8, int4"):
         schemes.get("int5")
 
 

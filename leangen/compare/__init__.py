@@ -185,6 +185,19 @@ def conclude(
     )
 
 
+def orders(labels: Sequence[str], rounds: int, shuffled: random.Random) -> list[list[str]]:
+    """A random order for each round, in which all take every place equally often.
+
+    As many rounds as there are labels are the rotations of one random order, themselves shuffled.
+    """
+    found: list[list[str]] = []
+    while len(found) < rounds:
+        drawn = shuffled.sample(labels, len(labels))
+        turns = [drawn[place:] + drawn[:place] for place in range(len(drawn))]
+        found += shuffled.sample(turns, len(turns))
+    return found[:rounds]
+
+
 def _measure(
     bundles: Mapping[str, Bundle],
     prompt: Any,
@@ -198,7 +211,6 @@ def _measure(
     """Receipts by label, one a round; the order of each round; what was not as it should be."""
     notes = []
     receipts: dict[str, list[Receipt]] = {label: [] for label in bundles}
-    order = []
     with ExitStack() as running:
         workers, inside = {}, {}
         for done, (label, bundle) in enumerate(bundles.items()):
@@ -211,9 +223,8 @@ def _measure(
             inside[label] = benchmark.plan(receipt, precision)["repeats_per_window"]
             if not steady:
                 notes.append(f"{label} was not steady after {benchmark.WARM_UP_LIMIT} generations")
-        for done in range(rounds):
-            names = shuffled.sample(list(bundles), len(bundles))
-            order.append(names)
+        order = orders(list(bundles), rounds, shuffled)
+        for done, names in enumerate(order):
             for label in names:
                 progress(done, rounds, f"round {done + 1} of {rounds}: {label}")
                 receipts[label].append(workers[label].repeat(inside[label]))

@@ -107,7 +107,7 @@ def _extract(
     needed = [
         name
         for name in dict.fromkeys(tensor_names(ordered))
-        if name and name not in made and not graph.has(name)
+        if name not in made and not graph.has(name)
     ]
     shapes = {name: _shape(graph, name, ordered, known) for name in needed}
     rng = np.random.default_rng(0)

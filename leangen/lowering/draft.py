@@ -86,7 +86,7 @@ class Draft(Graph):
         self._live[id(node)] = node
         for tensor in filter(None, node.output):
             self._producers[tensor] = node
-        for tensor in filter(None, dict.fromkeys(tensor_names([node]))):
+        for tensor in dict.fromkeys(tensor_names([node])):
             self._consumers[tensor].append(node)
 
     def put(

@@ -74,7 +74,7 @@ def get(name: str) -> ModuleType:
     """The scheme's module; UnknownSchemeError lists what there is."""
     if name not in SCHEMES:
         raise UnknownSchemeError(
-            f"scheme {name!r} is unknown: expected one of {', '.join(['fp32', *SCHEMES])}"
+            f"scheme {name!r} is unknown: expected one of {', '.join(SCHEMES)}"
         )
     return import_module(SCHEMES[name])
 

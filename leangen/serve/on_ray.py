@@ -25,15 +25,16 @@ from leangen.console import say
 from leangen.errors import RequestError, StorageError, UnknownModelError
 from leangen.ledger import Ledger
 from leangen.ledger.rows import canonical
-from leangen.serve import models, prometheus
+from leangen.serve import models, problems, prometheus
 from leangen.serve.access import Access, Message, Receive, Scope, Send, read_keys
 from leangen.serve.options import Options
-from leangen.serve.problems import NotFoundError
+from leangen.serve.problems import LostError, NotFoundError
 from leangen.store import Store
 
 NAME = "leangen"
 DEARER = 1.25
 """Joules a token this many times the least seen: rather let requests wait than add a replica."""
+_LOST = "the machine that worked on this request is gone: ask again"
 _BATCH = 200
 _RETRY_S = 5.0
 _FORM_MODEL = re.compile(rb'name="model"\r\n(?:[^\r\n]+\r\n)*\r\n([^\r\n]+)\r\n')
@@ -169,6 +170,15 @@ class Router:
                 await receive()
                 await send({"type": f"lifespan.{event}.complete"})
             return
+        from ray.exceptions import RayError
+
+        try:
+            await self._answer(scope, receive, send)
+        except RayError as error:
+            say(f"leangen: error: a replica was lost: {type(error).__name__}")
+            raise LostError(_LOST) from error
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         path, body = scope["path"], (await receive()).get("body", b"")
         if path in ("/health", "/ready"):
             status = "ok" if path == "/health" else "ready"
@@ -215,11 +225,25 @@ class Router:
     async def _hand_on(
         self, name: str, scope: Scope, body: bytes, receive: Receive, send: Send
     ) -> None:
+        from ray.exceptions import RayError
+
         messages = self._ask(name, scope, body)
 
         async def forward() -> None:
-            async for message in messages:
-                await send(message)
+            streams: bool | None = None
+            try:
+                async for message in messages:
+                    await send(message)
+                    if streams is None:
+                        kinds = [
+                            value for key, value in message["headers"] if key == b"content-type"
+                        ]
+                        streams = kinds[0].startswith(b"text/event-stream") if kinds else False
+            except RayError:
+                if not streams:
+                    raise
+                told = f"data: {json.dumps(problems.body(LostError(_LOST)))}\n\n"
+                await send({"type": "http.response.body", "body": told.encode()})
 
         async def gone() -> None:
             while (await receive())["type"] != "http.disconnect":

@@ -46,6 +46,10 @@ class StoppingError(LeangenError):
     """The server is shutting down: another may take the request."""
 
 
+class LostError(LeangenError):
+    """The machine of a cluster that worked on a request is gone."""
+
+
 class AuthError(LeangenError):
     """No API key, or one that the server does not know."""
 
@@ -72,6 +76,7 @@ _STATUS: tuple[tuple[type[LeangenError], int, str, str], ...] = (
     (OutOfMemoryError, 503, "overloaded_error", "out_of_memory"),
     (StoppingError, 503, "overloaded_error", "shutting_down"),
     (BundleError, 503, "server_error", "model_unavailable"),
+    (LostError, 503, "server_error", "replica_lost"),
     (StorageError, 503, "server_error", "storage"),
     (DeadlineError, 504, "timeout_error", "deadline_exceeded"),
 )

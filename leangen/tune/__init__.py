@@ -31,6 +31,8 @@ TRIALS = 6
 """End-to-end checks at most."""
 CLOSE = 0.94
 """A loss of this share of the budget is near enough to stop."""
+TIED = 0.02
+"""A share by which the costs of a node differ that is none: timings are not exact."""
 NARROW = 0.02
 """The search ends when the budget of harm is known this well."""
 
@@ -132,8 +134,11 @@ def tune(
     calibration = quantize.Calibration(bundle, family_recipes.of(bundle).tuned_method)
     found = harms.measure(bundle, calibration, home, progress)
     prices = costs.measure(bundle, calibration, found, aim, progress, threads)
+    tied = 0.0 if aim.name == "size" else TIED
     table = {
-        node: {t: Option(prices[node][t], harm) for t, harm in options.items()}
+        node: solve.worthwhile(
+            {t: Option(prices[node][t], harm) for t, harm in options.items()}, tied
+        )
         for node, options in found.items()
     }
     reference = Session(bundle, threads=threads)

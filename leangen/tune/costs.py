@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 from onnx import NodeProto, TensorProto, helper
 
 from leangen import calibrate, clock, lowering, meters, quantize
@@ -30,7 +29,7 @@ from leangen.meters import Selection
 from leangen.recipe import NodeRecipe
 from leangen.session import Session
 from leangen.sites import Site
-from leangen.treatments import Treatments
+from leangen.treatments import Treatments, read
 from leangen.tune.harms import Harms
 
 COUNTED = ("measured", "integrated")
@@ -171,17 +170,29 @@ def _run_cost(
         return 0.0  # looked up, or always computed as fp32: no choice changes it
     shape = tuple(map(int, spans[node.input[0]].shape))
     options = tuple(sorted((k, str(v)) for k, v in attributes(node).items()))
-    key = (node.op_type, options, graph.shape(site.weight), shape, treatment)
+    alike = (node.op_type, options, graph.shape(site.weight), shape)
+    key = (*alike, treatment)
     if key not in known:
-        nodes = [node] if treatment == "fp32" else treatments.apply(site, treatment).nodes
-        known[key] = _measure(graph, nodes, node, shape, aim)
+        exact = treatment == "fp32"
+        nodes = [node] if exact else treatments.apply(site, treatment).nodes
+        unpacked = None if exact or read(treatment).kind != "w" else known[*alike, "fp32"]
+        known[key] = _measure(graph, nodes, node, shape, aim, unpacked)
     return known[key]
 
 
 def _measure(
-    graph: Graph, nodes: Sequence[NodeProto], node: NodeProto, shape: Sequence[int], aim: Objective
+    graph: Graph,
+    nodes: Sequence[NodeProto],
+    node: NodeProto,
+    shape: Sequence[int],
+    aim: Objective,
+    unpacked: float | None,
 ) -> float:
-    """Seconds or joules of one run of some nodes, fed as `node` is."""
+    """Seconds or joules of one run of some nodes, fed as `node` is.
+
+    unpacked: the same of fp32, for nodes that only store their weights otherwise: ONNX Runtime
+    unpacks them while it loads, unless a kernel of ours takes them.
+    """
     model = graph.proto()
     for field in ("node", "input", "output"):
         model.graph.ClearField(field)
@@ -195,17 +206,15 @@ def _measure(
     with tempfile.TemporaryDirectory(prefix="leangen-") as folder:
         path = Path(folder) / "node.onnx"
         graph.save(path, model)
-        session = _open(path)
+        lowered = lowering.alone(path, path.with_name("lowered"))
+        if lowered is not None:
+            session = calibrate.open_session(lowered.path, lowered.library)
+        elif unpacked is not None:
+            return unpacked
+        else:
+            session = calibrate.open_session(path)
         session.run(None, feed)
         return _spent(lambda: session.run(None, feed), aim, BUDGET_S)
-
-
-def _open(path: Path) -> ort.InferenceSession:
-    """A session on leangen's kernels, where they fit the node: as it will run."""
-    lowered = lowering.alone(path, path.with_name("lowered"))
-    if lowered is None:
-        return calibrate.open_session(path)
-    return calibrate.open_session(lowered.path, lowered.library)
 
 
 def _spent(run: Callable[[], object], aim: Objective, budget_s: float) -> float:

@@ -40,6 +40,19 @@ Table = Mapping[str, Mapping[str, Option]]
 """Options by node and treatment."""
 
 
+def worthwhile(options: Mapping[str, Option], tied: float) -> dict[str, Option]:
+    """The options that cost less than every one of less harm, by more than a share `tied`.
+
+    >>> list(worthwhile({"a": Option(9, 1), "b": Option(8.9, 2), "c": Option(5, 3)}, 0.02))
+    ['a', 'c']
+    """
+    kept: dict[str, Option] = {}
+    for name, option in sorted(options.items(), key=lambda item: (item[1].harm, item[1].cost)):
+        if all(option.cost < other.cost * (1 - tied) for other in kept.values()):
+            kept[name] = option
+    return kept
+
+
 def least_harm(table: Table) -> Solution:
     """The most exact choice."""
     return _solution(
