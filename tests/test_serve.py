@@ -606,9 +606,20 @@ def test_the_host_must_be_this_machine(http):
     assert "not this machine" in reply.json()["error"]["message"]
 
 
-def test_no_page_of_another_site_can_read(http):
-    reply = http.get("/v1/models", headers={"origin": "http://evil.example"})
-    assert "access-control-allow-origin" not in reply.headers
+def test_no_page_of_another_site_can_ask(http):
+    for origin in ("http://evil.example", "http://localhost.evil.example:80", "null"):
+        reply = http.post(
+            "/v1/audio/transcriptions",
+            data={"model": "tiny-ears"},
+            files={"file": audio.wav_bytes(np.zeros(160), 16_000)},
+            headers={"origin": origin},
+        )
+        assert reply.status_code == 400
+        assert "may not ask" in reply.json()["error"]["message"]
+        assert "access-control-allow-origin" not in reply.headers
+    own = http.get("/v1/models", headers={"origin": f"http://localhost:{http.base_url.port}"})
+    assert own.status_code == 200
+    assert "access-control-allow-origin" not in own.headers
 
 
 def test_a_huge_body_is_refused_before_it_is_read(http):

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import re
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from leangen import cli, clock, metrics, serve
+from leangen import clock
 from leangen.errors import RequestError
 from leangen.intensity import read_series
-from leangen.serve import access, options, prometheus
+from leangen.serve import access, options, single
 from leangen.serve.jobs import FairQueue, Job
 from leangen.serve.options import Options
 from leangen.serve.power import PowerCap, cleanest_delay_s
@@ -144,6 +142,22 @@ def test_what_can_wait_waits_for_the_cleanest_hour(tmp_path):
         cleanest_delay_s(series, "2026-11-21T09:00:00Z", 3600)
 
 
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=8,
+)
+
+
+@given(st.dictionaries(st.text(), JSON, max_size=4))
+def test_an_answer_that_is_encoded_in_parts_is_json(content):
+    assert json.loads(single._encoded(content)) == content
+
+
 def test_settings_that_are_not_safe_are_refused(tmp_path):
     with pytest.raises(RequestError, match="give --api-key-file"):
         Options(models=["a"], host="0.0.0.0")
@@ -172,30 +186,3 @@ def test_a_key_file_must_hold_keys(tmp_path):
     path.write_text("ann:short\n")
     with pytest.raises(RequestError, match="line 1: a key has at least 16"):
         access.read_keys(path)
-
-
-def test_the_dashboard_asks_for_metrics_that_there_are():
-    folder = Path(serve.__file__).parent / "assets"
-    panels = json.loads((folder / "grafana.json").read_text())["panels"]
-    source = Path(prometheus.__file__).read_text() + Path(metrics.__file__).read_text()
-    asked = {
-        name
-        for panel in panels
-        for target in panel["targets"]
-        for name in re.findall(r"leangen_(\w+?)(?:_total|_bucket)?\b(?=[\[{ )]|$)", target["expr"])
-    }
-    assert len(asked) > 8
-    assert [name for name in asked if name not in source] == []
-
-
-def test_the_packaged_examples_start_a_server_that_this_command_line_takes():
-    folder = Path(serve.__file__).parent / "assets"
-    unit = (folder / "leangen.service").read_text()
-    [start] = re.findall(r"^ExecStart=/usr/bin/env leangen (.*)$", unit, re.MULTILINE)
-    container = (folder / "Containerfile").read_text()
-    entry, command = (
-        json.loads(re.search(rf"^{word} (\[.*\])$", container, re.MULTILINE)[1])
-        for word in ("ENTRYPOINT", "CMD")
-    )
-    for arguments in (start.split(), entry[1:] + command):
-        assert cli._parser().parse_args(arguments).models == ["smollm2-135m:int4"]

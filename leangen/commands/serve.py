@@ -37,7 +37,11 @@ def declare(add: Callable[..., argparse.ArgumentParser]) -> None:
     )
     power = sub.add_argument_group("how much energy")
     power.add_argument(
-        "--budget", action="append", default=[], metavar="day=5000J", help="refuse beyond; also 20g"
+        "--budget",
+        action="append",
+        default=[],
+        metavar="day=5000J",
+        help="refuse beyond it; also month=20g, in gCO2e",
     )
     power.add_argument(
         "--cheaper", action="store_true", help="near a budget's end, use a smaller precision"

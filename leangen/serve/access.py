@@ -132,13 +132,21 @@ class Access:
             _log(scope, told, clock.monotonic_ns() - begin_ns)
 
     def _check_host(self, headers: dict[bytes, bytes]) -> None:
-        """A page of another site could be made to resolve to this machine (DNS rebinding)."""
+        """A page of another site may not spend this machine's energy.
+
+        Neither by a name that it makes resolve to this machine (DNS rebinding), nor by a request
+        whose answer the browser would not show it: a form with sound needs nobody's leave.
+        """
+        if not self._local:
+            return
         host = headers.get(b"host", b"").decode("latin-1").lower()
-        name = host if host.endswith("]") else host.rsplit(":", 1)[0]
-        if self._local and name not in LOCAL_NAMES:
+        if _name(host) not in LOCAL_NAMES:
             raise RequestError(
                 f"host {host[:80]!r} is not this machine: use http://127.0.0.1 or localhost"
             )
+        origin = headers.get(b"origin", b"").decode("latin-1").lower()
+        if origin and _name(origin.partition("://")[2]) not in LOCAL_NAMES:
+            raise RequestError(f"pages of {origin[:80]!r} may not ask this server")
 
     def _client(self, scope: Scope, headers: dict[bytes, bytes]) -> str:
         if self._keys is None or scope["path"] in OPEN_PATHS:
@@ -188,6 +196,11 @@ class Access:
         except TimeoutError:
             raise DeadlineError(f"the body did not arrive within {BODY_S:g} s") from None
         return bytes(body)
+
+
+def _name(host: str) -> str:
+    """Without the port."""
+    return host if host.endswith("]") else host.rsplit(":", 1)[0]
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

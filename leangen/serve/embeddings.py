@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+from typing import Any
 
 import numpy as np
 from fastapi import APIRouter, Request, Response
 
 from leangen.errors import RequestError
+from leangen.records import Output
 from leangen.serve import calls, single
 from leangen.serve.calls import Server
 from leangen.serve.schemas import EmbeddingBody
@@ -30,26 +33,30 @@ def router(server: Server) -> APIRouter:
         if output is None:
             return single.nobody()
         tokens = int(call.receipts[0].units.count)
-        vectors = np.asarray(output.array, "<f4")
         content = {
             "object": "list",
             "model": served.name,
-            "data": [
-                {
-                    "object": "embedding",
-                    "index": index,
-                    "embedding": base64.b64encode(vector.tobytes()).decode()
-                    if body.encoding_format == "base64"
-                    else vector.tolist(),
-                }
-                for index, vector in enumerate(vectors)
-            ],
+            "data": await asyncio.to_thread(_entries, output, body.encoding_format == "base64"),
             "usage": {
                 "prompt_tokens": tokens,
                 "total_tokens": tokens,
                 "energy": calls.energy_usage(call.receipts),
             },
         }
-        return single.answer(call, content, reason)
+        return await single.answer(call, content, reason)
 
     return routes
+
+
+def _entries(output: Output, base64_wanted: bool) -> list[dict[str, Any]]:
+    vectors = np.asarray(output.array, "<f4")
+    return [
+        {
+            "object": "embedding",
+            "index": index,
+            "embedding": base64.b64encode(vector.tobytes()).decode()
+            if base64_wanted
+            else vector.tolist(),
+        }
+        for index, vector in enumerate(vectors)
+    ]

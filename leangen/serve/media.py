@@ -65,7 +65,7 @@ def router(server: Server) -> APIRouter:
             "data": [{"b64_json": base64.b64encode(png).decode()} for png in pictures],
             "usage": single.usage(call),
         }
-        return single.answer(call, content, reason)
+        return await single.answer(call, content, reason)
 
     @routes.post("/v1/audio/speech", response_class=Response)
     async def speech(body: SpeechBody, request: Request) -> Response:
@@ -97,14 +97,13 @@ def router(server: Server) -> APIRouter:
         output = await single.output(call, request, served)
         if output is None:
             return single.nobody()
-        rows = density.as_rows(output.array)
         content = {
             "model": served.name,
             "columns": list(served.bundle.config["columns"]),
-            "rows": [[_finite(value) for value in row] for row in rows.tolist()],
+            "rows": await asyncio.to_thread(_rows, output),
             "usage": single.usage(call),
         }
-        return single.answer(call, content, reason)
+        return await single.answer(call, content, reason)
 
     @routes.post("/v1/flows/log_density")
     async def log_density(body: FlowDensityBody, request: Request) -> Response:
@@ -123,7 +122,7 @@ def router(server: Server) -> APIRouter:
             },
             "usage": single.usage(call),
         }
-        return single.answer(call, content, reason)
+        return await single.answer(call, content, reason)
 
     return routes
 
@@ -186,6 +185,10 @@ def _speaker(served: Served, voice: str) -> str | None:
         f"voice is {voice!r}, expected one of {', '.join(('default', *speakers))}, or a name of "
         "OpenAI's such as alloy"
     )
+
+
+def _rows(output: Output) -> list[list[float | None]]:
+    return [[_finite(value) for value in row] for row in density.as_rows(output.array).tolist()]
 
 
 def _finite(value: float) -> float | None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import secrets
 from typing import Any
 
 from fastapi import Request, Response
-from fastapi.responses import JSONResponse
 
 from leangen.records import Output
 from leangen.serve import calls
@@ -43,11 +44,25 @@ def usage(call: Call) -> dict[str, Any]:
     return {"units": units.to_json(), "energy": calls.energy_usage(call.receipts)}
 
 
-def answer(call: Call, content: dict[str, Any], reason: str | None) -> Response:
+async def answer(call: Call, content: dict[str, Any], reason: str | None) -> Response:
     """The JSON response; `reason` says why another model than the named one answers."""
     if reason is not None:
         content = content | {"leangen": {"reason": reason}}
-    return JSONResponse(content, headers=calls.energy_headers(call.receipts))
+    encoded = await asyncio.to_thread(_encoded, content)
+    headers = calls.energy_headers(call.receipts)
+    return Response(encoded, media_type="application/json", headers=headers)
+
+
+def _encoded(content: dict[str, Any]) -> bytes:
+    """JSON. Lists are encoded item by item: a long one at once would hold up the event loop."""
+
+    def text(value: Any) -> str:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+    def member(value: Any) -> str:
+        return f"[{','.join(map(text, value))}]" if isinstance(value, list) else text(value)
+
+    return f"{{{','.join(f'{text(key)}:{member(content[key])}' for key in content)}}}".encode()
 
 
 def headers(call: Call, served: Served, reason: str | None) -> dict[str, str]:

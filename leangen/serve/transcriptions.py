@@ -103,7 +103,7 @@ async def _written(server: Server, request: Request, form: Sound) -> Response:
                 ],
             }
         content["usage"] |= {"energy": calls.energy_usage(call.receipts)}
-        return single.answer(call, content, reason)
+        return await single.answer(call, content, reason)
     if shape != "text":
         text = _subtitles(_segments(output), web=shape == "vtt")
     return PlainTextResponse(text + "\n", headers=single.headers(call, served, reason))
