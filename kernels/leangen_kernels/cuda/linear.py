@@ -67,6 +67,11 @@ def _linear(
     x: Any, x_scales: Any, x_sums: Any, w: Any, table: Any, y: Any, bias: Any, residual: Any,
     tokens: Any, n: Any, units: Any, row_shift: Any, wide: Any, gated: Any, curve: Any,
 ) -> None:  # fmt: skip
+    """What one warp makes of y.
+
+    `wide` is 1 where scales are fp32. A block's warps lie along 2^row_shift tiles of rows; those of
+    one tile share out its units along k.
+    """
     T = C = BITS = MIN = TABLE = HALF = WARPS = AHEAD = registers()
     word, ahead, raw, raw_next, low, low_next = registers()
     a, b, total, s, m, xs, xi, base, x_at, number_at = registers()

@@ -44,6 +44,7 @@ def _rows(
     x: Any, gain: Any, shift: Any, y: Any, scales: Any, sums: Any, k: Any, units: Any,
     layer: Any, epsilon: Any,
 ) -> None:  # fmt: skip
+    """One row: `scales` and `sums` get what `linear` needs beside halves or bytes."""
     E = HALF = registers()
     v, h, c = registers()
     tid = np.int64(cuda.threadIdx.x)
@@ -86,22 +87,10 @@ def _rows(
         cuda.syncthreads()
         if stage == 0:
             if layer:
-                mean = quotient(value, np.float32(k))
-                for e in static(E):
-                    first = (tid + e * threads) * 8
-                    for i in static(8):
-                        if first + i < k:
-                            v[e, i] -= mean
+                _subtract_mean(v, value, k, tid, threads)
         elif stage == 1:
             if gain != 0:
-                factor = inverse_root(quotient(value, np.float32(k)) + epsilon)
-                for e in static(E):
-                    first = (tid + e * threads) * 8
-                    for i in static(8):
-                        if first + i < k:
-                            v[e, i] *= factor * read4f(gain + (first + i) * 4)
-                            if shift != 0:
-                                v[e, i] += read4f(shift + (first + i) * 4)
+                _normalize(v, value, gain, shift, k, epsilon, tid, threads)
         elif HALF == 1:
             step = np.float32(1)
             if value >= np.float32(1e-30):
@@ -137,6 +126,34 @@ def _read(v: Any, x: Any, row: Any, k: Any, tid: Any, threads: Any) -> None:
             for i in static(8):
                 if first + i < k:
                     v[e, i] = read4f(here + 4 * i)
+
+
+@inlined
+def _subtract_mean(v: Any, value: Any, k: Any, tid: Any, threads: Any) -> None:
+    """Take the mean off, of which `value` is the sum."""
+    E = registers()
+    mean = quotient(value, np.float32(k))
+    for e in static(E):
+        first = (tid + e * threads) * 8
+        for i in static(8):
+            if first + i < k:
+                v[e, i] -= mean
+
+
+@inlined
+def _normalize(
+    v: Any, value: Any, gain: Any, shift: Any, k: Any, epsilon: Any, tid: Any, threads: Any,
+) -> None:  # fmt: skip
+    """Divide by the root of the mean square, of which `value` is the sum; gain and shift."""
+    E = registers()
+    factor = inverse_root(quotient(value, np.float32(k)) + epsilon)
+    for e in static(E):
+        first = (tid + e * threads) * 8
+        for i in static(8):
+            if first + i < k:
+                v[e, i] *= factor * read4f(gain + (first + i) * 4)
+                if shift != 0:
+                    v[e, i] += read4f(shift + (first + i) * 4)
 
 
 @inlined
