@@ -11,6 +11,7 @@ import leangen_kernels
 import numpy as np
 import pytest
 import tiny_bundles
+from gguf_fixtures import Tiny, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from image_models import denoiser, model, value, weights
@@ -19,7 +20,7 @@ from onnx import helper, save
 from leangen import quality, quantize, recipe, tune
 from leangen.cli import main
 from leangen.errors import RequestError
-from leangen.exporters import onnx_file
+from leangen.exporters import gguf, onnx_file
 from leangen.quality import Task
 from leangen.session import Session
 from leangen.tune import costs, harms, solve
@@ -166,6 +167,18 @@ def test_harms_are_what_each_node_does_alone(bundle, home, tmp_path):
     sessions = [calibrate.open_session(b.graph("model")) for b in (made, bundle)]
     error = calibrate.relative_error(*(s.run(None, dict(inputs[0])) for s in sessions))
     assert found["/deep"]["w4"] == pytest.approx(error, rel=1e-3)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_embedding_of_its_own_has_a_choice(tmp_path, tied):
+    """One that is the output head as well does not: 8 bits serve both."""
+    bundle = gguf.export(write(tmp_path / "t.gguf", Tiny(tied=tied)), tmp_path / "bundle")
+    found = harms.measure(bundle, quantize.Calibration(bundle, "gptq"), tmp_path, QUIET)
+    (embedding,) = [each for name, each in found.items() if "embed" in name]
+    if tied:
+        assert set(embedding) == {"gather8"}
+    else:
+        assert embedding["gather4"] > embedding["gather8"] > embedding["gather16"] >= 0
 
 
 def test_size_is_what_is_stored(bundle, home):

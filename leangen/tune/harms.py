@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -39,14 +40,20 @@ _LANGUAGE = (
     *("matmul2", "matmul3-g128", "matmul3", "matmul4-g128", "matmul4"),
     *("matmul4-g16", "matmul4-asym-g16", "matmul8", "w8", "w16"),
 )
+_EMBEDDING = ("gather4", "gather8", "gather16")
 _FP32_ARITHMETIC = ("w3", "w4-g128", "w4", "w4-asym-g16", "w8", "w16")
 _INT8_ARITHMETIC = ("w8a8", "matmul4", "matmul8")
 
 
-def candidates(bundle: Bundle, site: Site, treatments: Treatments) -> list[str]:
-    """The treatments to choose from for a node."""
+def candidates(
+    bundle: Bundle, site: Site, treatments: Treatments, *, tied: bool = False
+) -> list[str]:
+    """The treatments to choose from for a node.
+
+    tied: whether another node reads its weight. An output head of 8 bits shares an embedding's.
+    """
     if site.kind == "embedding":
-        names: tuple[str, ...] = ("gather8",)
+        names: tuple[str, ...] = ("gather8",) if tied else _EMBEDDING
     elif bundle.family == "language":
         names = _LANGUAGE
     else:
@@ -95,7 +102,11 @@ def measure(
             )
         graph, sites, treatments = calibration.prepared(role)
         _only_logits(graph)
-        offered = {site.node.name: candidates(bundle, site, treatments) for site in sites}
+        readers = Counter(site.weight for site in sites)
+        offered = {
+            site.node.name: candidates(bundle, site, treatments, tied=readers[site.weight] > 1)
+            for site in sites
+        }
         names = sorted({name for each in offered.values() for name in each}, key=_order)
         negligible = kept.get(f"{role} negligible", {}).get("", 0.0)
         for done, treatment in enumerate(names):
@@ -117,10 +128,10 @@ def measure(
     return found
 
 
-def _order(treatment: str) -> tuple[bool, int, str]:
-    """4 bits first, which say what is negligible: choices are made around there."""
+def _order(treatment: str) -> tuple[bool, bool, int, str]:
+    """Layers of 4 bits first, which say what is negligible: choices are made around there."""
     bits = code_bits(treatment)
-    return bits != 4, bits, treatment
+    return bits != 4, treatment in _EMBEDDING, bits, treatment
 
 
 def _only_logits(graph: Graph) -> None:
