@@ -19,7 +19,7 @@ WINDOW = 1024
 """Samples per frame of the spectrogram, Hann-windowed: 46 ms at 22,050 Hz."""
 HOP = 256
 BANDS = 80
-LOWEST_HZ, HIGHEST_HZ = 1000, 384_000
+LOWEST_HZ, HIGHEST_HZ = 4000, 192_000
 FLOOR = 1e-5
 """Smallest mel magnitude that counts, as in HiFi-GAN's spectrogram: silence is no -inf dB."""
 
