@@ -89,6 +89,37 @@ def share_steps(
     whole_ns = sum(duration_ns for _, duration_ns in steps)
     if whole_ns <= 0:
         return ()
+    kinds = _kinds(gross_uj, steps, marks, contrast_j, whole_ns)
+    shared = []
+    for kind, entry in kinds.items():
+        fraction = entry.duration_ns / whole_ns
+        resolved = tick_s is None or entry.duration_ns >= tick_s * 1e9
+        measured = source == "measured" and entry.pure and (resolved or len(kinds) == 1)
+        random_j = u_random_j * (math.sqrt(entry.runs) if measured else fraction)
+        energy_uj = sum(entry.each_uj)
+        systematic_j = u_systematic_j * (abs(energy_uj / gross_uj) if gross_uj else fraction)
+        listed = len(entry.each_uj) <= EACH_LIMIT
+        shared.append(
+            StepEnergy(
+                kind=kind,
+                energy_uj=energy_uj,
+                u_j=math.hypot(random_j, systematic_j, entry.contrast_j),
+                method="measured" if measured else "shared",
+                each_uj=tuple(entry.each_uj) if listed else (),
+                each_method="measured" if measured and entry.alone else "shared",
+            )
+        )
+    return tuple(shared)
+
+
+def _kinds(
+    gross_uj: int,
+    steps: Sequence[tuple[str, int]],
+    marks: Mapping[int, int],
+    contrast_j: float,
+    whole_ns: int,
+) -> dict[str, _Kind]:
+    """What the stretches between looks say of each kind of step."""
     kinds: dict[str, _Kind] = {}
     last = None
     for first, stop, energy_uj in _stretches(gross_uj, len(steps), marks):
@@ -113,26 +144,7 @@ def share_steps(
                 f = duration_ns / stretch_ns
                 kinds[kind].pure = False
                 kinds[kind].contrast_j += f * (1 - f) * contrast_j * stretch_ns / whole_ns
-    shared = []
-    for kind, entry in kinds.items():
-        fraction = entry.duration_ns / whole_ns
-        resolved = tick_s is None or entry.duration_ns >= tick_s * 1e9
-        measured = source == "measured" and entry.pure and (resolved or len(kinds) == 1)
-        random_j = u_random_j * (math.sqrt(entry.runs) if measured else fraction)
-        energy_uj = sum(entry.each_uj)
-        systematic_j = u_systematic_j * (abs(energy_uj / gross_uj) if gross_uj else fraction)
-        listed = len(entry.each_uj) <= EACH_LIMIT
-        shared.append(
-            StepEnergy(
-                kind=kind,
-                energy_uj=energy_uj,
-                u_j=math.hypot(random_j, systematic_j, entry.contrast_j),
-                method="measured" if measured else "shared",
-                each_uj=tuple(entry.each_uj) if listed else (),
-                each_method="measured" if measured and entry.alone else "shared",
-            )
-        )
-    return tuple(shared)
+    return kinds
 
 
 def _stretches(gross_uj: int, count: int, marks: Mapping[int, int]) -> list[tuple[int, int, int]]:

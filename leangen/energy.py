@@ -82,9 +82,9 @@ def account(
     `windows` are in the order of `scope`. `steps` are (kind, duration in ns), in the order they
     ran, `marks` the microjoules up to the end of a step where the meters were looked at: see
     `attribution.share_steps`. `cpu` are the CPU times at begin and end, for this process's share
-    of the marginal. With a faulted window, or none at all, the
-    total is None and `reason` says why: the figures of the other meters stay visible in `meters`,
-    but a part is never passed off as the whole.
+    of the marginal. With a faulted window, or none at all, the total is None and `reason` says
+    why: the figures of the other meters stay visible in `meters`, but a part is never passed off as
+    the whole.
 
     Raises ValueError for windows of more than one source: an estimate is never added to a
     measurement.
@@ -97,12 +97,7 @@ def account(
     u_random_j = math.hypot(*(window.u_random_j or 0.0 for window in windows))
     u_systematic_j = math.fsum(window.u_systematic_j or 0.0 for window in windows)
     u_j = math.hypot(u_random_j, u_systematic_j)
-    reasons += [
-        f"{window.sensor}: the interval of {duration_ns / 1e6:.3g} ms is shorter than its tick of "
-        f"{window.tick_s * 1e3:.3g} ms, so it is hardly resolved"
-        for window in windows
-        if window.tick_s is not None and duration_ns < window.tick_s * 1e9
-    ]
+    reasons += _unresolved(windows, duration_ns)
     idle_uj = idle_u_j = marginal_uj = marginal_u_j = None
     if baseline is None:
         reasons.append("no idle baseline was measured: idle and marginal are unknown")
@@ -149,6 +144,15 @@ def account(
         baseline=None if idle_uj is None or baseline is None else baseline.to_json(),
         attribution=process_share(*cpu, marginal_uj, marginal_u_j) if cpu else None,
     )
+
+
+def _unresolved(windows: Sequence[MeterWindow], duration_ns: int) -> list[str]:
+    return [
+        f"{window.sensor}: the interval of {duration_ns / 1e6:.3g} ms is shorter than its tick of "
+        f"{window.tick_s * 1e3:.3g} ms, so it is hardly resolved"
+        for window in windows
+        if window.tick_s is not None and duration_ns < window.tick_s * 1e9
+    ]
 
 
 def _unavailable(

@@ -228,6 +228,18 @@ def print_overview(view: Overview) -> None:
             for row in view.groups
         ],
     )
+    _print_trend(view)
+    for budget in view.budgets:
+        limit = budget["budget"]
+        print(
+            f"budget {budget['name']}: {budget['amount']:.4g} of {limit['limit']:g} "
+            f"{limit['unit']} spent"
+        )
+    for source, reason in view.reasons.items():
+        print(f"{source}: {reason}")
+
+
+def _print_trend(view: Overview) -> None:
     seen = sorted({str(row.group[view.period]) for row in view.trend})
     recent = seen[-MOST_PERIODS:]
     trend = [row for row in view.trend if row.group[view.period] in recent]
@@ -248,14 +260,6 @@ def print_overview(view: Overview) -> None:
         title=f"by {view.period}"
         + (f", the last {MOST_PERIODS}" if len(recent) < len(seen) else ""),
     )
-    for budget in view.budgets:
-        limit = budget["budget"]
-        print(
-            f"budget {budget['name']}: {budget['amount']:.4g} of {limit['limit']:g} "
-            f"{limit['unit']} spent"
-        )
-    for source, reason in view.reasons.items():
-        print(f"{source}: {reason}")
 
 
 def energy_text(row: Sum) -> str:

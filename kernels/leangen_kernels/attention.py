@@ -30,7 +30,7 @@ from leangen_kernels.simd import (
     store_floats,
     sum_floats,
 )
-from leangen_kernels.unroll import registers, static, unrolled
+from leangen_kernels.unroll import inlined, registers, static, unrolled
 from leangen_kernels.vectors import VARIANT
 
 CHUNK = 64
@@ -79,22 +79,7 @@ def attend(
     end = min(begin + CHUNK, limit[QUERIES - 1])
     key_at, scores_at = keys + first_block, scores
     for key in range(begin, end, ROWS * BLOCKS):
-        for i in static(BLOCKS):
-            at[i] = key_at
-            if key + ROWS * i < end:
-                at[i] = key_at + i * block_bytes  # else again the first, masked below
-            for t in static(QUERIES):
-                score[i, t] = splat(0.0)
-        q_at = q
-        for _ in range(width):
-            for i in static(BLOCKS):
-                one = load(at[i], 0)
-                if ASK:
-                    prefetch(at[i], values - keys)
-                for t in static(QUERIES):
-                    score[i, t] = multiply_add(one, load_for_all(q_at, 4 * t), score[i, t])
-                at[i] += ROWS * SIZE
-            q_at += 4 * QUERIES
+        score_blocks(score, at, q, keys, values, width, key, end, key_at, block_bytes)
         for i in static(BLOCKS):
             for t in static(QUERIES):
                 if SCALED:
@@ -108,6 +93,52 @@ def attend(
     for t in static(QUERIES):
         top[t] = largest(peak[t])
         peak[t] = splat(top[t])
+    share_out(score, total, peak, values, scores, begin, end, first_block, width, block_bytes)
+    for t in static(QUERIES):
+        store_float(state + 4 * (QUERIES * width + t), top[t])
+        store_float(state + 4 * (QUERIES * (width + 1) + t), sum_floats(total[t]))
+    for column in range(0, width, ROWS * COLUMNS):
+        for t in static(QUERIES):
+            for c in static(COLUMNS):
+                out[t, c] = splat(0.0)
+        add_values(
+            out, values, scores, begin, end, first_block, width, column, block_bytes, next_keys,
+        )  # fmt: skip
+        for t in static(QUERIES):
+            for c in static(COLUMNS):
+                store_floats(state + 4 * (width * t + column + ROWS * c), out[t, c])
+
+
+@inlined
+def score_blocks(
+    score: Any, at: Any, q: int, keys: int, values: int, width: int, key: int, end: int,
+    key_at: int, block_bytes: int,
+) -> None:  # fmt: skip
+    """The products of all rows with BLOCKS blocks of keys."""
+    for i in static(BLOCKS):
+        at[i] = key_at
+        if key + ROWS * i < end:
+            at[i] = key_at + i * block_bytes  # else again the first; the caller masks it
+        for t in static(QUERIES):
+            score[i, t] = splat(0.0)
+    q_at = q
+    for _ in range(width):
+        for i in static(BLOCKS):
+            one = load(at[i], 0)
+            if ASK:
+                prefetch(at[i], values - keys)
+            for t in static(QUERIES):
+                score[i, t] = multiply_add(one, load_for_all(q_at, 4 * t), score[i, t])
+            at[i] += ROWS * SIZE
+        q_at += 4 * QUERIES
+
+
+@inlined
+def share_out(
+    score: Any, total: Any, peak: Any, values: int, scores: int, begin: int, end: int,
+    first_block: int, width: int, block_bytes: int,
+) -> None:  # fmt: skip
+    """Make scores the shares of their positions, times the values' scales."""
     value_at, scores_at = values + first_block, scores
     for _ in range(begin, end, ROWS):
         for t in static(QUERIES):
@@ -118,30 +149,28 @@ def attend(
             store_floats(scores_at + 4 * ROWS * t, score[t])
         value_at += block_bytes
         scores_at += 4 * ROWS * QUERIES
-    for t in static(QUERIES):
-        store_float(state + 4 * (QUERIES * width + t), top[t])
-        store_float(state + 4 * (QUERIES * (width + 1) + t), sum_floats(total[t]))
-    for column in range(0, width, ROWS * COLUMNS):
-        for t in static(QUERIES):
+
+
+@inlined
+def add_values(
+    out: Any, values: int, scores: int, begin: int, end: int, first_block: int, width: int,
+    column: int, block_bytes: int, next_keys: int,
+) -> None:  # fmt: skip
+    """Sum COLUMNS vectors of the values' columns, each position by its share."""
+    block_at, scores_at = values + first_block + SIZE * column, scores
+    for key in range(begin, end, ROWS):
+        value_at = block_at
+        for i in range(min(ROWS, end - key)):
             for c in static(COLUMNS):
-                out[t, c] = splat(0.0)
-        block_at, scores_at = values + first_block + SIZE * column, scores
-        for key in range(begin, end, ROWS):
-            value_at = block_at
-            for i in range(min(ROWS, end - key)):
-                for c in static(COLUMNS):
-                    one = load(value_at, SIZE * ROWS * c)
-                    if ASK:
-                        prefetch(value_at, next_keys + SIZE * ROWS * c)
-                    for t in static(QUERIES):
-                        share = load_for_all(scores_at + 4 * i, 4 * ROWS * t)
-                        out[t, c] = multiply_add(one, share, out[t, c])
-                value_at += SIZE * width
-            block_at += block_bytes
-            scores_at += 4 * ROWS * QUERIES
-        for t in static(QUERIES):
-            for c in static(COLUMNS):
-                store_floats(state + 4 * (width * t + column + ROWS * c), out[t, c])
+                one = load(value_at, SIZE * ROWS * c)
+                if ASK:
+                    prefetch(value_at, next_keys + SIZE * ROWS * c)
+                for t in static(QUERIES):
+                    share = load_for_all(scores_at + 4 * i, 4 * ROWS * t)
+                    out[t, c] = multiply_add(one, share, out[t, c])
+            value_at += SIZE * width
+        block_at += block_bytes
+        scores_at += 4 * ROWS * QUERIES
 
 
 def merge(state: int, more: int, width: int, queries: int) -> None:

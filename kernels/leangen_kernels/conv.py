@@ -46,7 +46,7 @@ from leangen_kernels.simd import (
     sum_floats,
     to_floats,
 )
-from leangen_kernels.unroll import registers, static, unrolled
+from leangen_kernels.unroll import inlined, registers, static, unrolled
 
 # What a kernel's name fixes, see `kernels`.
 SILU = False
@@ -197,27 +197,35 @@ def multiply(
             for o in static(OUTPUTS):
                 value = total[o, v] - zero * load_for_all(numbers, 4 * o)
                 total[o, v] = multiply_add(value, scale, load_for_all(bias, 4 * o))
-        whole = pixels >= ROWS * VECTORS
-        for o in static(OUTPUTS):
-            if o < outputs:
-                for v in static(VECTORS):
-                    to, rest = o * y_stride + 4 * ROWS * v, pixels - ROWS * v
-                    if residual != 0:
-                        if whole:
-                            more = load_floats(residual, to)
-                        else:
-                            more = load_first_floats(residual + to, rest)
-                        total[o, v] = total[o, v] + more
-                    if whole:
-                        store_floats(y + to, total[o, v])
-                    else:
-                        store_first_floats(y + to, total[o, v], rest)
+        store_group(total, y, y_stride, residual, pixels, outputs)
         numbers += 4 * OUTPUTS
         bias += 4 * OUTPUTS
         y += OUTPUTS * y_stride
         if residual != 0:
             residual += OUTPUTS * y_stride
         outputs -= OUTPUTS
+
+
+@inlined
+def store_group(
+    total: Any, y: int, y_stride: int, residual: int, pixels: int, outputs: int
+) -> None:
+    """Write the outputs and pixels of a group that there are, the residual added."""
+    whole = pixels >= ROWS * VECTORS
+    for o in static(OUTPUTS):
+        if o < outputs:
+            for v in static(VECTORS):
+                to, rest = o * y_stride + 4 * ROWS * v, pixels - ROWS * v
+                if residual != 0:
+                    if whole:
+                        more = load_floats(residual, to)
+                    else:
+                        more = load_first_floats(residual + to, rest)
+                    total[o, v] = total[o, v] + more
+                if whole:
+                    store_floats(y + to, total[o, v])
+                else:
+                    store_first_floats(y + to, total[o, v], rest)
 
 
 def unpack_nibbles(packed: int, codes: int, chunks: int) -> None:

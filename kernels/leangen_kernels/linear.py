@@ -37,7 +37,7 @@ from leangen_kernels.simd import (
     to_floats,
 )
 from leangen_kernels.units import SUPER
-from leangen_kernels.unroll import registers, static, unrolled
+from leangen_kernels.unroll import inlined, registers, static, unrolled
 from leangen_kernels.vectors import VARIANT
 
 _MANY_REGISTERS = VARIANT.dot == "vnni512"
@@ -104,14 +104,7 @@ def int8(
                     for g in static(GROUPS):
                         unit[g] = at[g]
                         at[g] += unit_bytes
-                if _PREFETCH and TOKENS == 1:
-                    for g in static(GROUPS):
-                        for line in static((CODE_BYTES + 127) // 64):
-                            prefetch(at[g], _AHEAD + 64 * line)
-                if _PREFETCH_TILE and TOKENS > 2:
-                    for g in static(GROUPS):
-                        for line in static((CODE_BYTES + 127) // 64):
-                            prefetch_soon(at[g], next_tile + 64 * line)
+                prefetch_codes(at, next_tile)
                 for t in static(TOKENS):
                     if CENTER:
                         start[t] = load_int(x_at, BLOCK_BYTES * t + BLOCK + 4)
@@ -119,27 +112,8 @@ def int8(
                         start[t] = 0
                     for g in static(GROUPS):
                         partial[g, t] = begin_sum(start[t])
-                for span in static(BLOCK // 4 // SPAN):
-                    for g in static(GROUPS):
-                        for c in static(SPAN):
-                            codes[c] = load_chunk[SPAN * span + c](at[g])
-                        for t in static(TOKENS):
-                            for c in static(SPAN):
-                                four = BLOCK_BYTES * t + 4 * (SPAN * span + c)
-                                partial[g, t] = dot(partial[g, t], codes[c], x_at, four)
-                            if SPAN * (span + 1) == DOTS:
-                                product[g, t] = end_sum(partial[g, t], start[t])
-                            elif SPAN * (span + 1) % DOTS == 0:
-                                product[g, t] = product[g, t] + end_sum(partial[g, t], 0)
-                            if SPAN * (span + 1) % DOTS == 0:
-                                partial[g, t] = begin_sum(0)
-                for g in static(GROUPS):
-                    if held == 2:
-                        scale[g] = load_codes(at[g], CODE_BYTES) * load_halves(unit[g], 0)
-                    elif held:
-                        scale[g] = load_floats(at[g], CODE_BYTES)
-                    else:
-                        scale[g] = load_halves(at[g], CODE_BYTES)
+                dot_block(product, partial, start, codes, at, x_at)
+                read_scales(scale, at, unit, held)
                 for t in static(TOKENS):
                     scale_t = load_for_all(x_at, BLOCK_BYTES * t + BLOCK)
                     for g in static(GROUPS):
@@ -147,42 +121,110 @@ def int8(
                             scale[g] * scale_t, to_floats(product[g, t]), total[g, t]
                         )
                 if MINIMUM:
-                    for g in static(GROUPS):
-                        if held == 2:
-                            minimum[g] = load_codes(at[g], CODE_BYTES + ROWS)
-                            minimum[g] = minimum[g] * load_halves(unit[g], 2 * ROWS)
-                        elif held:
-                            minimum[g] = load_floats(at[g], CODE_BYTES + 4 * ROWS)
-                        else:
-                            minimum[g] = load_halves(at[g], CODE_BYTES + 2 * ROWS)
-                    for t in static(TOKENS):
-                        if CENTER:
-                            sums = to_floats(splat_int(start[t])) * splat(-1.0 / CENTER)
-                            sums = sums * load_for_all(x_at, BLOCK_BYTES * t + BLOCK)
-                        else:
-                            sums = load_for_all(x_at, BLOCK_BYTES * t + BLOCK + 4)
-                        for g in static(GROUPS):
-                            total[g, t] = multiply_add(minimum[g], sums, total[g, t])
+                    add_minimums(total, minimum, start, at, unit, x_at, held)
                 for g in static(GROUPS):
                     at[g] += block_bytes
                 x_at += BLOCK_BYTES * TOKENS
-            for g in static(GROUPS):
-                rows = n - ROWS * (group + g)
-                for t in static(TOKENS):
-                    if token + t < tokens and group + g < last:
-                        y_at = y + (token + t) * y_stride + 4 * ROWS * (group + g)
-                        if rows >= ROWS:
-                            store_floats(y_at, total[g, t])
-                        else:
-                            store_first_floats(y_at, total[g, t], rows)
+            store_tile(total, y, y_stride, tokens, n, last, group, token)
+
+
+@inlined
+def prefetch_codes(at: Any, next_tile: int) -> None:
+    """Ask for the codes that are used later."""
+    if _PREFETCH and TOKENS == 1:
+        for g in static(GROUPS):
+            for line in static((CODE_BYTES + 127) // 64):
+                prefetch(at[g], _AHEAD + 64 * line)
+    if _PREFETCH_TILE and TOKENS > 2:
+        for g in static(GROUPS):
+            for line in static((CODE_BYTES + 127) // 64):
+                prefetch_soon(at[g], next_tile + 64 * line)
+
+
+@inlined
+def dot_block(product: Any, partial: Any, start: Any, codes: Any, at: Any, x_at: int) -> None:
+    """The integer products of a block of weights and activations."""
+    for span in static(BLOCK // 4 // SPAN):
+        for g in static(GROUPS):
+            for c in static(SPAN):
+                codes[c] = load_chunk[SPAN * span + c](at[g])
+            for t in static(TOKENS):
+                for c in static(SPAN):
+                    four = BLOCK_BYTES * t + 4 * (SPAN * span + c)
+                    partial[g, t] = dot(partial[g, t], codes[c], x_at, four)
+                if SPAN * (span + 1) == DOTS:
+                    product[g, t] = end_sum(partial[g, t], start[t])
+                elif SPAN * (span + 1) % DOTS == 0:
+                    product[g, t] = product[g, t] + end_sum(partial[g, t], 0)
+                if SPAN * (span + 1) % DOTS == 0:
+                    partial[g, t] = begin_sum(0)
+
+
+@inlined
+def read_scales(scale: Any, at: Any, unit: Any, held: int) -> None:
+    """What the codes of a block are multiplied by, of every group."""
+    for g in static(GROUPS):
+        if held == 2:
+            scale[g] = load_codes(at[g], CODE_BYTES) * load_halves(unit[g], 0)
+        elif held:
+            scale[g] = load_floats(at[g], CODE_BYTES)
+        else:
+            scale[g] = load_halves(at[g], CODE_BYTES)
+
+
+@inlined
+def read_minimums(minimum: Any, at: Any, unit: Any, held: int) -> None:
+    """What a code of 0 stands for in a block, of every group."""
+    for g in static(GROUPS):
+        if held == 2:
+            minimum[g] = load_codes(at[g], CODE_BYTES + ROWS)
+            minimum[g] = minimum[g] * load_halves(unit[g], 2 * ROWS)
+        elif held:
+            minimum[g] = load_floats(at[g], CODE_BYTES + 4 * ROWS)
+        else:
+            minimum[g] = load_halves(at[g], CODE_BYTES + 2 * ROWS)
+
+
+@inlined
+def add_minimums(
+    total: Any, minimum: Any, start: Any, at: Any, unit: Any, x_at: int, held: int
+) -> None:
+    """Add a block's minima, each times the sum of the activations."""
+    read_minimums(minimum, at, unit, held)
+    for t in static(TOKENS):
+        if CENTER:
+            sums = to_floats(splat_int(start[t])) * splat(-1.0 / CENTER)
+            sums = sums * load_for_all(x_at, BLOCK_BYTES * t + BLOCK)
+        else:
+            sums = load_for_all(x_at, BLOCK_BYTES * t + BLOCK + 4)
+        for g in static(GROUPS):
+            total[g, t] = multiply_add(minimum[g], sums, total[g, t])
+
+
+@inlined
+def store_tile(
+    total: Any, y: int, y_stride: int, tokens: int, n: int, last: int, group: int, token: int
+) -> None:
+    """Write the rows and columns of a tile that there are."""
+    for g in static(GROUPS):
+        rows = n - ROWS * (group + g)
+        for t in static(TOKENS):
+            if token + t < tokens and group + g < last:
+                y_at = y + (token + t) * y_stride + 4 * ROWS * (group + g)
+                if rows >= ROWS:
+                    store_floats(y_at, total[g, t])
+                else:
+                    store_first_floats(y_at, total[g, t], rows)
 
 
 def fp32(
     x: int, w: int, blocks: int, y: int, y_stride: int, tokens: int, n: int, first: int,
     last: int, held: int,
 ) -> None:  # fmt: skip
-    """The same from fp32 activations, which are not rounded at all."""
-    total, product = registers(), registers()
+    """The same from fp32 activations, which are not rounded at all; GROUPS is 1."""
+    at, unit, total, product, scale, minimum = (
+        registers(), registers(), registers(), registers(), registers(), registers(),
+    )  # fmt: skip
     number_bytes, unit_bytes = 2 * ROWS * (1 + held), 0
     if held == 2:
         number_bytes, unit_bytes = ROWS, (1 + MINIMUM) * 2 * ROWS
@@ -191,59 +233,48 @@ def fp32(
     for group in range(first, last):
         rows = n - ROWS * group
         for token in range(0, tokens, TOKENS):
-            codes_at = w + group * group_bytes
-            unit_at = codes_at
+            at[0] = w + group * group_bytes
+            unit[0] = at[0]
             for t in static(TOKENS):
                 total[t] = splat(0.0)
             x_at = x + token * blocks * BLOCK_BYTES
             for block in range(blocks):
                 if unit_bytes and block % PER == 0:
-                    unit_at = codes_at
-                    codes_at += unit_bytes
+                    unit[0] = at[0]
+                    at[0] += unit_bytes
                 for t in static(TOKENS):
                     if CENTER:
                         product[t] = load_for_all(x_at, BLOCK_BYTES * t + 4 * BLOCK)
                     else:
                         product[t] = splat(0.0)
                 for c in static(BLOCK // 4):
-                    four = load_chunk[c](codes_at)
+                    four = load_chunk[c](at[0])
                     w_0, w_1, w_2, w_3 = code_0(four), code_1(four), code_2(four), code_3(four)
                     for t in static(TOKENS):
-                        at = x_at + BLOCK_BYTES * t
-                        product[t] = multiply_add(w_0, load_for_all(at, 16 * c), product[t])
-                        product[t] = multiply_add(w_1, load_for_all(at, 16 * c + 4), product[t])
-                        product[t] = multiply_add(w_2, load_for_all(at, 16 * c + 8), product[t])
-                        product[t] = multiply_add(w_3, load_for_all(at, 16 * c + 12), product[t])
-                if held == 2:
-                    scale = load_codes(codes_at, CODE_BYTES) * load_halves(unit_at, 0)
-                elif held:
-                    scale = load_floats(codes_at, CODE_BYTES)
-                else:
-                    scale = load_halves(codes_at, CODE_BYTES)
+                        x_t = x_at + BLOCK_BYTES * t
+                        product[t] = multiply_add(w_0, load_for_all(x_t, 16 * c), product[t])
+                        product[t] = multiply_add(w_1, load_for_all(x_t, 16 * c + 4), product[t])
+                        product[t] = multiply_add(w_2, load_for_all(x_t, 16 * c + 8), product[t])
+                        product[t] = multiply_add(w_3, load_for_all(x_t, 16 * c + 12), product[t])
+                read_scales(scale, at, unit, held)
                 for t in static(TOKENS):
-                    total[t] = multiply_add(scale, product[t], total[t])
+                    total[t] = multiply_add(scale[0], product[t], total[t])
                 if MINIMUM:
-                    if held == 2:
-                        minimum = load_codes(codes_at, CODE_BYTES + ROWS)
-                        minimum = minimum * load_halves(unit_at, 2 * ROWS)
-                    elif held:
-                        minimum = load_floats(codes_at, CODE_BYTES + 4 * ROWS)
-                    else:
-                        minimum = load_halves(codes_at, CODE_BYTES + 2 * ROWS)
+                    read_minimums(minimum, at, unit, held)
                     for t in static(TOKENS):
                         sums = load_for_all(x_at, BLOCK_BYTES * t + 4 * BLOCK)
                         if CENTER:
                             sums = sums * splat(-1.0 / CENTER)
-                        total[t] = multiply_add(minimum, sums, total[t])
-                codes_at += block_bytes
+                        total[t] = multiply_add(minimum[0], sums, total[t])
+                at[0] += block_bytes
                 x_at += BLOCK_BYTES * TOKENS
             for t in static(TOKENS):
                 if token + t < tokens:
-                    at = y + (token + t) * y_stride + 4 * ROWS * group
+                    y_at = y + (token + t) * y_stride + 4 * ROWS * group
                     if rows >= ROWS:
-                        store_floats(at, total[t])
+                        store_floats(y_at, total[t])
                     else:
-                        store_first_floats(at, total[t], rows)
+                        store_first_floats(y_at, total[t], rows)
 
 
 def kernels() -> dict[str, tuple[Callable[..., Any], str]]:
@@ -273,9 +304,14 @@ def kernels() -> dict[str, tuple[Callable[..., Any], str]]:
                         BLOCK_BYTES=form.int8_block_bytes, **fixed,
                     ), "i" * 10,
                 )  # fmt: skip
-        for tokens, _ in FP32_TILES:
+        for tokens, groups in FP32_TILES:
             make = partial(
-                unrolled, fp32, TOKENS=tokens, BLOCK_BYTES=form.fp32_block_bytes, **fixed
+                unrolled,
+                fp32,
+                TOKENS=tokens,
+                GROUPS=groups,
+                BLOCK_BYTES=form.fp32_block_bytes,
+                **fixed,
             )
             found[f"fp32_{form.kernel}_{tokens}"] = (make, "i" * 10)
     return found

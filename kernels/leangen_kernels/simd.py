@@ -56,11 +56,6 @@ def store_int(b: Any, address: Any, value: Any) -> None:
     store(b, value, address)
 
 
-@operation(types.void, types.int64, types.int8)
-def store_byte(b: Any, address: Any, value: Any) -> None:
-    store(b, value, address)
-
-
 @operation(FLOATS, types.int64, types.int64)
 def load_floats(b: Any, address: Any, offset: Any) -> Any:
     return load(b, b.add(address, offset), FLOATS.llvm)

@@ -6,7 +6,8 @@ before Numba sees it:
 - `for t in static(n)` is repeated n times with `t` a constant; `static(first, stop)` also works;
 - `name[constant, ...]` becomes a variable of its own, `name_0_1`;
 - `if` on a constant keeps only the branch taken, and `name[constant]` of a constant tuple is its
-  element.
+  element;
+- a call of a function marked `inlined`, as a statement of its own, becomes that function's body.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 _Constant = int | float | tuple  # type: ignore[type-arg]
+_Part = TypeVar("_Part", bound=Callable[..., None])
 
 
 def static(*bounds: int) -> range:
@@ -29,36 +31,56 @@ def registers() -> Any:
     """Declares a family of registers for the reader and the type checker."""
 
 
+def inlined(function: _Part) -> _Part:
+    """Marks a part of a kernel: it changes registers that it is given, and returns nothing.
+
+    A name means one thing in a kernel and all its parts, so what a part is given is called there
+    as it is here, and other names that it sets are the kernel's too.
+    """
+    function.__dict__["inlined"] = True
+    return function
+
+
 def unrolled(function: Callable[..., Any], **given: Any) -> Callable[..., Any]:
     """`function` with its static loops unrolled and its free names in `given` fixed.
 
     A number or tuple of numbers becomes a constant, anything else what that name refers to. A
     subscript that is no constant, such as one of a GPU's shared memory, stays one.
     """
-    source = textwrap.dedent(inspect.getsource(function))
-    tree = ast.parse(source)
-    definition = tree.body[0]
+    definition = _definition(function)
+    constants = {name: value for name, value in given.items() if isinstance(value, _Constant)}
+    names: dict[str, Any] = {**function.__globals__, **given}
+    parts = {
+        name: _definition(value)
+        for name, value in names.items()
+        if getattr(value, "inlined", False)
+    }
+    definition.body = _Unroller(constants, parts).block(definition.body)
+    tree = ast.Module([definition], [])
+    ast.fix_missing_locations(tree)
+    _, first_line = inspect.getsourcelines(function)
+    ast.increment_lineno(tree, first_line - 1)
+    exec(compile(tree, inspect.getfile(function), "exec"), names)
+    result: Callable[..., Any] = names[definition.name]
+    return result
+
+
+def _definition(function: Callable[..., Any]) -> ast.FunctionDef:
+    """A function as it is written, less its decorators and types."""
+    definition = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
     if not isinstance(definition, ast.FunctionDef):
         raise TypeError(f"{function!r} is not a plain function")
     definition.decorator_list = []
     definition.returns = None
     for argument in definition.args.args:
         argument.annotation = None
-    constants = {name: value for name, value in given.items() if isinstance(value, _Constant)}
-    definition.body = _Unroller(constants).block(definition.body)
-    ast.fix_missing_locations(tree)
-    _, first_line = inspect.getsourcelines(function)
-    ast.increment_lineno(tree, first_line - 1)
-    names: dict[str, Any] = dict(function.__globals__)
-    names.update(given)
-    exec(compile(tree, inspect.getfile(function), "exec"), names)
-    result: Callable[..., Any] = names[definition.name]
-    return result
+    return definition
 
 
 class _Unroller(ast.NodeTransformer):
-    def __init__(self, constants: dict[str, Any]) -> None:
+    def __init__(self, constants: dict[str, Any], parts: dict[str, ast.FunctionDef]) -> None:
         self.constants = constants
+        self.parts = parts
 
     def block(self, statements: list[ast.stmt]) -> list[ast.stmt]:
         # Nodes are parsed once and visited once per repetition, so each visit works on a copy.
@@ -82,7 +104,7 @@ class _Unroller(ast.NodeTransformer):
         bounds = [self._value(argument) for argument in call.args]
         repeated = []
         for index in range(*bounds):
-            inner = _Unroller({**self.constants, node.target.id: index})
+            inner = _Unroller({**self.constants, node.target.id: index}, self.parts)
             repeated.extend(inner.block(node.body))
         return repeated
 
@@ -110,6 +132,13 @@ class _Unroller(ast.NodeTransformer):
     def visit_Expr(self, node: ast.Expr) -> Any:
         if isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
             return None
+        match node.value:
+            case ast.Call(func=ast.Name(id=name), args=given) if name in self.parts:
+                part = self.parts[name]
+                names = [argument.arg for argument in part.args.args]
+                if [ast.unparse(argument) for argument in given] != names:
+                    raise TypeError(f"{name} takes {names}: call them so in the kernel too")
+                return self.block(part.body)
         return self.generic_visit(node)
 
     def visit_Subscript(self, node: ast.Subscript) -> Any:

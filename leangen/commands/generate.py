@@ -65,17 +65,7 @@ def run(args: argparse.Namespace) -> int:
         suffix = media.SUFFIXES[result.output.media][0]
         saved = result.save(_unused(engine.name, suffix))
     if args.json:
-        from leangen.pipeline import PipelineResult
-
-        document: dict[str, Any] = {"text": result.text}
-        if "samples" in result.output.extra:
-            document["samples"] = [reply.to_json() for reply in result.output.extra["samples"]]
-        if isinstance(result, PipelineResult):
-            texts = {name: part.text for name, part in result.parts.items()}
-            document["parts"] = {name: text for name, text in texts.items() if text is not None}
-        if saved is not None:
-            document["path"] = str(saved)
-        print_json(document | {"receipt": result.receipt.to_json()})
+        print_json(_document(result, saved))
         return 0
     if result.text is not None:
         print()
@@ -86,6 +76,20 @@ def run(args: argparse.Namespace) -> int:
         print(saved)
     say(report.summary(result.receipt))
     return 0
+
+
+def _document(result: Any, saved: Path | None) -> dict[str, Any]:
+    from leangen.pipeline import PipelineResult
+
+    document: dict[str, Any] = {"text": result.text}
+    if "samples" in result.output.extra:
+        document["samples"] = [reply.to_json() for reply in result.output.extra["samples"]]
+    if isinstance(result, PipelineResult):
+        texts = {name: part.text for name, part in result.parts.items()}
+        document["parts"] = {name: text for name, text in texts.items() if text is not None}
+    if saved is not None:
+        document["path"] = str(saved)
+    return document | {"receipt": result.receipt.to_json()}
 
 
 def _unused(stem: str, suffix: str) -> Path:

@@ -125,7 +125,8 @@ def _print(found: Tuned, rows: list[dict[str, Any]], output: Path) -> None:
     loss, aim = found.loss, found.objective
     print(f"{output}: {loss.name} {with_u(loss.value, loss.u, loss.unit).strip()}")
     treatments = Counter(found.solution.choices.values())
-    print(", ".join(f"{count} nodes at {name}" for name, count in treatments.most_common()))
+    nodes = (f"{n} node{'s' * (n > 1)} at {name}" for name, n in treatments.most_common())
+    print(", ".join(nodes))
     print(
         f"modelled {aim.name} of the treated nodes {si(found.solution.cost, None, aim.unit)}, "
         f"within {found.solution.gap:.2%} of the least; {found.trials} end-to-end checks"

@@ -181,23 +181,8 @@ def _diffusion_config(
         samplers.get(sampler)
     except RequestError as error:
         raise UnsupportedError(str(error)) from None
-    noise: dict[str, Any] = {"input": level, **_fixed(path, level, inputs[level])}
-    if in_sigma:
-        noise |= {"kind": "sigma", "min": options.pop("sigma_min", 0.002)}
-        noise["max"] = options.pop("sigma_max", 80.0)
-    elif prediction == "flow":
-        noise |= {"kind": "flow", "scale": options.pop("scale", 1000.0)}
-        noise["shift"] = options.pop("shift", 1.0)
-    else:
-        noise |= {"kind": "timestep", "schedule": options.pop("schedule", _VP_DEFAULT)}
-        noise |= {key: options.pop(key) for key in ("spacing", "offset") if key in options}
-        trained = schedules.trained(noise["schedule"])
-        schedules.spaced(trained, 1, noise.get("spacing", "linspace"))
-        if prediction == "epsilon" and trained[-1].alpha == 0:
-            raise UnsupportedError(
-                "prediction epsilon says nothing of the sample at zero signal-to-noise ratio: "
-                "expected v or sample, or a schedule without zero_terminal_snr"
-            )
+    noise = {"input": level, **_fixed(path, level, inputs[level])}
+    noise |= _noise_range(prediction, options, in_sigma=in_sigma)
     used, more = {sample, level}, {}
     if "upscale" in options:
         more["upscale"] = options.pop("upscale")
@@ -214,6 +199,26 @@ def _diffusion_config(
         **more,
         **_common(path, inputs, used, options),
     }
+
+
+def _noise_range(prediction: str, options: dict[str, Any], *, in_sigma: bool) -> dict[str, Any]:
+    """How the model counts the noise level, and between what ends."""
+    if in_sigma:
+        low, high = options.pop("sigma_min", 0.002), options.pop("sigma_max", 80.0)
+        return {"kind": "sigma", "min": low, "max": high}
+    if prediction == "flow":
+        scale, shift = options.pop("scale", 1000.0), options.pop("shift", 1.0)
+        return {"kind": "flow", "scale": scale, "shift": shift}
+    noise = {"kind": "timestep", "schedule": options.pop("schedule", _VP_DEFAULT)}
+    noise |= {key: options.pop(key) for key in ("spacing", "offset") if key in options}
+    trained = schedules.trained(noise["schedule"])
+    schedules.spaced(trained, 1, noise.get("spacing", "linspace"))
+    if prediction == "epsilon" and trained[-1].alpha == 0:
+        raise UnsupportedError(
+            "prediction epsilon says nothing of the sample at zero signal-to-noise ratio: "
+            "expected v or sample, or a schedule without zero_terminal_snr"
+        )
+    return noise
 
 
 def _oneshot_config(

@@ -20,29 +20,12 @@ def unpacked(weights: Weights, site: Site, form: Form) -> tuple[list[NodeProto],
     """Codes and scales that standard operators turn into the weight; nodes, bits stored."""
     block = weights.block(site, form) or site.columns
     packed, stem = weights.pack(site, form, block_size=block)
-    label, shared, bits = weights.label(site), weights.graph.add_shared, form.code_bits
+    label, shared = weights.label(site), weights.graph.add_shared
     shape = weights.graph.shape(site.weight)
-    blocks = packed.q.reshape(site.rows, -1, block)
     centred, scaled = f"{label}/w_centred", f"{label}/w_scaled"
-    extra_bits = 0
-    if bits == 8:
-        q = weights.constant(f"{stem}/signed", lambda: signed(blocks))
-        nodes = [make("Cast", [q], centred, to=TensorProto.FLOAT)]
-    elif form.scheme in TABLES:
-        planes = weights.planes(stem, lambda: packing.planes(blocks, bits), 1)
-        nodes, index = unpacking.codes(planes, bits, f"{label}/w", TensorProto.INT32, shared)
-        nodes.append(make("Gather", [shared(schemes.get(form.scheme).TABLE), index], centred))
-    else:
-        count = 2 if bits == 3 else 1
-        planes = weights.planes(stem, lambda: packing.planes(blocks, bits), count)
-        nodes, wide = unpacking.codes(planes, bits, f"{label}/w", TensorProto.FLOAT, shared)
-        zero = shared(np.float32(1 << (bits - 1)))
-        if packed.zero_points is not None:
-            zeros = packed.zero_points[..., None]
-            stored = weights.constant(f"{stem}/zeros", lambda: zeros)
-            zero, extra_bits = f"{label}/w_zeros", zeros.size * (8 - bits)
-            nodes.append(make("Cast", [stored], zero, to=TensorProto.FLOAT))
-        nodes.append(make("Sub", [wide, zero], centred))
+    blocks = packed.q.reshape(site.rows, -1, block)
+    zero_points = None if packed.zero_points is None else packed.zero_points[..., None]
+    nodes, extra_bits = _centred(weights, form, stem, label, blocks, zero_points)
     widen, scale = weights.widened(
         f"{stem}/block_scale", packed.scales[..., None], f"{label}/w_scale"
     )
@@ -71,6 +54,30 @@ def unpacked(weights: Weights, site: Site, form: Form) -> tuple[list[NodeProto],
         *nodes,
         with_weight(site.node, site.place, f"{label}/w"),
     ], packed.stored_bits + extra_bits
+
+
+def _centred(
+    weights: Weights, form: Form, stem: str, label: str, blocks: Array, zero_points: Array | None
+) -> tuple[list[NodeProto], int]:
+    """Codes as floats less what stands for 0; nodes, bits stored beside the codes' own."""
+    shared, bits, centred = weights.graph.add_shared, form.code_bits, f"{label}/w_centred"
+    if bits == 8:
+        q = weights.constant(f"{stem}/signed", lambda: signed(blocks))
+        return [make("Cast", [q], centred, to=TensorProto.FLOAT)], 0
+    if form.scheme in TABLES:
+        planes = weights.planes(stem, lambda: packing.planes(blocks, bits), 1)
+        nodes, index = unpacking.codes(planes, bits, f"{label}/w", TensorProto.INT32, shared)
+        table = shared(schemes.get(form.scheme).TABLE)
+        return [*nodes, make("Gather", [table, index], centred)], 0
+    count = 2 if bits == 3 else 1
+    planes = weights.planes(stem, lambda: packing.planes(blocks, bits), count)
+    nodes, wide = unpacking.codes(planes, bits, f"{label}/w", TensorProto.FLOAT, shared)
+    zero, extra_bits = shared(np.float32(1 << (bits - 1))), 0
+    if zero_points is not None:
+        stored = weights.constant(f"{stem}/zeros", lambda: zero_points)
+        zero, extra_bits = f"{label}/w_zeros", zero_points.size * (8 - bits)
+        nodes.append(make("Cast", [stored], zero, to=TensorProto.FLOAT))
+    return [*nodes, make("Sub", [wide, zero], centred)], extra_bits
 
 
 def half(weights: Weights, site: Site, form: Form) -> tuple[list[NodeProto], int]:

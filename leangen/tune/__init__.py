@@ -31,7 +31,7 @@ TRIALS = 6
 """End-to-end checks at most."""
 CLOSE = 0.94
 """A loss of this share of the budget is near enough to stop."""
-TIED = 0.02
+TIED = 0.05
 """A share by which the costs of a node differ that is none: timings are not exact."""
 NARROW = 0.02
 """The search ends when the budget of harm is known this well."""

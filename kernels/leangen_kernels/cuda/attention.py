@@ -41,7 +41,7 @@ from leangen_kernels.cuda.instructions import (
     write2h,
     write4f,
 )
-from leangen_kernels.unroll import registers, static, unrolled
+from leangen_kernels.unroll import inlined, registers, static, unrolled
 
 THREADS = 128
 WIDTHS = (64, 128)
@@ -76,24 +76,9 @@ def _append(
         gain = key_gain
     turned = head < heads + kv_heads
     if turned and gain != 0:
-        squares = np.float32(0)
-        for p in static(WIDTH // 64):
-            squares = fused(first[p], first[p], squares)
-            squares = fused(second[p], second[p], squares)
-        for s in static(5):
-            squares += across(squares, 16 >> s)
-        factor = inverse_root(squares * np.float32(1 / WIDTH) + epsilon)
-        for p in static(WIDTH // 64):
-            first[p] *= factor * read4f(gain + (lane + 32 * p) * 4)
-            second[p] *= factor * read4f(gain + (lane + 32 * p + WIDTH // 2) * 4)
+        _normalize(first, second, gain, lane, epsilon)
     if turned and cosines != 0:
-        for p in static(WIDTH // 64):
-            angle = (position * (WIDTH // 2) + lane + 32 * p) * 4
-            cosine = read4f(cosines + angle)
-            sine = read4f(sines + angle)
-            turn = first[p] * cosine - second[p] * sine
-            second[p] = second[p] * cosine + first[p] * sine
-            first[p] = turn
+        _rotate(first, second, cosines, sines, position, lane)
     if head < heads:
         group = heads // kv_heads
         shared = head // group
@@ -116,22 +101,58 @@ def _append(
                 write2h(to + (lane + 32 * p + WIDTH // 2) * 2, second[p])
         else:
             to += (whole * capacity + (position & -16)) * (WIDTH + 4)
-            largest = np.float32(0)
-            for p in static(WIDTH // 64):
-                largest = most(largest, most(absolute(first[p]), absolute(second[p])))
-            for s in static(5):
-                largest = most(largest, across(largest, 16 >> s))
-            inverse = np.float32(0)
-            step = np.float32(0)
-            if largest >= np.float32(1e-30):
-                inverse = quotient(np.float32(127), largest)
-                step = quotient(largest, np.float32(127))
-            if lane == 0:
-                write4f(to + 16 * WIDTH + (position & 15) * 4, step)
-            to += (position & 15) * WIDTH + lane
-            for p in static(WIDTH // 64):
-                write1(to + 32 * p, as_word(nearest(first[p] * inverse)))
-                write1(to + 32 * p + WIDTH // 2, as_word(nearest(second[p] * inverse)))
+            _store_bytes(first, second, to, position, lane)
+
+
+@inlined
+def _normalize(first: Any, second: Any, gain: Any, lane: Any, epsilon: Any) -> None:
+    """Divide a head by its root mean square, times the gain."""
+    WIDTH = registers()
+    squares = np.float32(0)
+    for p in static(WIDTH // 64):
+        squares = fused(first[p], first[p], squares)
+        squares = fused(second[p], second[p], squares)
+    for s in static(5):
+        squares += across(squares, 16 >> s)
+    factor = inverse_root(squares * np.float32(1 / WIDTH) + epsilon)
+    for p in static(WIDTH // 64):
+        first[p] *= factor * read4f(gain + (lane + 32 * p) * 4)
+        second[p] *= factor * read4f(gain + (lane + 32 * p + WIDTH // 2) * 4)
+
+
+@inlined
+def _rotate(first: Any, second: Any, cosines: Any, sines: Any, position: Any, lane: Any) -> None:
+    """Turn the first half of a head against the second, as far as the position says."""
+    WIDTH = registers()
+    for p in static(WIDTH // 64):
+        angle = (position * (WIDTH // 2) + lane + 32 * p) * 4
+        cosine = read4f(cosines + angle)
+        sine = read4f(sines + angle)
+        turn = first[p] * cosine - second[p] * sine
+        second[p] = second[p] * cosine + first[p] * sine
+        first[p] = turn
+
+
+@inlined
+def _store_bytes(first: Any, second: Any, to: Any, position: Any, lane: Any) -> None:
+    """A head as int8, its scale in the block of 16 positions that it belongs to."""
+    WIDTH = registers()
+    largest = np.float32(0)
+    for p in static(WIDTH // 64):
+        largest = most(largest, most(absolute(first[p]), absolute(second[p])))
+    for s in static(5):
+        largest = most(largest, across(largest, 16 >> s))
+    inverse = np.float32(0)
+    step = np.float32(0)
+    if largest >= np.float32(1e-30):
+        inverse = quotient(np.float32(127), largest)
+        step = quotient(largest, np.float32(127))
+    if lane == 0:
+        write4f(to + 16 * WIDTH + (position & 15) * 4, step)
+    to += (position & 15) * WIDTH + lane
+    for p in static(WIDTH // 64):
+        write1(to + 32 * p, as_word(nearest(first[p] * inverse)))
+        write1(to + 32 * p + WIDTH // 2, as_word(nearest(second[p] * inverse)))
 
 
 def _attend(
@@ -142,7 +163,7 @@ def _attend(
 
     `parts` gets, of every row and split, the values summed so far, the top score and the mass.
     """
-    WIDTH = BYTES = Q = DEEP = LANES = SIDES = PITCH = SIZE = registers()
+    WIDTH = Q = DEEP = LANES = SIDES = SIZE = registers()
     query, acc, score, low, high, top, mass, v, k, word, by = registers()
     lane = np.int64(cuda.threadIdx.x) & 31
     warp = np.int64(cuda.threadIdx.x) >> 5
@@ -177,67 +198,96 @@ def _attend(
     while begin < end:
         for p in static(DEEP):
             at = min(begin + p * side + who, end - 1)
-            if BYTES == 2:
-                here = ((whole * capacity + at) * WIDTH + dim) * 2
-                word[0], word[1], word[2], word[3] = read16(keys + here)
-                for i in static(4):
-                    k[p, 2 * i], k[p, 2 * i + 1] = floats_of_halves(word[i])
-                word[0], word[1], word[2], word[3] = read16(values + here)
-                for i in static(4):
-                    v[p, 2 * i], v[p, 2 * i + 1] = floats_of_halves(word[i])
-                by[p, 0] = np.float32(1)
-                by[p, 1] = np.float32(1)
-            else:
-                block = (whole * capacity + (at & -16)) * (WIDTH + 4)
-                here = block + (at & 15) * WIDTH + dim
-                word[0], word[1] = read8(keys + here)
-                for i in static(2):
-                    k[p, 4 * i], k[p, 4 * i + 1], k[p, 4 * i + 2], k[p, 4 * i + 3] = (
-                        floats_of_bytes(word[i])
-                    )
-                word[0], word[1] = read8(values + here)
-                for i in static(2):
-                    v[p, 4 * i], v[p, 4 * i + 1], v[p, 4 * i + 2], v[p, 4 * i + 3] = (
-                        floats_of_bytes(word[i])
-                    )
-                by[p, 0] = read4f(keys + block + 16 * WIDTH + (at & 15) * 4)
-                by[p, 1] = read4f(values + block + 16 * WIDTH + (at & 15) * 4)
+            _read_position(k, v, by, word, keys, values, whole, capacity, at, dim, p)
         for i in static(Q):
-            best = top[i]
-            for p in static(DEEP):
-                at = begin + p * side + who
-                score[p] = dot8(
-                    k[p, 0], k[p, 1], k[p, 2], k[p, 3], k[p, 4], k[p, 5], k[p, 6], k[p, 7],
-                    query[i, 0], query[i, 1], query[i, 2], query[i, 3],
-                    query[i, 4], query[i, 5], query[i, 6], query[i, 7],
-                ) * by[p, 0]  # fmt: skip
-                for s in static(5):
-                    if 1 << s < LANES:
-                        score[p] += across(score[p], 1 << s)
-                if at < low[i] or at >= high[i] or at >= end:
-                    score[p] = np.float32(-3e38)
-                best = most(best, score[p])
-            shrink = power2(top[i] - best)
-            top[i] = best
-            mass[i] *= shrink
-            for d in static(8):
-                acc[i, d] *= shrink
-            for p in static(DEEP):
-                weight = power2(score[p] - best)
-                mass[i] += weight
-                weight *= by[p, 1]
-                (
-                    acc[i, 0], acc[i, 1], acc[i, 2], acc[i, 3],
-                    acc[i, 4], acc[i, 5], acc[i, 6], acc[i, 7],
-                ) = add8(
-                    v[p, 0], v[p, 1], v[p, 2], v[p, 3], v[p, 4], v[p, 5], v[p, 6], v[p, 7], weight,
-                    acc[i, 0], acc[i, 1], acc[i, 2], acc[i, 3],
-                    acc[i, 4], acc[i, 5], acc[i, 6], acc[i, 7],
-                )  # fmt: skip
+            _attend_row(score, acc, top, mass, query, low, high, k, v, by, begin, end, side, who, i)
         begin += DEEP * side
-    # Every group of lanes has seen other positions: all states side by side, then one sum of each.
-    # Column d stands at (d & 7) * PITCH + d // 8: no two lanes meet in a bank, here or below.
+    # Every group of lanes has seen other positions.
     state = cuda.shared.array(Q * SIZE * SIDES, float32)
+    _keep(state, acc, top, mass, who, lane, dim)
+    _join(state, parts, first, rows, whole, side, splits)
+
+
+@inlined
+def _read_position(
+    k: Any, v: Any, by: Any, word: Any, keys: Any, values: Any, whole: Any, capacity: Any,
+    at: Any, dim: Any, p: Any,
+) -> None:  # fmt: skip
+    """What a lane holds of the key and the value at a position, and their scales."""
+    WIDTH = BYTES = registers()
+    if BYTES == 2:
+        here = ((whole * capacity + at) * WIDTH + dim) * 2
+        word[0], word[1], word[2], word[3] = read16(keys + here)
+        for i in static(4):
+            k[p, 2 * i], k[p, 2 * i + 1] = floats_of_halves(word[i])
+        word[0], word[1], word[2], word[3] = read16(values + here)
+        for i in static(4):
+            v[p, 2 * i], v[p, 2 * i + 1] = floats_of_halves(word[i])
+        by[p, 0] = np.float32(1)
+        by[p, 1] = np.float32(1)
+    else:
+        block = (whole * capacity + (at & -16)) * (WIDTH + 4)
+        here = block + (at & 15) * WIDTH + dim
+        word[0], word[1] = read8(keys + here)
+        for i in static(2):
+            k[p, 4 * i], k[p, 4 * i + 1], k[p, 4 * i + 2], k[p, 4 * i + 3] = floats_of_bytes(
+                word[i]
+            )
+        word[0], word[1] = read8(values + here)
+        for i in static(2):
+            v[p, 4 * i], v[p, 4 * i + 1], v[p, 4 * i + 2], v[p, 4 * i + 3] = floats_of_bytes(
+                word[i]
+            )
+        by[p, 0] = read4f(keys + block + 16 * WIDTH + (at & 15) * 4)
+        by[p, 1] = read4f(values + block + 16 * WIDTH + (at & 15) * 4)
+
+
+@inlined
+def _attend_row(
+    score: Any, acc: Any, top: Any, mass: Any, query: Any, low: Any, high: Any, k: Any, v: Any,
+    by: Any, begin: Any, end: Any, side: Any, who: Any, i: Any,
+) -> None:  # fmt: skip
+    """Add the positions read to one row: scores first, then values by their shares."""
+    DEEP = LANES = registers()
+    best = top[i]
+    for p in static(DEEP):
+        at = begin + p * side + who
+        score[p] = dot8(
+            k[p, 0], k[p, 1], k[p, 2], k[p, 3], k[p, 4], k[p, 5], k[p, 6], k[p, 7],
+            query[i, 0], query[i, 1], query[i, 2], query[i, 3],
+            query[i, 4], query[i, 5], query[i, 6], query[i, 7],
+        ) * by[p, 0]  # fmt: skip
+        for s in static(5):
+            if 1 << s < LANES:
+                score[p] += across(score[p], 1 << s)
+        if at < low[i] or at >= high[i] or at >= end:
+            score[p] = np.float32(-3e38)
+        best = most(best, score[p])
+    shrink = power2(top[i] - best)
+    top[i] = best
+    mass[i] *= shrink
+    for d in static(8):
+        acc[i, d] *= shrink
+    for p in static(DEEP):
+        weight = power2(score[p] - best)
+        mass[i] += weight
+        weight *= by[p, 1]
+        (
+            acc[i, 0], acc[i, 1], acc[i, 2], acc[i, 3],
+            acc[i, 4], acc[i, 5], acc[i, 6], acc[i, 7],
+        ) = add8(
+            v[p, 0], v[p, 1], v[p, 2], v[p, 3], v[p, 4], v[p, 5], v[p, 6], v[p, 7], weight,
+            acc[i, 0], acc[i, 1], acc[i, 2], acc[i, 3],
+            acc[i, 4], acc[i, 5], acc[i, 6], acc[i, 7],
+        )  # fmt: skip
+
+
+@inlined
+def _keep(state: Any, acc: Any, top: Any, mass: Any, who: Any, lane: Any, dim: Any) -> None:
+    """All states side by side: column d stands at (d & 7) * PITCH + d // 8, so that no two lanes
+    meet in a bank, neither here nor in `_join`.
+    """
+    Q = LANES = PITCH = SIZE = registers()
     for i in static(Q):
         mine = (who * Q + i) * SIZE
         for d in static(8):
@@ -246,6 +296,14 @@ def _attend(
             state[mine + SIZE - 2] = top[i]
             state[mine + SIZE - 1] = mass[i]
     cuda.syncthreads()
+
+
+@inlined
+def _join(
+    state: Any, parts: Any, first: Any, rows: Any, whole: Any, side: Any, splits: Any,
+) -> None:  # fmt: skip
+    """One state of each row, from those of every group of lanes."""
+    WIDTH = Q = PITCH = SIZE = registers()
     item = np.int64(cuda.threadIdx.x)
     while item < Q * WIDTH:
         i = item // WIDTH
