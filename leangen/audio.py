@@ -19,6 +19,7 @@ WINDOW = 1024
 """Samples per frame of the spectrogram, Hann-windowed: 46 ms at 22,050 Hz."""
 HOP = 256
 BANDS = 80
+LOWEST_HZ, HIGHEST_HZ = 4000, 192_000
 FLOOR = 1e-5
 """Smallest mel magnitude that counts, as in HiFi-GAN's spectrogram: silence is no -inf dB."""
 
@@ -94,8 +95,13 @@ def resample(samples: Array, from_hz: int, to_hz: int) -> Array:
     """Sound at another rate, by a polyphase filter (a Kaiser-windowed sinc): float32.
 
     Each output is a sum over the samples near its time, weighted by the filter's phase there; what
-    lies above half the lower rate is taken out.
+    lies above half the lower rate is taken out. Raises RequestError for a rate that no sound has: a
+    small file would become hours, or the filter fill the memory.
     """
+    if not LOWEST_HZ <= from_hz <= HIGHEST_HZ:
+        raise RequestError(
+            f"the sound has {from_hz} samples a second, expected {LOWEST_HZ} to {HIGHEST_HZ}"
+        )
     samples = np.asarray(samples, np.float32).reshape(-1)
     if from_hz == to_hz or not samples.size:
         return samples

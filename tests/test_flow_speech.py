@@ -93,6 +93,7 @@ def test_speakers(duet):
         ({"phonemes": ""}, "nothing to say"),
         ({"phonemes": " \n "}, "nothing to say"),
         ({"phoneme_ids": []}, "nothing to say"),
+        ({"phonemes": "a" * 3000}, "an utterance has .* at most 4000: split the text"),
         ({"phoneme_ids": [1, 99, 2]}, "id 99 is unknown: expected 0 to 14"),
         ({"phoneme_ids": [1, -3]}, "phoneme_ids hold -3"),
         ({"phoneme_ids": [1, 2.5]}, r"phoneme_ids hold 2\.5"),

@@ -373,6 +373,8 @@ def test_bad_uploads_get_openais_error_shape(http):
         ({"model": "tiny-ears", "temperature": "hot"}, sound, "temperature"),
         ({"model": "tiny-ears", "prompt": "names"}, sound, "prompt is not supported"),
         ({"model": "tiny-ears", "language": "de"}, sound, "de"),
+        ({"model": "tiny-ears"}, audio.wav_bytes(np.zeros(160), 1), "has 1 samples a second"),
+        ({"model": "tiny-ears"}, audio.wav_bytes(np.zeros(160), 2**31 - 1), "2147483647 samples"),
         ({"model": "tiny-ears", "colour": "red"}, sound, "colour is not known here"),
         ({"model": "tiny-ears", "defer": "true"}, sound, "--intensity"),
         ({"model": "tiny-ears", "deadline_s": "0"}, sound, "deadline_s"),

@@ -31,6 +31,10 @@ Array = np.ndarray[Any, Any]
 MAX_FRAMES = 10_000
 """Longest utterance: 2 minutes at 22,050 Hz, for which the decoder needs about 2 GB."""
 
+MAX_IDS = 4_000
+"""Phoneme ids of an utterance, pads included: nearly a minute without a full stop. The encoder pays
+attention to each pair of them, for which these take 0.9 GB and half as many again 2.7."""
+
 CALIBRATION_IPA = (
     "ðə kwˈɪk bɹˈaʊn fˈɑːks dʒˈʌmps ˌoʊvɚ ðə lˈeɪzi dˈɑːɡ.",
     "ʃiː hæd jʊɹ dˈɑːɹk sˈuːt ɪn ɡɹˈiːsi wˈɑːʃ wˈɔːɾɚɹ ˈɔːl jˈɪɹ.",
@@ -185,6 +189,12 @@ def _utterances(request: Request, config: Mapping[str, Any]) -> list[list[int]]:
         utterances = grapheme.to_ids(ipa, id_map)
     if not utterances:
         raise RequestError("there is nothing to say: expected at least one phoneme")
+    longest = max(map(len, utterances))
+    if longest > MAX_IDS:
+        raise RequestError(
+            f"an utterance has {longest} phoneme ids, expected at most {MAX_IDS}: split the text "
+            "into sentences"
+        )
     return utterances
 
 
