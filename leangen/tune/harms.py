@@ -38,7 +38,7 @@ _FORM = 2
 """Of what is kept: raised when rounding changes, so that harms are measured again."""
 _LANGUAGE = (
     *("matmul2", "matmul3-g128", "matmul3", "matmul4-g128", "matmul4"),
-    *("matmul4-g16", "matmul4-asym-g16", "matmul8", "w8", "w16"),
+    *("matmul4-g16", "matmul4-asym-g16", "matmul8", "w16"),
 )
 _EMBEDDING = ("gather4", "gather8", "gather16")
 _FP32_ARITHMETIC = ("w3", "w4-g128", "w4", "w4-asym-g16", "w8", "w16")
