@@ -161,6 +161,15 @@ def stale(path):
     return edit(linear(path), change)
 
 
+def untrue(path, shape=(7, 7, 7), kind=TensorProto.FLOAT):
+    def change(model):
+        model.graph.node[-1].output[0] = "hidden"
+        model.graph.node.append(helper.make_node("Identity", ["hidden"], ["y"], "last"))
+        model.graph.value_info.append(helper.make_tensor_value_info("hidden", kind, shape))
+
+    return edit(linear(path), change)
+
+
 def half(path):
     return linear(path, dtype=np.float16)
 
@@ -187,6 +196,8 @@ CASES = {
     "convtranspose-qdq": (lambda path: static(path, QuantType.QUInt8), EXACT),
     "fp16-on-cpu": (half, 2e-3),
     "stale-value-info": (stale, EXACT),
+    "stale-value-info, of another rank": (untrue, EXACT),
+    "stale-value-info, of another size": (lambda path: untrue(path, ("b", 7)), EXACT),
 }
 
 

@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-from onnx import AttributeProto, NodeProto, TensorProto, numpy_helper
+from onnx import (
+    AttributeProto,
+    ModelProto,
+    NodeProto,
+    TensorProto,
+    TypeProto,
+    numpy_helper,
+    shape_inference,
+)
 
 from leangen.graph_edit import Graph, subgraphs, tensor_names
 from leangen.lint.rules import Hit, Rule, make
@@ -76,6 +84,41 @@ def _stale(graph: Graph) -> Iterator[Hit]:
     unknown = sum(entry.name not in made and not graph.has(entry.name) for entry in entries)
     if unknown:
         yield Hit((), f"{unknown} of {len(entries)} value_info entries name no tensor of the graph")
+    elif untrue := _untrue(graph):
+        more = f" and {len(untrue) - 1} more" if len(untrue) > 1 else ""
+        yield Hit((), f"value_info says of {untrue[0]!r}{more} what it cannot be")
+
+
+def _untrue(graph: Graph) -> list[str]:
+    """Tensors of which a note tells another type, rank or size than follows from their nodes."""
+    noted = {entry.name: entry.type.tensor_type for entry in graph.model.graph.value_info}
+    if not noted:
+        return []
+    model = ModelProto()
+    model.CopyFrom(graph.model)
+    del model.graph.value_info[:]
+    try:
+        inferred = shape_inference.infer_shapes(model, data_prop=True).graph.value_info
+    except shape_inference.InferenceError:
+        return []
+    return [
+        entry.name
+        for entry in inferred
+        if entry.name in noted and not _agree(noted[entry.name], entry.type.tensor_type)
+    ]
+
+
+def _agree(one: TypeProto.Tensor, other: TypeProto.Tensor) -> bool:
+    if one.elem_type != other.elem_type:
+        return False
+    if not (one.HasField("shape") and other.HasField("shape")):
+        return True
+    dims = one.shape.dim, other.shape.dim
+    return len(dims[0]) == len(dims[1]) and all(
+        a.dim_value == b.dim_value
+        for a, b in zip(*dims, strict=True)
+        if a.HasField("dim_value") and b.HasField("dim_value")
+    )
 
 
 def _drop_notes(graph: Graph, hit: Hit) -> None:
