@@ -3,7 +3,8 @@
 `leangen bench|compare|tune --ray` runs the command on every machine, as a task that takes all of
 its processors, so that two measurements never disturb each other; several nodes of one machine take
 turns. What each machine's ledger gained is merged into this one's, chains and all, unless all write
-to one PostgreSQL database (`LEANGEN_LEDGER`). Files that the command writes stay where it ran.
+to one PostgreSQL database (`LEANGEN_LEDGER`). Files that the command writes stay where it ran;
+`{node}` in an argument becomes the node's id, for nodes that share a folder.
 """
 
 from __future__ import annotations
@@ -72,9 +73,8 @@ def on_every_machine(argv: Sequence[str]) -> int:
     found: list[tuple[Mapping[str, Any], Measured]] = []
     waiting = _by_machine(ray.nodes())
     running = dict(_start(ray, nodes.pop(0), command) for nodes in waiting.values())
-    say(
-        f"measuring on {len(running)} machines, on each when nothing else of the cluster runs there"
-    )
+    machines = f"{len(running)} machine{'s' * (len(running) > 1)}"
+    say(f"measuring on {machines}, on each when nothing else of the cluster runs there")
     while running:
         [done], _ = ray.wait(list(running))
         node = running.pop(done)
@@ -88,7 +88,7 @@ def on_every_machine(argv: Sequence[str]) -> int:
         print_json({"machines": [_told(node, measured) for node, measured in found]})
     else:
         for node, measured in found:
-            print(f"\n{node['NodeName']} ({node['NodeID'][:8]})\n{measured.said.rstrip()}")
+            print(f"\n{node['NodeName']} ({_short(node)})\n{measured.said.rstrip()}")
             if measured.code:
                 say(measured.complaints.rstrip())
     return max(measured.code for _, measured in found)
@@ -110,7 +110,12 @@ def _start(ray: Any, node: Mapping[str, Any], command: Sequence[str]) -> tuple[A
         num_cpus=node["Resources"]["CPU"],
         scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
     )
-    return task.remote(list(command)), node
+    return task.remote([part.replace("{node}", _short(node)) for part in command]), node
+
+
+def _short(node: Mapping[str, Any]) -> str:
+    """A node's id as it is shown."""
+    return str(node["NodeID"])[:8]
 
 
 def _measure(command: Sequence[str]) -> Measured:

@@ -77,7 +77,8 @@ def on_every_machine(sub: argparse.ArgumentParser) -> None:
         "--ray",
         dest="on_every_machine",
         action="store_true",
-        help="on every machine of a Ray cluster, one at a time on each (leangen[ray])",
+        help="on every machine of a Ray cluster, one at a time on each (leangen[ray]); {node} in a "
+        "file's name becomes the node's id, for nodes that share a folder",
     )
 
 
