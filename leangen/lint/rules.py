@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from onnx import NodeProto, TensorProto, helper
+from onnx import NodeProto, helper
 
 from leangen.graph_edit import Graph, attributes, tensor_names
 
 MICROSOFT = "com.microsoft"
-QUANTIZED = (TensorProto.INT8, TensorProto.UINT8)
 
 
 @dataclass(frozen=True, slots=True)
