@@ -89,8 +89,8 @@ def joined(texts: Iterable[str]) -> str:
     return f".version {OLDEST_PTX}\n{target[0]}\n{mark}\n\n" + "\n\n".join(bodies) + "\n"
 
 
-def build(folder: Path, cache: Path, say: Callable[[str], None] = lambda line: None) -> list[Path]:
-    """Write the PTX, the list of kernels, and machine code where `ptxas` is; BuildError if not.
+def compiled(cache: Path, say: Callable[[str], None] = lambda line: None) -> str:
+    """The PTX of all kernels; BuildError where it cannot be made.
 
     `cache` keeps each kernel's PTX between builds, by what it is made from.
     """
@@ -109,10 +109,19 @@ def build(folder: Path, cache: Path, say: Callable[[str], None] = lambda line: N
             made += 1
         texts.append(kept.read_text())
     say(f"{len(wanted)} GPU kernels, {made} of them compiled now")
+    return joined(texts)
+
+
+def build(folder: Path, cache: Path, say: Callable[[str], None] = lambda line: None) -> list[Path]:
+    """Write the PTX, the list of kernels, and machine code where `ptxas` is; BuildError if not.
+
+    `cache` is that of `compiled`.
+    """
+    text = compiled(cache, say)
     folder.mkdir(parents=True, exist_ok=True)
     ptx = folder / PTX
-    _write(ptx, joined(texts))
-    names = [f"{name} {kernel.letters} {kernel.threads}\n" for name, kernel in wanted.items()]
+    _write(ptx, text)
+    names = [f"{name} {kernel.letters} {kernel.threads}\n" for name, kernel in kernels().items()]
     _write(folder / NAMES, "".join(names))
     return [ptx, folder / NAMES, *_machine_code(ptx, say)]
 
