@@ -156,7 +156,7 @@ def attention(
         capacity, batch = -(-(past + new) // 16) * 16, 2
         lengths = np.array([past + new, past // 2 + new], np.int32)
         qkv = rng.standard_normal((batch, new, (heads + 2 * kv_heads) * width)).astype(np.float32)
-        angles = rng.uniform(0, 6, (capacity, width // 2))
+        angles = rng.uniform(0, 6, (past + new, width // 2))  # fewer than there are places
         cosines, sines = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
         twin, gains = {}, {}
         if given.pop("normed", False):
@@ -180,13 +180,42 @@ def attention(
         y = arrays["y"] = machine.empty(wanted.size, np.float32)
         arrays["scratch"] = machine.empty(sum(op.scratch(batch, new, splits)), np.uint8)
         at = {name: array.address for name, array in arrays.items()}
-        _launch(machine, op.launches(batch, new, capacity, at, machine.multiprocessors))
+        many = machine.multiprocessors
+        _launch(machine, op.launches(batch, new, capacity, at, many, rotations=past + new))
         for name, expected in (("keys", new_keys), ("values", new_values)):
             found = arrays[name].get().view(held.dtype).reshape(raw[0].shape)
             found = cache_layout.read(held, found, keys=False)
             if problem := _far(found, expected, 1e-3):
                 return f"{name}: {problem}"
         return _far(y.get().reshape(wanted.shape), wanted, 1e-3)
+
+    return case
+
+
+def append_beyond(cache: str, rotations: int) -> Any:
+    """A case: a token whose position has no rotation, or no place, changes no key or value."""
+    from leangen_kernels import cache_layout
+    from leangen_kernels.cuda import launches
+
+    def case(machine: Any, rng: Any) -> str | None:
+        width, capacity = 64, 32
+        op = launches.Attention(1, 1, width, cache)
+        kept = rng.integers(0, 256, capacity * cache_layout.CACHES[cache].columns(width) * 2)
+        arrays = {
+            "qkv": machine.array(rng.standard_normal(3 * width).astype(np.float32)),
+            "last": machine.array(np.array([100], np.int32)),
+            "keys": machine.array(kept.astype(np.uint8)),
+            "values": machine.array(kept.astype(np.uint8)),
+            "cosines": machine.array(np.ones(rotations * width // 2, np.float32)),
+            "sines": machine.array(np.ones(rotations * width // 2, np.float32)),
+            "y": machine.empty(width, np.float32),
+            "scratch": machine.empty(1 << 16, np.uint8),
+        }
+        at = {name: array.address for name, array in arrays.items()}
+        append, *_ = op.launches(1, 1, capacity, at, machine.multiprocessors, rotations)
+        _launch(machine, [append])
+        same = all((arrays[name].get() == kept).all() for name in ("keys", "values"))
+        return None if same else "it was stored"
 
     return case
 
@@ -251,6 +280,8 @@ CASES = {
     "attention window": attention("fp16", 128, 2, 1, 3, 20, window=9),
     "attention int8 128": attention("int8", 128, 4, 2, 1, 130),
     "attention in parts": attention("fp16", 64, 2, 1, 1, 150),
+    "attention beyond the rotations": append_beyond("fp16", 20),
+    "attention beyond the capacity": append_beyond("int8", 200),
     "group norm": group_norm(8, 2, 64, True),
     "group norm, tail": group_norm(3, 3, 20, False),
     "group norm in parts": group_norm(2, 1, 8196, True),

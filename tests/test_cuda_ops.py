@@ -69,7 +69,7 @@ def library(tmp_path_factory):
     for width in (64, 128):
         letters[f"merge_{width}"] = "i" * 6
         for cache in ("fp16", "int8"):
-            letters[f"append_{cache}_{width}"] = "i" * 13 + "ff"
+            letters[f"append_{cache}_{width}"] = "i" * 14 + "ff"
             letters[f"attend_{cache}_{width}"] = "i" * 10
     (folder / "names").write_text("".join(f"{n} {given} 256\n" for n, given in letters.items()))
     return built

@@ -1,15 +1,21 @@
 """The compiled GPU kernels, run as PTX without a card; first, that what runs them can tell."""
 
-import re
+import dataclasses
+import os
+import subprocess
+import sys
 from pathlib import Path
 
+import fake_card
 import numpy as np
 import ptx
 import pytest
 from cuda_cases import CASES
+from leangen_kernels.cuda import driver
 from ptx_card import Card, Fault
 
-ROOT = Path(__file__).parent.parent
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
 
 
 def card(body, parameters=("u64",), shared=0, most=64):
@@ -223,14 +229,21 @@ def test_the_tensor_core_multiplies(shape, kinds, made):
 
 
 @pytest.fixture(scope="module")
-def kernels():
-    """All, compiled: minutes where none is cached."""
+def built(tmp_path_factory):
+    """A folder with the kernels, compiled: minutes where none is cached."""
     pytest.importorskip("numba")
     from leangen_kernels.cuda import build
 
     if reason := build.why_not():
         pytest.skip(reason)
-    return ptx.read(build.compiled(ROOT / "build" / "kernels"))
+    folder = tmp_path_factory.mktemp("card")
+    build.build(folder / "cuda", ROOT / "build" / "kernels", machine_code=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def kernels(built):
+    return ptx.read((built / "cuda" / driver.PTX).read_text())
 
 
 @pytest.fixture(scope="module")
@@ -253,4 +266,36 @@ def test_what_was_compiled_is_its_twin(kernels, counted, case):
 
 @pytest.mark.slow
 def test_every_compiled_kernel_ran(kernels, counted):
-    assert {re.sub("^leangen_", "", name) for name in kernels} == set(counted)
+    assert {name.removeprefix("leangen_") for name in kernels} == set(counted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["linear q4 a16", "linear nf4", "attention fp16", "group norm"])
+def test_a_kernel_without_its_barriers_is_found_out(kernels, case):
+    def without(kernel):
+        code = [
+            dataclasses.replace(one, parts=("mov", "b32"), operands=("%r0", "%r0"))
+            if one.parts[0] == "bar" else one for one in kernel.code
+        ]  # fmt: skip
+        return dataclasses.replace(kernel, code=code)
+
+    one = Card({name: without(kernel) for name, kernel in kernels.items()})
+    with pytest.raises(Fault, match="what nothing has written|no barrier between"):
+        CASES[case](one, np.random.default_rng())
+
+
+@pytest.mark.slow
+def test_a_whole_model_runs_on_them(built):
+    """What `pytest -m gpu` asks of a card, but for its counter of energy."""
+    fake_card.build(built)
+    environment = {
+        **os.environ, "LD_LIBRARY_PATH": str(built), "PTX_STAND_IN": str(built),
+        "FAKE_CUDA_NAMES": str(built / "cuda" / driver.NAMES),
+        "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")]),
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "ptx_stand_in", "-m", "gpu", "-k", "not counter",
+         TESTS / "test_on_card.py"],
+        env=environment, cwd=ROOT, capture_output=True, text=True, timeout=1800,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:]

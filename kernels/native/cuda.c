@@ -9,7 +9,8 @@
  *              Attributes as Linear's.
  * CudaAttention
  *              inputs and attributes as Attention's, caches fp16 or int8 (tiles.py), gains for one
- *              head. Lengths stay in device memory: a position beyond the capacity is dropped. */
+ *              head. Lengths stay in device memory: a position beyond the capacity or the rotations
+ *              is dropped. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <math.h>
@@ -287,10 +288,10 @@ static Status check_attention(const Op *op, const Tensor *in) {
     if (in[i].data && in[i].count != width)
       return fail("CudaAttention: a gain has %lld elements, expected %lld", (long long)in[i].count,
                   (long long)width);
-  for (int i = COSINES; i <= SINES; i++)
-    if (in[i].data && in[i].count < capacity * width / 2)
-      return fail("CudaAttention: rotations for %lld positions, expected at least %lld",
-                  (long long)(in[i].count / (width / 2)), (long long)capacity);
+  if (!in[COSINES].data != !in[SINES].data || in[COSINES].count != in[SINES].count ||
+      in[COSINES].count % (width / 2) || (in[COSINES].data && !in[COSINES].count))
+    return fail("CudaAttention: %lld cosines and %lld sines, expected as many, %lld a position",
+                (long long)in[COSINES].count, (long long)in[SINES].count, (long long)width / 2);
   return NULL;
 }
 
@@ -318,6 +319,8 @@ static Status run_attention(Op *op, void *context, int device, void *stream) {
   int64_t rows = batch * new * op->heads, q;
   TRY(workspace(device, stream, (size_t)(4 * rows * (width + splits * (width + 2))), &q));
   int64_t parts = q + 4 * rows * width;
+  int64_t rotations = in[COSINES].data ? in[COSINES].count / (width / 2) : capacity;
+  int64_t limit = smaller(capacity, rotations);
   double scale = (op->scale != 0 ? op->scale : 1 / sqrt((double)width)) * LOG2_E;
   char name[64];
   const char *cache = op->scaled ? "int8" : "fp16";
@@ -331,9 +334,10 @@ static Status run_attention(Op *op, void *context, int device, void *stream) {
                        address(in[COSINES].data), address(in[SINES].data),
                        address(in[QUERY_GAIN].data), address(in[KEY_GAIN].data), whole(q),
                        address(keys), address(values), whole(new), whole(op->heads),
-                       whole(op->kv_heads), whole(capacity), real(op->epsilon), real(scale)};
+                       whole(op->kv_heads), whole(capacity), whole(limit), real(op->epsilon),
+                       real(scale)};
   int64_t all_heads = op->heads + 2 * op->kv_heads;
-  TRY(launch(op->append, (int64_t[]){all_heads, new, batch}, 32, stream, append, 15));
+  TRY(launch(op->append, (int64_t[]){all_heads, new, batch}, 32, stream, append, 16));
   Argument attend[] = {whole(q), address(in[LENGTHS].data), address(keys), address(values),
                        whole(parts), whole(new), whole(group), whole(op->kv_heads),
                        whole(capacity), whole(op->window)};

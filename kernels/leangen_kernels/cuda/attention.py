@@ -55,9 +55,12 @@ QUERIES = 4
 def _append(
     qkv: Any, last: Any, cosines: Any, sines: Any, query_gain: Any, key_gain: Any,
     q: Any, keys: Any, values: Any, new: Any, heads: Any, kv_heads: Any, capacity: Any,
-    epsilon: Any, scale: Any,
+    limit: Any, epsilon: Any, scale: Any,
 ) -> None:  # fmt: skip
-    """One warp for a head of a token: norm, rotation; queries scaled, keys and values stored."""
+    """One warp for a head of a token: norm, rotation; queries scaled, keys and values stored.
+
+    Positions from `limit` on have no rotation, or no place: nothing is kept of them.
+    """
     WIDTH = BYTES = registers()
     first, second = registers()
     lane = np.int64(cuda.threadIdx.x) & 31
@@ -66,6 +69,7 @@ def _append(
     sequence = np.int64(cuda.blockIdx.z)
     row = sequence * new + token
     position = max(np.int64(to_int(read4(last + sequence * 4))) + 1 - new, 0) + token
+    place = min(position, limit - 1)
     all_heads = heads + 2 * kv_heads
     here = qkv + (row * all_heads + head) * (WIDTH * 4)
     for p in static(WIDTH // 64):
@@ -78,7 +82,7 @@ def _append(
     if turned and gain != 0:
         _normalize(first, second, gain, lane, epsilon)
     if turned and cosines != 0:
-        _rotate(first, second, cosines, sines, position, lane)
+        _rotate(first, second, cosines, sines, place, lane)
     if head < heads:
         group = heads // kv_heads
         shared = head // group
@@ -87,7 +91,7 @@ def _append(
         for p in static(WIDTH // 64):
             write4f(to + (lane + 32 * p) * 4, first[p] * scale)
             write4f(to + (lane + 32 * p + WIDTH // 2) * 4, second[p] * scale)
-    elif position < capacity:
+    elif position < limit:
         to = keys
         shared = head - heads
         if not turned:
@@ -121,11 +125,11 @@ def _normalize(first: Any, second: Any, gain: Any, lane: Any, epsilon: Any) -> N
 
 
 @inlined
-def _rotate(first: Any, second: Any, cosines: Any, sines: Any, position: Any, lane: Any) -> None:
+def _rotate(first: Any, second: Any, cosines: Any, sines: Any, place: Any, lane: Any) -> None:
     """Turn the first half of a head against the second, as far as the position says."""
     WIDTH = registers()
     for p in static(WIDTH // 64):
-        angle = (position * (WIDTH // 2) + lane + 32 * p) * 4
+        angle = (place * (WIDTH // 2) + lane + 32 * p) * 4
         cosine = read4f(cosines + angle)
         sine = read4f(sines + angle)
         turn = first[p] * cosine - second[p] * sine
@@ -369,7 +373,7 @@ def kernels() -> dict[str, Kernel]:
         for cache, size in (("fp16", 2), ("int8", 1)):
             shape = {"WIDTH": width, "BYTES": size}
             make = partial(unrolled, _append, **shape)
-            found[f"append_{cache}_{width}"] = Kernel(make, "i" * 13 + "ff", 32)
+            found[f"append_{cache}_{width}"] = Kernel(make, "i" * 14 + "ff", 32)
             lanes = width // 8
             shape |= {"Q": QUERIES, "DEEP": 2, "LANES": lanes, "SIDES": THREADS // lanes}
             shape |= {"PITCH": lanes + 4, "SIZE": STATES[width]}

@@ -89,8 +89,13 @@ def joined(texts: Iterable[str]) -> str:
     return f".version {OLDEST_PTX}\n{target[0]}\n{mark}\n\n" + "\n\n".join(bodies) + "\n"
 
 
-def compiled(cache: Path, say: Callable[[str], None] = lambda line: None) -> str:
-    """The PTX of all kernels; BuildError where it cannot be made.
+def build(
+    folder: Path,
+    cache: Path,
+    say: Callable[[str], None] = lambda line: None,
+    machine_code: bool = True,
+) -> list[Path]:
+    """Write the PTX, the list of kernels, and machine code where `ptxas` is; BuildError if not.
 
     `cache` keeps each kernel's PTX between builds, by what it is made from.
     """
@@ -109,21 +114,12 @@ def compiled(cache: Path, say: Callable[[str], None] = lambda line: None) -> str
             made += 1
         texts.append(kept.read_text())
     say(f"{len(wanted)} GPU kernels, {made} of them compiled now")
-    return joined(texts)
-
-
-def build(folder: Path, cache: Path, say: Callable[[str], None] = lambda line: None) -> list[Path]:
-    """Write the PTX, the list of kernels, and machine code where `ptxas` is; BuildError if not.
-
-    `cache` is that of `compiled`.
-    """
-    text = compiled(cache, say)
     folder.mkdir(parents=True, exist_ok=True)
     ptx = folder / PTX
-    _write(ptx, text)
-    names = [f"{name} {kernel.letters} {kernel.threads}\n" for name, kernel in kernels().items()]
+    _write(ptx, joined(texts))
+    names = [f"{name} {kernel.letters} {kernel.threads}\n" for name, kernel in wanted.items()]
     _write(folder / NAMES, "".join(names))
-    return [ptx, folder / NAMES, *_machine_code(ptx, say)]
+    return [ptx, folder / NAMES, *(_machine_code(ptx, say) if machine_code else [])]
 
 
 def _write(path: Path, text: str) -> None:

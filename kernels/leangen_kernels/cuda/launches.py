@@ -151,12 +151,13 @@ class Attention:
         return rows * self.width * 4, rows * splits * (self.width + 2) * 4
 
     def launches(
-        self, batch: int, new: int, capacity: int, at: Mapping[str, int], multiprocessors: int
-    ) -> tuple[Launch, Launch, Launch]:
+        self, batch: int, new: int, capacity: int, at: Mapping[str, int], multiprocessors: int,
+        rotations: int | None = None,
+    ) -> tuple[Launch, Launch, Launch]:  # fmt: skip
         """Append, attend, merge.
 
         `at` holds addresses: qkv, last, keys, values, y, scratch, and, where there are any,
-        cosines, sines, query_gain, key_gain.
+        cosines, sines, query_gain, key_gain. rotations: for how many positions, else the capacity.
         """
         group = self.heads // self.kv_heads
         splits = self.splits(batch, new, capacity, multiprocessors)
@@ -170,7 +171,8 @@ class Attention:
                 f"append_{of_cache}", (self.heads + 2 * self.kv_heads, new, batch), 32,
                 (at["qkv"], at["last"], at.get("cosines", 0), at.get("sines", 0),
                  at.get("query_gain", 0), at.get("key_gain", 0), q, at["keys"], at["values"], new,
-                 self.heads, self.kv_heads, capacity, self.epsilon, scale),
+                 self.heads, self.kv_heads, capacity, min(capacity, rotations or capacity),
+                 self.epsilon, scale),
             ),
             Launch(
                 f"attend_{of_cache}", (splits, -(-new * group // QUERIES), whole), 128,
