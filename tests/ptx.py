@@ -287,6 +287,12 @@ def _bit_field(instruction: Instruction, value: Array, at: Array, count: Array) 
     return cut.astype(instruction.kind)
 
 
+def _insert(instruction: Instruction, field: Array, into: Array, at: Array, count: Array) -> Array:
+    mask = (np.uint64(1) << count.astype(np.uint64)) - np.uint64(1)
+    mask, placed = mask << at.astype(np.uint64), field.astype(np.uint64) << at.astype(np.uint64)
+    return (into & ~mask | placed & mask).astype(into.dtype)
+
+
 def _permute(instruction: Instruction, a: Array, b: Array, selector: Array) -> Array:
     given = np.stack([a, b], 1).view(np.uint8)  # bytes 0..7
     made = np.empty((len(a), 4), np.uint8)
@@ -319,7 +325,8 @@ COMPUTED: dict[str, Callable[..., Any]] = {
     "min": _plain(np.fmin), "max": _plain(np.fmax), "and": _plain(np.bitwise_and),
     "or": _plain(np.bitwise_or), "xor": _plain(np.bitwise_xor), "shl": _shift(np.left_shift),
     "shr": _shift(np.right_shift), "setp": _compare, "cvt": _convert, "bfe": _bit_field,
-    "prmt": _permute, "lop3": _logic, "copysign": _plain(lambda a, b: np.copysign(b, a)),
+    "bfi": _insert, "prmt": _permute, "lop3": _logic,
+    "copysign": _plain(lambda a, b: np.copysign(b, a)),
     "selp": _plain(lambda a, b, chosen: np.where(chosen, a, b)), "ex2": _plain(np.exp2),
     "rcp": _plain(lambda a: np.float32(1) / a), "sqrt": _plain(np.sqrt),
 }  # fmt: skip
@@ -335,6 +342,8 @@ def operand_kinds(instruction: Instruction) -> list[np.dtype[Any]]:
         return [kind, DTYPES["u32"]]
     if name == "bfe":
         return [kind, DTYPES["u32"], DTYPES["u32"]]
+    if name == "bfi":
+        return [kind, kind, DTYPES["u32"], DTYPES["u32"]]
     return [kind] * count
 
 

@@ -3,7 +3,7 @@
 Leangen's own code, the operators in C and ONNX Runtime are what a user of a card has, but for what
 only CUDA's ONNX Runtime brings: its other operators and memory are the CPU provider's. The driver
 is `fake_cuda.c`, whose launches `ptx_card` runs. Wants LD_LIBRARY_PATH and PTX_STAND_IN to be the
-folder that `fake_card.build` filled, with the kernels in `cuda`.
+folder that `fake_card` filled, with the kernels in `cuda`.
 """
 
 import ctypes

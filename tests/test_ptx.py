@@ -59,6 +59,7 @@ def words(body, threads=32, **more):
         ("mov.f32 %f1, 0f40200000; cvt.rni.s32.f32 %r1, %f1;", 2),  # 2.5, to even
         ("mov.f32 %f1, 0f7f800000; cvt.rni.s32.f32 %r1, %f1;", 0x7FFFFFFF),
         ("mov.u32 %r2, 0x80; bfe.s32 %r1, %r2, 0, 8;", 0xFFFFFF80),
+        ("mov.u32 %r2, 0x1f; mov.u32 %r3, 0xffff0000; bfi.b32 %r1, %r2, %r3, 12, 8;", 0xFFF1F000),
         ("mov.u32 %r2, 0xabcd00; bfe.u32 %r1, %r2, 8, 8;", 0xCD),
         ("mov.b32 %r2, 0x33221100; mov.b32 %r3, 0x77665544; prmt.b32 %r1, %r2, %r3, 0x7250;",
          0x77225500),
@@ -287,7 +288,8 @@ def test_a_kernel_without_its_barriers_is_found_out(kernels, case):
 @pytest.mark.slow
 def test_a_whole_model_runs_on_them(built):
     """What `pytest -m gpu` asks of a card, but for its counter of energy."""
-    fake_card.build(built)
+    fake_card.driver(built)
+    fake_card.operators(built)
     environment = {
         **os.environ, "LD_LIBRARY_PATH": str(built), "PTX_STAND_IN": str(built),
         "FAKE_CUDA_NAMES": str(built / "cuda" / driver.NAMES),

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from numba import cuda, float32
+from numba import cuda, float32, uint32
 
 from leangen_kernels.cuda.instructions import (
     Kernel,
@@ -167,8 +167,8 @@ def _attend(
 
     `parts` gets, of every row and split, the values summed so far, the top score and the mass.
     """
-    WIDTH = Q = DEEP = LANES = SIDES = SIZE = registers()
-    query, acc, score, low, high, top, mass, v, k, word, by = registers()
+    WIDTH = BYTES = Q = DEEP = LANES = SIDES = SIZE = registers()
+    query, acc, score, low, high, top, mass, v, k, word, numbers, by = registers()
     lane = np.int64(cuda.threadIdx.x) & 31
     warp = np.int64(cuda.threadIdx.x) >> 5
     side = (np.int64(cuda.blockDim.x) >> 5) * (32 // LANES)
@@ -199,10 +199,20 @@ def _attend(
     share = (end - begin + splits - 1) // splits
     begin += np.int64(cuda.blockIdx.x) * share
     end = min(end, begin + share)
+    for p in static(DEEP):
+        for i in static(BYTES * 4):
+            word[p, i] = uint32(0)
+        numbers[p, 0] = np.float32(1)
+        numbers[p, 1] = np.float32(1)
+        if begin < end:
+            at = min(begin + p * side + who, end - 1)
+            _ask(word, numbers, keys, values, whole, capacity, at, dim, p)
     while begin < end:
         for p in static(DEEP):
-            at = min(begin + p * side + who, end - 1)
-            _read_position(k, v, by, word, keys, values, whole, capacity, at, dim, p)
+            _unpack(k, v, by, word, numbers, p)
+            if begin + DEEP * side < end:  # the next ones come while these are computed
+                at = min(begin + (DEEP + p) * side + who, end - 1)
+                _ask(word, numbers, keys, values, whole, capacity, at, dim, p)
         for i in static(Q):
             _attend_row(score, acc, top, mass, query, low, high, k, v, by, begin, end, side, who, i)
         begin += DEEP * side
@@ -213,37 +223,43 @@ def _attend(
 
 
 @inlined
-def _read_position(
-    k: Any, v: Any, by: Any, word: Any, keys: Any, values: Any, whole: Any, capacity: Any,
-    at: Any, dim: Any, p: Any,
+def _ask(
+    word: Any, numbers: Any, keys: Any, values: Any, whole: Any, capacity: Any, at: Any, dim: Any,
+    p: Any,
 ) -> None:  # fmt: skip
-    """What a lane holds of the key and the value at a position, and their scales."""
+    """Load what a lane holds of the key and the value at a position, and their scales."""
     WIDTH = BYTES = registers()
     if BYTES == 2:
         here = ((whole * capacity + at) * WIDTH + dim) * 2
-        word[0], word[1], word[2], word[3] = read16(keys + here)
-        for i in static(4):
-            k[p, 2 * i], k[p, 2 * i + 1] = floats_of_halves(word[i])
-        word[0], word[1], word[2], word[3] = read16(values + here)
-        for i in static(4):
-            v[p, 2 * i], v[p, 2 * i + 1] = floats_of_halves(word[i])
-        by[p, 0] = np.float32(1)
-        by[p, 1] = np.float32(1)
+        word[p, 0], word[p, 1], word[p, 2], word[p, 3] = read16(keys + here)
+        word[p, 4], word[p, 5], word[p, 6], word[p, 7] = read16(values + here)
     else:
         block = (whole * capacity + (at & -16)) * (WIDTH + 4)
         here = block + (at & 15) * WIDTH + dim
-        word[0], word[1] = read8(keys + here)
+        word[p, 0], word[p, 1] = read8(keys + here)
+        word[p, 2], word[p, 3] = read8(values + here)
+        numbers[p, 0] = read4f(keys + block + 16 * WIDTH + (at & 15) * 4)
+        numbers[p, 1] = read4f(values + block + 16 * WIDTH + (at & 15) * 4)
+
+
+@inlined
+def _unpack(k: Any, v: Any, by: Any, word: Any, numbers: Any, p: Any) -> None:
+    """The same as floats."""
+    BYTES = registers()
+    by[p, 0] = numbers[p, 0]
+    by[p, 1] = numbers[p, 1]
+    if BYTES == 2:
+        for i in static(4):
+            k[p, 2 * i], k[p, 2 * i + 1] = floats_of_halves(word[p, i])
+            v[p, 2 * i], v[p, 2 * i + 1] = floats_of_halves(word[p, 4 + i])
+    else:
         for i in static(2):
             k[p, 4 * i], k[p, 4 * i + 1], k[p, 4 * i + 2], k[p, 4 * i + 3] = floats_of_bytes(
-                word[i]
+                word[p, i]
             )
-        word[0], word[1] = read8(values + here)
-        for i in static(2):
             v[p, 4 * i], v[p, 4 * i + 1], v[p, 4 * i + 2], v[p, 4 * i + 3] = floats_of_bytes(
-                word[i]
+                word[p, 2 + i]
             )
-        by[p, 0] = read4f(keys + block + 16 * WIDTH + (at & 15) * 4)
-        by[p, 1] = read4f(values + block + 16 * WIDTH + (at & 15) * 4)
 
 
 @inlined
@@ -378,7 +394,7 @@ def kernels() -> dict[str, Kernel]:
             shape |= {"Q": QUERIES, "DEEP": 2, "LANES": lanes, "SIDES": THREADS // lanes}
             shape |= {"PITCH": lanes + 4, "SIZE": STATES[width]}
             make = partial(unrolled, _attend, **shape)
-            found[f"attend_{cache}_{width}"] = Kernel(make, "i" * 10, THREADS)
+            found[f"attend_{cache}_{width}"] = Kernel(make, "i" * 10, THREADS, blocks=3)
         make = partial(unrolled, _merge, WIDTH=width)
         found[f"merge_{width}"] = Kernel(make, "i" * 6, width)
     return found

@@ -49,7 +49,7 @@ class Linear:
     @property
     def kind(self) -> str:
         """What the kernels for these weights are called."""
-        return "table" if self.form.table else self.form.kernel
+        return "table" if self.form.table else self.form.name
 
     @property
     def outputs(self) -> int:
@@ -86,12 +86,13 @@ class Linear:
         across = -(-tokens // (8 * eights))
         along = -(-self.n // ROWS)
         shift = row_shift(along, row_tiles, warps, across, multiprocessors)
+        parts = warps >> shift
         product = Launch(
             f"linear_{self.kind}_{'a16' if self.half else 'a8'}_{row_tiles}x{eights}",
             (-(-along // (row_tiles << shift)), across, 1), 32 * warps,
             (rows, scales, sums, at["weights"], at.get("table", 0), at["y"], at.get("bias", 0),
-             at.get("residual", 0), tokens, self.n, units, shift, int(self.form.wide),
-             int(self.gated), CURVES.index(self.curve)),
+             at.get("residual", 0), tokens, self.n, units, shift, parts,
+             parts * tiles.unit_bytes(self.form), int(self.gated), CURVES.index(self.curve)),
         )  # fmt: skip
         return ready, product
 
@@ -99,8 +100,7 @@ class Linear:
         """All weights as halves [n, units * 128]."""
         units = tiles.units(self.k)
         grid = (-(-units // 8), -(-self.n // ROWS), 1)
-        arguments = (weights, table, y, self.n, units, int(self.form.wide))
-        return Launch(f"dequantize_{self.kind}", grid, 256, arguments)
+        return Launch(f"dequantize_{self.kind}", grid, 256, (weights, table, y, self.n, units))
 
 
 def row_threads(k: int) -> int:
@@ -110,9 +110,9 @@ def row_threads(k: int) -> int:
 
 def shape(tokens: int, gated: bool) -> tuple[int, int, int]:
     """Tiles of rows and eights of tokens of a warp, and warps of a block."""
-    if tokens > 16:
-        return 2, 4, 4
-    return (2, 2, 4) if tokens > 8 or gated else (1, 1, 8)
+    if tokens > 8:
+        return (2, 2, 4) if tokens <= 16 else (2, 4, 4)
+    return (2, 1, 4) if gated else (1, 1, 8)  # a gate and its row are of one warp
 
 
 def row_shift(along: int, row_tiles: int, warps: int, across: int, multiprocessors: int) -> int:
