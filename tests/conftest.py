@@ -2,10 +2,33 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import postgres_server
 import pytest
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """Imports make nothing but what stays: looking for garbage among it took a quarter of them."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def frozen():
+    """What a module imported is not looked at in every later search for garbage, ours or Python's.
+
+    With torch and transformers loaded there are a million objects: a second of each search.
+    """
+    yield
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_report_header():
