@@ -48,6 +48,6 @@ def names_only(folder: Path) -> None:
     from leangen_kernels.cuda import build
 
     folder.mkdir()
-    (folder / build.PTX).write_text("// nothing\n")
+    (folder / build.PTX.format(90)).write_text("// nothing\n")
     lines = [f"{n} {kernel.letters} {kernel.threads}\n" for n, kernel in build.kernels().items()]
     (folder / build.NAMES).write_text("".join(lines))

@@ -12,6 +12,15 @@ typedef struct {
   char name[96], letters[32];
 } Function;
 
+typedef struct {
+  int id, pad, value[16];
+} Attribute;
+typedef struct {
+  unsigned grid[3], block[3], shared;
+  void *stream;
+  Attribute *attributes;
+  unsigned count;
+} Config;
 typedef int (*Run)(const char *name, const unsigned *grid, unsigned threads, void **arguments);
 
 static size_t allocated;
@@ -32,6 +41,8 @@ static void note(const char *line) {
   fclose(log);
 }
 
+static int capability(void) { return atoi(setting("FAKE_CUDA_MAJOR", "9")); }
+
 int cuInit(unsigned flags) { return (void)flags, atoi(setting("FAKE_CUDA_INIT", "0")); }
 int cuGetErrorString(int error, const char **text) {
   return *text = error == 2 ? "out of memory" : "something is wrong", 0;
@@ -44,7 +55,7 @@ int cuDeviceGetName(char *name, int size, int device) {
 int cuDeviceTotalMem_v2(size_t *bytes, int device) { return (void)device, *bytes = 1u << 30, 0; }
 int cuDeviceGetAttribute(int *value, int which, int device) {
   (void)device;
-  *value = which == 75 ? 9 : which == 76 ? 0 : which == 16 ? 132 : 1 << 16;
+  *value = which == 75 ? capability() : which == 76 ? 0 : which == 16 ? 132 : 1 << 16;
   return 0;
 }
 int cuDevicePrimaryCtxRetain(void **context, int device) {
@@ -108,19 +119,20 @@ int cuEventElapsedTime(float *milliseconds, void *first, void *last) {
   return (void)first, (void)last, *milliseconds = 30, 0;
 }
 int cuEventDestroy_v2(void *event) { return (void)event, 0; }
-int cuLaunchKernel(Function *function, unsigned x, unsigned y, unsigned z, unsigned threads,
-                   unsigned threads_y, unsigned threads_z, unsigned shared, void *stream,
-                   void **arguments, void **extra) {
+int cuLaunchKernelEx(const Config *config, Function *function, void **arguments, void **extra) {
+  const unsigned *grid = config->grid, *block = config->block;
   void **given = arguments;
   char line[1024];
-  int at = snprintf(line, sizeof line, "%s %u %u %u %u %d", function->name, x, y, z, threads,
-                    stream != NULL);
+  int at = snprintf(line, sizeof line, "%s %u %u %u %u %d", function->name, grid[0], grid[1],
+                    grid[2], block[0], config->stream != NULL);
   for (const char *letter = function->letters; *letter; letter++, arguments++)
     at += *letter == 'f' ? snprintf(line + at, sizeof line - (size_t)at, " %.6g",
                                     (double)*(float *)*arguments)
                          : snprintf(line + at, sizeof line - (size_t)at, " %lld",
                                     (long long)*(int64_t *)*arguments);
   note(line);
-  if (threads_y != 1 || threads_z != 1 || shared || extra) return 1;
-  return run ? run(function->name, (unsigned[]){x, y, z}, threads, given) : 0;
+  if (block[1] != 1 || block[2] != 1 || config->shared || extra) return 1;
+  int overlaps = config->count == 1 && config->attributes->id == 6 && config->attributes->value[0];
+  if (overlaps != (capability() >= 9) || config->count > 1) return 1;
+  return run ? run(function->name, grid, block[0], given) : 0;
 }

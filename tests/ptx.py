@@ -90,7 +90,7 @@ _REGISTER = re.compile(r"\.reg\s+\.(\w+)\s+([^;]+)")
 
 def read(text: str) -> dict[str, Kernel]:
     """The entries of a PTX file by name. Raises Unknown on a statement that it cannot read."""
-    text = re.sub(r"//[^\n]*", "", text)
+    text = re.sub(r"//[^\n]*|/\*.*?\*/", "", text, flags=re.DOTALL)
     shared = {name: (int(align), int(size)) for align, name, size in _SHARED.findall(text)}
     kernels = {}
     for found in _ENTRY.finditer(text):

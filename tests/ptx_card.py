@@ -7,6 +7,9 @@ that are no multiple of their size, two threads at one place without a barrier b
 do not come to where all must, and reads past the caches (`ld.global.nc`) of what the same launch
 writes. Beside that it counts what decides the speed: sectors of 32 bytes, shared memory's banks.
 
+Where launches may overlap (`griddepcontrol`) it also watches that a kernel, before it has awaited
+those ahead of it, writes nothing and reads nothing that any launch has written.
+
 Float results are those of the ISA but for the last bit: ex2 is exact, a fused multiply-add rounds
 twice. Order among threads that nothing orders is that of their numbers; a race is found by who
 touched what, not by luck.
@@ -28,6 +31,7 @@ WARP = 32
 BANKS = 32
 SECTOR_BYTES = 32
 MOST_SHARED_BYTES = 48 << 10
+_AWAIT = ("griddepcontrol", "wait")
 _NOBODY, _MANY = -1, -2
 _THREADS = 4096
 """That run at a time: NumPy does many as fast as few."""
@@ -83,14 +87,20 @@ class Memory:
     def __init__(self, data: Array, written: bool) -> None:
         self.data = data
         self._known = np.full(data.size, written)
+        self._of_kernels = np.zeros(data.size, bool)
         self.forget()
 
     def forget(self) -> None:
         """A launch begins: all that came before is done."""
         self._reads, self._writes = _Touches(self.data.size), _Touches(self.data.size)
 
-    def load(self, at: Array, by: tuple[Array, Array, Array], constant: bool) -> Array:
-        """The bytes at [threads, size]; nothing may write `constant` ones. Raises Fault."""
+    def load(self, at: Array, by: tuple[Array, Array, Array], constant: bool, early: bool) -> Array:
+        """The bytes at [threads, size]; nothing may write `constant` ones. Raises Fault.
+
+        early: launches ahead may still run.
+        """
+        if early and self._of_kernels[at].any():
+            raise Fault("reads what a launch ahead of it may not have written yet")
         if not self._known[at].all():
             raise Fault("reads what nothing has written")
         if constant and (self._writes.block[at] != _NOBODY).any():
@@ -110,7 +120,7 @@ class Memory:
         if self._writes.add(at, by):
             raise Fault("two threads write one place")
         self.data[at] = values
-        self._known[at] = True
+        self._known[at] = self._of_kernels[at] = True
 
 
 class Card:
@@ -207,6 +217,8 @@ class _Blocks:
         self._special = {"%tid.x": numbers % threads, "%ntid.x": np.full(self._count, threads)}
         for axis, at in zip("xyz", places.T, strict=True):
             self._special[f"%ctaid.{axis}"] = np.repeat(at, threads)
+        self._awaits = any(one.parts == _AWAIT for one in kernel.code)
+        self._awaited = np.zeros(self._count, bool)
         self._shared = Memory(np.zeros(kernel.shared_bytes * len(places), np.uint8), written=False)
         self._registers = _anything(kernel.registers, self._count)
 
@@ -263,6 +275,8 @@ class _Blocks:
                 self._branch(instruction, active, at)
                 return
             if name == "ret":
+                if self._awaits and not self._awaited[active].all():
+                    raise Fault(f"{self._kernel.name}: a thread returns and has awaited nothing")
                 self._at[active] = len(self._kernel.code)
                 return
             if name in ("bar", "shfl", "mma"):
@@ -304,7 +318,9 @@ class _Blocks:
     def _one(self, instruction: ptx.Instruction, lanes: Array) -> None:
         name = instruction.parts[0]
         try:
-            if name == "ld" and instruction.parts[1] == "param":
+            if name == "griddepcontrol":
+                self._awaited[lanes] |= instruction.parts == _AWAIT
+            elif name == "ld" and instruction.parts[1] == "param":
                 target, source = instruction.operands
                 self._write(target, lanes, self._arguments[source.base])
             elif name in ("ld", "st"):
@@ -383,11 +399,14 @@ class _Blocks:
             every = at[:, None] + np.arange(size)
             some = lanes[those]
             by = (me[those, None], self._block[some, None], self._epoch[some, None])
+            early = not shared and self._awaits and not self._awaited[some].all()
             if loads:
-                values = memory.load(every, by, constant="nc" in parts).view(kind)
+                values = memory.load(every, by, constant="nc" in parts, early=early).view(kind)
                 for number, register in enumerate(registers):
                     self._write(register, some, np.ascontiguousarray(values[:, number]))
             else:
+                if early:
+                    raise Fault("writes before the launches ahead of it are complete")
                 columns = [self._stored(register, some, kind) for register in registers]
                 memory.store(every, by, np.stack(columns, 1).view(np.uint8))
 

@@ -35,7 +35,7 @@ class Everywhere:
         # What ONNX Runtime allocates is known to nobody else; nothing is read but what is asked.
         self.data = np.frombuffer((ctypes.c_uint8 * (1 << 47)).from_address(_LOWEST), np.uint8)
 
-    def load(self, at, by, constant):
+    def load(self, at, by, constant, early):
         return self.data[at]
 
     def store(self, at, by, values):
@@ -87,7 +87,7 @@ class OnCpu(devices.Device):
 
 def pytest_configure(config):
     """Puts the card in; for the whole process."""
-    run = config.stash_run = _runs(ptx.read((FOLDER / "cuda" / driver.PTX).read_text()))
+    run = config.stash_run = _runs(ptx.read((FOLDER / "cuda" / driver.PTX.format(90)).read_text()))
     ctypes.CDLL(driver.LIBRARY).fake_cuda_runs(run)
     driver.Card.__init__.__defaults__ = (0, FOLDER / "cuda")
     choose, find, on_card = devices.choose, lowering.find, key_values.OnCard

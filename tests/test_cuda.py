@@ -97,13 +97,13 @@ def test_kernels_compile_without_spills(tmp_path):
     if reason := build.why_not():
         pytest.skip(reason)
     files = build.build(tmp_path, TESTS.parent / "build" / "kernels")
-    assert files[0].name == build.PTX
     listed = (tmp_path / build.NAMES).read_text().split("\n")[:-1]
     entries = re.findall(r"\.visible \.entry leangen_(\w+)\(", files[0].read_text())
     assert [line.split()[0] for line in listed] == entries
     if shutil.which("ptxas") is None:
         pytest.skip("no ptxas on the PATH, which counts registers")
     for architecture in build.ARCHITECTURES:
-        report = build.assemble(files[0], architecture, tmp_path / "out.cubin")
+        text = files[0 if architecture < 90 else 1]
+        report = build.assemble(text, architecture, tmp_path / "out.cubin")
         spilled = [name for name in build.spills(report) if not name.endswith("_2x4")]
         assert not spilled, architecture  # 2x4, for many tokens, is short of registers on sm_80

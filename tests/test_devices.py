@@ -350,6 +350,6 @@ def test_a_graph_that_a_card_cannot_take_stays_whole(tmp_path, monkeypatch):
     bundle = tiny_bundles.language(tmp_path / "other")
     found, why = lowering.find(bundle, "model", device="cuda")
     assert found is None and "for a card were not built" in why
-    (library.parent / "cuda" / driver.PTX).write_text("")
+    (library.parent / "cuda" / driver.NAMES).write_text("")
     found, why = lowering.find(bundle, "model", device="cuda")
     assert found is None and "fit no node of it" in why

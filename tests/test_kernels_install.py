@@ -217,7 +217,7 @@ def test_a_wheel_with_the_kernels_for_cards(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         listed = archive.read("leangen_kernels/cuda/leangen_cuda.txt").decode().splitlines()
-        ptx = archive.read("leangen_kernels/cuda/leangen_cuda.ptx").decode()
+        ptx = archive.read("leangen_kernels/cuda/leangen_cuda.sm_80.ptx").decode()
     assert ptx.count(".visible .entry leangen_") == len(listed) > 30
 
 

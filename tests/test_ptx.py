@@ -18,8 +18,8 @@ TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 
 
-def card(body, parameters=("u64",), shared=0, most=64):
-    """A card with one kernel, `k`, of this body; parameters are p0, p1 ..."""
+def kernel(body, parameters=("u64",), shared=0, most=64):
+    """A kernel `k` of this body; parameters are p0, p1 ..."""
     listed = ", ".join(f".param .{kind} p{at}" for at, kind in enumerate(parameters))
     head = f".visible .shared .align 16 .b8 s[{shared}];\n" if shared else ""
     text = f"""{head}.visible .entry leangen_k({listed})
@@ -33,7 +33,12 @@ def card(body, parameters=("u64",), shared=0, most=64):
         {body}
         ret;
     }}"""
-    return Card(ptx.read(text))
+    return ptx.read(text)
+
+
+def card(body, **more):
+    """A card with one kernel, `k`."""
+    return Card(kernel(body, **more))
 
 
 def words(body, threads=32, **more):
@@ -153,6 +158,27 @@ def test_blocks_have_no_order():
 
 
 @pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ("ld.global.u32 %r1, [%d1]; griddepcontrol.wait;", "may not have written yet"),
+        ("st.global.u32 [%d1], %r0; griddepcontrol.wait;", "writes before the launches ahead"),
+        ("setp.eq.u32 %p0, %r0, 5; @%p0 bra $out; griddepcontrol.wait; $out:", "awaited nothing"),
+        ("griddepcontrol.launch_dependents; griddepcontrol.wait; ld.global.u32 %r1, [%d1];", None),
+    ],
+)
+def test_launches_that_overlap_are_awaited(body, says):
+    first = kernel("st.global.u32 [%d1], %r0;")
+    one = Card({**first, "leangen_next": kernel(body)["leangen_k"]})
+    y = one.empty(32, np.uint32)
+    one.launch("k", (1, 1, 1), 32, y.address)
+    if says is None:
+        one.launch("next", (1, 1, 1), 32, y.address)
+        return
+    with pytest.raises(Fault, match=says):
+        one.launch("next", (1, 1, 1), 32, y.address)
+
+
+@pytest.mark.parametrize(
     ("threads", "arguments", "says"),
     [(96, 1, "96 threads .* 64 and"), (32, 2, "2 arguments for 1")],
 )
@@ -244,7 +270,8 @@ def built(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def kernels(built):
-    return ptx.read((built / "cuda" / driver.PTX).read_text())
+    """For 9.0 and newer: what 8.0 has, and launches that overlap."""
+    return ptx.read((built / "cuda" / driver.PTX.format(90)).read_text())
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 /* CudaLinear and CudaAttention: what Linear and Attention compute, on ONNX Runtime's CUDA provider.
  *
- * Kernels come from leangen_cuda.*.cubin or leangen_cuda.ptx beside this library and run on ORT's
+ * Kernels come from leangen_cuda.*.cubin or leangen_cuda.*.ptx beside this library and run on ORT's
  * own stream, on device pointers as ORT hands them over: no copies, nothing waits for the host, so
  * a run can be captured in a CUDA graph. The driver is opened when the first of these operators
  * runs; without one, all else in this library works. `launches.py` says the same in Python.
@@ -30,14 +30,25 @@ enum { CAPABILITY_MAJOR = 75, MULTIPROCESSORS = 16 }; /* CUdevice_attribute */
 enum { DEVICES = 16, STREAMS = 64, MOST_COLUMNS = 16384, QUERIES = 4, UNIT = 128, TILE = 16 };
 static const double LOG2_E = 1.4426950408889634;
 
+/* CUlaunchConfig, with one CUlaunchAttribute. */
+typedef struct {
+  int id, pad, value[16];
+} Attribute;
+typedef struct {
+  unsigned grid[3], block[3], shared;
+  void *stream;
+  Attribute *attributes;
+  unsigned count;
+} Config;
+enum { MAY_OVERLAP = 6, OVERLAPPING = 9 }; /* an attribute; from which capability on, as driver.py */
+
 static struct {
   int (*init)(unsigned);
   int (*get_device)(int *);
   int (*attribute)(int *, int, int);
   int (*load)(void **, const void *);
   int (*function)(void **, void *, const char *);
-  int (*launch)(void *, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned,
-                void *, void **, void **);
+  int (*launch)(const Config *, void *, void **, void **);
   int (*allocate)(void **, size_t);
   int (*release)(void *);
   int (*copy)(void *, const void *, size_t, void *);
@@ -48,6 +59,7 @@ static struct {
 static struct {
   void *module;
   int64_t multiprocessors;
+  int overlaps;
 } devices[DEVICES];
 
 /* One workspace for each stream: what runs there runs in order. */
@@ -75,7 +87,7 @@ static Status open_driver(void) {
   } wanted[] = {
       {"cuInit", &cuda.init}, {"cuCtxGetDevice", &cuda.get_device},
       {"cuDeviceGetAttribute", &cuda.attribute}, {"cuModuleLoadData", &cuda.load},
-      {"cuModuleGetFunction", &cuda.function}, {"cuLaunchKernel", &cuda.launch},
+      {"cuModuleGetFunction", &cuda.function}, {"cuLaunchKernelEx", &cuda.launch},
       {"cuMemAlloc_v2", &cuda.allocate}, {"cuMemFree_v2", &cuda.release},
       {"cuMemcpyDtoDAsync_v2", &cuda.copy}, {"cuStreamSynchronize", &cuda.wait},
       {"cuGetErrorString", &cuda.error},
@@ -104,7 +116,8 @@ static Status load_module(int device) {
   snprintf(path, sizeof path, "%.*scuda/leangen_cuda.sm_%d0.cubin", folder, info.dli_fname, major);
   FILE *file = fopen(path, "rb");
   if (!file) {
-    snprintf(path, sizeof path, "%.*scuda/leangen_cuda.ptx", folder, info.dli_fname);
+    snprintf(path, sizeof path, "%.*scuda/leangen_cuda.sm_%d.ptx", folder, info.dli_fname,
+             major < OVERLAPPING ? 80 : 90);
     file = fopen(path, "rb");
   }
   if (!file) return fail("CUDA: there is no %s: the GPU kernels were not built", path);
@@ -119,6 +132,7 @@ static Status load_module(int device) {
   /* The fake of the tests keeps it; the driver has copied it. A few MB, once for each device. */
   if (status) free(image);
   devices[device].multiprocessors = processors;
+  devices[device].overlaps = major >= OVERLAPPING;
   return status;
 }
 
@@ -172,13 +186,17 @@ typedef union {
   float f;
 } Argument;
 
-static Status launch(void *function, const int64_t grid[3], int64_t threads, void *stream,
-                     Argument *arguments, size_t count) {
+static Status launch(int device, void *function, const int64_t grid[3], int64_t threads,
+                     void *stream, Argument *arguments, size_t count) {
   void *pointers[16];
   for (size_t i = 0; i < count; i++) pointers[i] = &arguments[i];
-  return checked(cuda.launch(function, (unsigned)grid[0], (unsigned)grid[1], (unsigned)grid[2],
-                             (unsigned)threads, 1, 1, 0, stream, pointers, NULL),
-                 "a launch");
+  Attribute overlaps = {.id = MAY_OVERLAP, .value = {1}};
+  Config config = {.grid = {(unsigned)grid[0], (unsigned)grid[1], (unsigned)grid[2]},
+                   .block = {(unsigned)threads, 1, 1},
+                   .stream = stream,
+                   .attributes = &overlaps,
+                   .count = devices[device].overlaps ? 1 : 0};
+  return checked(cuda.launch(&config, function, pointers, NULL), "a launch");
 }
 
 static Argument whole(int64_t value) { return (Argument){.i = value}; }
@@ -247,7 +265,7 @@ static Status run_linear(Op *op, void *context, int device, void *stream) {
                       whole(scratch), whole(scales), whole(sums), whole(op->k), whole(units),
                       whole(op->layer), real(op->epsilon)};
   int64_t row_threads = smaller(up_to(op->k, 512) / 512 * 32, 1024);
-  TRY(launch(op->rows, (int64_t[]){tokens, 1, 1}, row_threads, stream, ready, 10));
+  TRY(launch(device, op->rows, (int64_t[]){tokens, 1, 1}, row_threads, stream, ready, 10));
 
   int chosen = tokens > 16 ? 3 : tokens > 8 ? 2 : op->gated ? 1 : 0, shift = 0;
   const int *shape = shapes[chosen];
@@ -268,8 +286,8 @@ static Status run_linear(Op *op, void *context, int device, void *stream) {
                         whole(shift), whole(parts), whole(parts * op->unit_bytes),
                         whole(op->gated), whole(op->curve)};
   int64_t of_block = (int64_t)shape[0] << shift;
-  return launch(op->products[chosen], (int64_t[]){up_to(along, of_block) / of_block, across, 1},
-                32 * shape[2], stream, product, 16);
+  int64_t grid[] = {up_to(along, of_block) / of_block, across, 1};
+  return launch(device, op->products[chosen], grid, 32 * shape[2], stream, product, 16);
 }
 
 static Status check_attention(const Op *op, const Tensor *in) {
@@ -339,15 +357,15 @@ static Status run_attention(Op *op, void *context, int device, void *stream) {
                        whole(op->kv_heads), whole(capacity), whole(limit), real(op->epsilon),
                        real(scale)};
   int64_t all_heads = op->heads + 2 * op->kv_heads;
-  TRY(launch(op->append, (int64_t[]){all_heads, new, batch}, 32, stream, append, 16));
+  TRY(launch(device, op->append, (int64_t[]){all_heads, new, batch}, 32, stream, append, 16));
   Argument attend[] = {whole(q), address(in[LENGTHS].data), address(keys), address(values),
                        whole(parts), whole(new), whole(group), whole(op->kv_heads),
                        whole(capacity), whole(op->window)};
-  TRY(launch(op->attend, (int64_t[]){splits, tiles, batch * op->kv_heads}, 128, stream, attend,
-             10));
+  int64_t whole_heads = batch * op->kv_heads;
+  TRY(launch(device, op->attend, (int64_t[]){splits, tiles, whole_heads}, 128, stream, attend, 10));
   Argument merge[] = {whole(parts), address(y), whole(new), whole(group), whole(op->kv_heads),
                       whole(splits)};
-  return launch(op->merge, (int64_t[]){new * group, batch * op->kv_heads, 1}, width, stream, merge,
+  return launch(device, op->merge, (int64_t[]){new * group, whole_heads, 1}, width, stream, merge,
                 6);
 }
 

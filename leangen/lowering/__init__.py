@@ -93,7 +93,7 @@ def find(
     if on_card:
         from leangen_kernels.cuda import driver
 
-        if not (library.parent / "cuda" / driver.PTX).exists():
+        if not (library.parent / "cuda" / driver.NAMES).exists():
             return None, "ONNX Runtime's own: the kernels for a card were not built"
         variant, why, kv = device, "on a card", "fp16" if kv == "fp32" else kv
     original = bundle.graph(role)

@@ -22,6 +22,7 @@ from leangen_kernels.cuda.instructions import (
     across,
     add8,
     as_word,
+    await_last,
     dot8,
     floats_of_bytes,
     floats_of_halves,
@@ -68,6 +69,7 @@ def _append(
     token = np.int64(cuda.blockIdx.y)
     sequence = np.int64(cuda.blockIdx.z)
     row = sequence * new + token
+    await_last()
     position = max(np.int64(to_int(read4(last + sequence * 4))) + 1 - new, 0) + token
     place = min(position, limit - 1)
     all_heads = heads + 2 * kv_heads
@@ -177,6 +179,7 @@ def _attend(
     whole = np.int64(cuda.blockIdx.z)
     first = np.int64(cuda.blockIdx.y) * Q
     rows = new * group
+    await_last()
     past = max(np.int64(to_int(read4(last + whole // kv_heads * 4))) + 1 - new, 0)
     dim = (lane & (LANES - 1)) * 8
     begin = past + new
@@ -360,6 +363,7 @@ def _merge(parts: Any, y: Any, new: Any, group: Any, kv_heads: Any, splits: Any)
     d = np.int64(cuda.threadIdx.x)
     row = np.int64(cuda.blockIdx.x)
     whole = np.int64(cuda.blockIdx.y)
+    await_last()
     begin = parts + (whole * new * group + row) * splits * ((WIDTH + 2) * 4)
     best = np.float32(-1e30)
     at = np.int64(0)

@@ -3,9 +3,10 @@
     python -m leangen_kernels.cuda.build FOLDER
 
 No GPU and no driver is needed, but NVVM, NVRTC and `numba-cuda` (`pip install
-'leangen[cuda-build]'`, or a CUDA toolkit). The PTX is for compute capability 8.0 and newer: a
-driver compiles it for its card at the first load and keeps the result. Where `ptxas` is on the PATH
-machine code for ARCHITECTURES is made too, and a driver of their time or newer takes that.
+'leangen[cuda-build]'`, or a CUDA toolkit). One file of PTX is for compute capability 8.0, one, with
+launches that overlap, for 9.0 and newer: a driver compiles it for its card at the first load and
+keeps the result. Where `ptxas` is on the PATH machine code for ARCHITECTURES is made too, and a
+driver of their time or newer takes that.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-PTX = "leangen_cuda.ptx"
-NAMES = "leangen_cuda.txt"
+from leangen_kernels.cuda.driver import MACHINE_CODE, NAMES, PTX
+
 CAPABILITY = (8, 0)
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
-OLDEST_PTX = "7.4"
-"""What the instructions ask for; of NVVM's own version an older driver would know nothing."""
+ARCHITECTURES = (80, 90, 100)
+OLDEST_PTX = {80: "7.4", 90: "7.8"}
+"""By what PTX is for: what the instructions ask for, as an older driver knows nothing of NVVM's."""
 SHARED = ("instructions", "build")
 """Modules that every kernel depends on, beside its own."""
 
@@ -86,7 +87,14 @@ def joined(texts: Iterable[str]) -> str:
     target = re.search(r"\.target \w+", head)
     if target is None:
         raise BuildError("NVVM made no PTX")
-    return f".version {OLDEST_PTX}\n{target[0]}\n{mark}\n\n" + "\n\n".join(bodies) + "\n"
+    return f".version {OLDEST_PTX[80]}\n{target[0]}\n{mark}\n\n" + "\n\n".join(bodies) + "\n"
+
+
+def overlapping(text: str) -> str:
+    """The same PTX for 9.0 and newer, where launches overlap as far as `await_last` lets them."""
+    text = text.replace(f".version {OLDEST_PTX[80]}", f".version {OLDEST_PTX[90]}", 1)
+    text = text.replace(".target sm_80", ".target sm_90", 1)
+    return re.sub(r"/\*sm_90:(.*?)\*/", r"\1", text)
 
 
 def build(
@@ -95,7 +103,7 @@ def build(
     say: Callable[[str], None] = lambda line: None,
     machine_code: bool = True,
 ) -> list[Path]:
-    """Write the PTX, the list of kernels, and machine code where `ptxas` is; BuildError if not.
+    """Write PTX, the list of kernels, and machine code where `ptxas` is; BuildError if not.
 
     `cache` keeps each kernel's PTX between builds, by what it is made from.
     """
@@ -115,11 +123,17 @@ def build(
         texts.append(kept.read_text())
     say(f"{len(wanted)} GPU kernels, {made} of them compiled now")
     folder.mkdir(parents=True, exist_ok=True)
-    ptx = folder / PTX
-    _write(ptx, joined(texts))
+    text = joined(texts)
+    written = {80: folder / PTX.format(80), 90: folder / PTX.format(90)}
+    _write(written[80], text)
+    _write(written[90], overlapping(text))
     names = [f"{name} {kernel.letters} {kernel.threads}\n" for name, kernel in wanted.items()]
     _write(folder / NAMES, "".join(names))
-    return [ptx, folder / NAMES, *(_machine_code(ptx, say) if machine_code else [])]
+    return [
+        *written.values(),
+        folder / NAMES,
+        *(_machine_code(written, say) if machine_code else []),
+    ]
 
 
 def _write(path: Path, text: str) -> None:
@@ -128,12 +142,12 @@ def _write(path: Path, text: str) -> None:
     unfinished.replace(path)
 
 
-def assemble(ptx: Path, architecture: str, out: Path) -> str:
+def assemble(ptx: Path, architecture: int, out: Path) -> str:
     """Machine code of a PTX file by `ptxas`; what it says of registers and spills."""
-    command = ["ptxas", "-v", f"-arch={architecture}", str(ptx), "-o", str(out)]
+    command = ["ptxas", "-v", f"-arch=sm_{architecture}", str(ptx), "-o", str(out)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise BuildError(f"ptxas failed for {architecture}: {done.stderr.strip()[:500]}")
+        raise BuildError(f"ptxas failed for sm_{architecture}: {done.stderr.strip()[:500]}")
     return done.stderr
 
 
@@ -149,16 +163,17 @@ def spills(report: str) -> dict[str, int]:
     return found
 
 
-def _machine_code(ptx: Path, say: Callable[[str], None]) -> list[Path]:
-    for stale in ptx.parent.glob("leangen_cuda.sm_*.cubin"):
+def _machine_code(ptx: dict[int, Path], say: Callable[[str], None]) -> list[Path]:
+    folder = ptx[80].parent
+    for stale in folder.glob("leangen_cuda.sm_*.cubin"):
         stale.unlink()
     if shutil.which("ptxas") is None:
         say("no ptxas on the PATH: the driver will compile the PTX at the first load")
         return []
     made = []
     for architecture in ARCHITECTURES:
-        out = ptx.with_suffix(f".{architecture}.cubin")
-        spilled = spills(assemble(ptx, architecture, out))
+        out = folder / MACHINE_CODE.format(architecture)
+        spilled = spills(assemble(ptx[min(architecture, 90)], architecture, out))
         said = ", ".join(f"{name} {count} B" for name, count in spilled.items())
         say(f"{out.name}, {out.stat().st_size / 1e3:.0f} kB; spills: {said or 'none'}")
         made.append(out)

@@ -19,9 +19,13 @@ from leangen_kernels.cuda.launches import Launch
 
 LIBRARY = "libcuda.so.1"
 FOLDER = Path(__file__).parent
-PTX, NAMES = "leangen_cuda.ptx", "leangen_cuda.txt"
+PTX, MACHINE_CODE = "leangen_cuda.sm_{}.ptx", "leangen_cuda.sm_{}.cubin"
+NAMES = "leangen_cuda.txt"
+OVERLAPPING = 9
+"""The compute capability from which a launch may begin before those ahead of it are complete."""
 
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR, _MULTIPROCESSORS, _L2_BYTES = 75, 76, 16, 38
+_MAY_OVERLAP = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 _RELAXED = 2  # a capture that lets other threads allocate
 _OUT_OF_MEMORY = 2
 
@@ -120,14 +124,31 @@ def attribute(index: int, which: int) -> int:
 
 def compiled(capability: tuple[int, int], folder: Path = FOLDER) -> Path:
     """The machine code for a card, else the PTX. Raises CudaError where neither was built."""
-    machine_code = folder / f"leangen_cuda.sm_{capability[0]}0.cubin"
-    found = machine_code if machine_code.exists() else folder / PTX
+    machine_code = folder / MACHINE_CODE.format(capability[0] * 10)
+    oldest = 80 if capability[0] < OVERLAPPING else 90
+    found = machine_code if machine_code.exists() else folder / PTX.format(oldest)
     if not found.exists():
         raise CudaError(
             f"no GPU kernels in {folder}: pip install 'leangen[cuda-build]', then "
             "python -m leangen_kernels.cuda.build"
         )
     return found
+
+
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute."""
+
+    _fields_ = (("id", ctypes.c_int), ("_", ctypes.c_int), ("value", ctypes.c_int * 16))
+
+
+class _Config(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3), ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p), ("attributes", ctypes.POINTER(_Attribute)),
+        ("count", ctypes.c_uint),
+    )  # fmt: skip
 
 
 @dataclass
@@ -217,8 +238,11 @@ class Card:
         pointers = (ctypes.c_void_p * len(held))(
             *(ctypes.cast(ctypes.pointer(value), ctypes.c_void_p) for value in held)
         )
-        call("cuLaunchKernel", self._function(name), *grid, threads, 1, 1, 0, self.stream,
-             pointers, None)  # fmt: skip
+        overlaps = _Attribute(_MAY_OVERLAP, 0, (ctypes.c_int * 16)(1))
+        config = _Config(grid, (threads, 1, 1), 0, self.stream, ctypes.pointer(overlaps), 1)
+        if self.device.capability[0] < OVERLAPPING:
+            config.count = 0
+        call("cuLaunchKernelEx", ctypes.byref(config), self._function(name), pointers, None)
 
     def launch_all(self, launches: Iterable[Launch]) -> None:
         """Launch several, in order."""

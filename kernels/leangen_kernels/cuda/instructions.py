@@ -18,6 +18,11 @@ from typing import Any
 from numba import config
 
 LOG2_E = 1.4426950408889634
+AWAIT_LAST = "/*sm_90: griddepcontrol.launch_dependents; griddepcontrol.wait; */"
+"""From capability 9.0 on, which `build` makes code of it for, the next launch's blocks may come in
+where there is room, and do until this instruction what needs nothing of the launches before them:
+here they wait until those are complete. Each thread of each kernel has to meet it, or what comes
+after the next one would run too early; none may write before it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,27 +171,29 @@ _GELU_TANH = (  # x times the sigmoid of 2 sqrt(2 / pi) (x + 0.044715 x**3)
 
 
 def _define() -> dict[str, Any]:
-    read = "ld.global.nc"
-    # Weights pass through once: not kept in L1, where they would push out the activations.
-    stream = "ld.global.nc.L1::no_allocate"
+    # What a launch before this one may have written; weights, which none writes, pass through once:
+    # not kept in L1, where they would push out the activations.
+    read, stream = "ld.global", "ld.global.nc.L1::no_allocate"
+    of_memory = partial(_make, memory=True)
     return {
+        "await_last": of_memory("v", "", AWAIT_LAST),
         "stream16": _make("rrrr", "l", f"{stream}.v4.u32 {{$0, $1, $2, $3}}, [$4];"),
         "stream8": _make("rr", "l", f"{stream}.v2.u32 {{$0, $1}}, [$2];"),
-        "read16": _make("rrrr", "l", f"{read}.v4.u32 {{$0, $1, $2, $3}}, [$4];"),
-        "read8": _make("rr", "l", f"{read}.v2.u32 {{$0, $1}}, [$2];"),
-        "read4": _make("r", "l", f"{read}.u32 $0, [$1];"),
-        "read_scale_sum": _make("fi", "l", f"{read}.v2.b32 {{$0, $1}}, [$2];"),
-        "read_scales_sums": _make("fifi", "l", f"{read}.v4.b32 {{$0, $1, $2, $3}}, [$4];"),
-        "read16f": _make("ffff", "l", f"{read}.v4.f32 {{$0, $1, $2, $3}}, [$4];"),
-        "read4f": _make("f", "l", f"{read}.f32 $0, [$1];"),
-        "write16": _make("v", "lrrrr", "st.global.v4.u32 [$0], {$1, $2, $3, $4};", memory=True),
-        "write8": _make("v", "lrr", "st.global.v2.u32 [$0], {$1, $2};", memory=True),
-        "write4": _make("v", "lr", "st.global.u32 [$0], $1;", memory=True),
-        "write1": _make("v", "lr", "st.global.u8 [$0], $1;", memory=True),
-        "write4f": _make("v", "lf", "st.global.f32 [$0], $1;", memory=True),
-        "write4i": _make("v", "li", "st.global.s32 [$0], $1;", memory=True),
-        "write2h": _make(
-            "v", "lf", "{ .reg .b16 h; cvt.rn.f16.f32 h, $1; st.global.b16 [$0], h; }", memory=True
+        "read16": of_memory("rrrr", "l", f"{read}.v4.u32 {{$0, $1, $2, $3}}, [$4];"),
+        "read8": of_memory("rr", "l", f"{read}.v2.u32 {{$0, $1}}, [$2];"),
+        "read4": of_memory("r", "l", f"{read}.u32 $0, [$1];"),
+        "read_scale_sum": of_memory("fi", "l", f"{read}.v2.b32 {{$0, $1}}, [$2];"),
+        "read_scales_sums": of_memory("fifi", "l", f"{read}.v4.b32 {{$0, $1, $2, $3}}, [$4];"),
+        "read16f": of_memory("ffff", "l", f"{read}.v4.f32 {{$0, $1, $2, $3}}, [$4];"),
+        "read4f": of_memory("f", "l", f"{read}.f32 $0, [$1];"),
+        "write16": of_memory("v", "lrrrr", "st.global.v4.u32 [$0], {$1, $2, $3, $4};"),
+        "write8": of_memory("v", "lrr", "st.global.v2.u32 [$0], {$1, $2};"),
+        "write4": of_memory("v", "lr", "st.global.u32 [$0], $1;"),
+        "write1": of_memory("v", "lr", "st.global.u8 [$0], $1;"),
+        "write4f": of_memory("v", "lf", "st.global.f32 [$0], $1;"),
+        "write4i": of_memory("v", "li", "st.global.s32 [$0], $1;"),
+        "write2h": of_memory(
+            "v", "lf", "{ .reg .b16 h; cvt.rn.f16.f32 h, $1; st.global.b16 [$0], h; }"
         ),
         "halves_of_nibbles": _make("rrrr", "r", _halves4(8)),
         "halves_of_nibbles_0": _make("rrrr", "r", _halves4(0)),
@@ -250,6 +257,7 @@ def _chosen() -> dict[str, Callable[..., Any]]:
 
 
 _CHOSEN = _chosen()
+await_last: Any = _CHOSEN["await_last"]
 stream16: Any = _CHOSEN["stream16"]
 stream8: Any = _CHOSEN["stream8"]
 read16: Any = _CHOSEN["read16"]

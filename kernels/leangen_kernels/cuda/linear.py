@@ -32,6 +32,7 @@ from leangen_kernels.cuda.instructions import (
     add_block_a8,
     add_block_a16,
     as_float,
+    await_last,
     byte,
     bytes_of_nibbles,
     floats_of_halves,
@@ -121,6 +122,7 @@ def _linear(
     for d in static(DEPTH):
         if left > d * parts:
             _ask(word, raw, low, w_at, to_scales, stride, d)
+    await_last()
     while left > 0:
         for d in static(DEPTH):
             if left > 0:
@@ -376,6 +378,7 @@ def _dequantize(w: Any, table: Any, y: Any, n: Any, units: Any) -> None:
     )
     tile = np.int64(cuda.blockIdx.y)
     unit = 256 * BITS + (128 << (MIN + WIDE))
+    await_last()
     if step < units:
         at = w + (tile * units + step) * unit
         for h in static(2):

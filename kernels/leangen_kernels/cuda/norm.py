@@ -18,6 +18,7 @@ from leangen_kernels.cuda.instructions import (
     Kernel,
     across,
     as_bits,
+    await_last,
     fused,
     inverse_root,
     most,
@@ -40,6 +41,7 @@ def _moments(x: Any, sums: Any, count: Any) -> None:
     splits = np.int64(cuda.gridDim.x)
     group = np.int64(cuda.blockIdx.y)
     base = x + group * count * 4
+    await_last()
     pivot = read4f(base)
     share = (count // 4 + splits - 1) // splits
     at = np.int64(cuda.blockIdx.x) * share
@@ -86,6 +88,7 @@ def _group_norm(
     count = np.float32(of_group * pixels)
     total = np.float32(0)
     squares = np.float32(0)
+    await_last()
     other = np.int64(0)
     while other < splits:
         total += read4f(sums + (group * splits + other) * 8)

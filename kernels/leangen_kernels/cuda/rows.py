@@ -15,6 +15,7 @@ from leangen_kernels.cuda.instructions import (
     Kernel,
     absolute,
     across,
+    await_last,
     bytes_of,
     exponent,
     floats_of_halves,
@@ -54,6 +55,7 @@ def _rows(
     warp = tid >> 5
     warps = (threads + 31) >> 5
     over_warps = cuda.shared.array(32, float32)
+    await_last()
     _read(v, x, row, k, tid, threads)
     inverse = np.float32(1)
     for stage in static(3):  # the mean, the squares, the largest

@@ -213,6 +213,7 @@ def _gelu_tanh(x: Any) -> np.float32:
 
 
 INSTRUCTIONS: dict[str, Callable[..., Any]] = {
+    "await_last": lambda: None,
     "stream16": lambda at: _read(at, 4, np.uint32, 16),
     "stream8": lambda at: _read(at, 2, np.uint32, 8),
     "read16": lambda at: _read(at, 4, np.uint32, 16),
