@@ -1,7 +1,8 @@
 /* A stand-in for libcuda.so.1: memory is the host's, a launch is a line in $FAKE_CUDA_LOG.
  *
  * The letters of a kernel's arguments stand in $FAKE_CUDA_NAMES, as the build writes them. The
- * allocation that passes $FAKE_CUDA_BYTES fails, as on a full card. */
+ * allocation that passes $FAKE_CUDA_BYTES fails, as on a full card. What fake_cuda_runs is given
+ * does the work of a launch; without it none is done. */
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -11,8 +12,13 @@ typedef struct {
   char name[96], letters[32];
 } Function;
 
+typedef int (*Run)(const char *name, const unsigned *grid, unsigned threads, void **arguments);
+
 static size_t allocated;
 static int capturing;
+static Run run;
+
+void fake_cuda_runs(Run given) { run = given; }
 
 static const char *setting(const char *name, const char *otherwise) {
   const char *value = getenv(name);
@@ -105,6 +111,7 @@ int cuEventDestroy_v2(void *event) { return (void)event, 0; }
 int cuLaunchKernel(Function *function, unsigned x, unsigned y, unsigned z, unsigned threads,
                    unsigned threads_y, unsigned threads_z, unsigned shared, void *stream,
                    void **arguments, void **extra) {
+  void **given = arguments;
   char line[1024];
   int at = snprintf(line, sizeof line, "%s %u %u %u %u %d", function->name, x, y, z, threads,
                     stream != NULL);
@@ -114,5 +121,6 @@ int cuLaunchKernel(Function *function, unsigned x, unsigned y, unsigned z, unsig
                          : snprintf(line + at, sizeof line - (size_t)at, " %lld",
                                     (long long)*(int64_t *)*arguments);
   note(line);
-  return threads_y != 1 || threads_z != 1 || shared || extra ? 1 : 0;
+  if (threads_y != 1 || threads_z != 1 || shared || extra) return 1;
+  return run ? run(function->name, (unsigned[]){x, y, z}, threads, given) : 0;
 }

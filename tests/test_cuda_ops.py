@@ -10,15 +10,14 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
+import fake_card
 import numpy as np
 import pytest
 from leangen_kernels import cache_layout, layout
 from leangen_kernels.cuda import launches, tiles
+from leangen_kernels.cuda.driver import NAMES
 
-TESTS = Path(__file__).parent
-NATIVE = TESTS.parent / "kernels" / "native"
 FAR = 1 << 24
 """Arguments from here on are addresses."""
 
@@ -60,36 +59,10 @@ for line in sys.stdin:
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
     """A folder with the operators' library, kernels that are but names, and the stand-in."""
-    compiler = next((c for c in ("cc", "gcc", "clang") if shutil.which(c)), None)
-    if compiler is None or sys.platform != "linux":
-        pytest.skip("no C compiler for the operators")
     folder = tmp_path_factory.mktemp("operators")
-    table = folder / "table.inc"
-    table.write_text(
-        "static void nothing(void) {}\n"
-        'static const struct entry entries[] = {{"portable", "nothing", nothing}};\n'
-    )
-    built = folder / "operators.so"
-    common = [compiler, "-std=c11", "-O0", "-shared", "-fPIC", "-pthread", "-Wall", "-Werror"]
-    subprocess.run(
-        [*common, f'-DTABLE="{table}"', "-DCUDA_PROVIDER=NULL", *NATIVE.glob("*.c"),
-         "-lm", "-ldl", "-o", built], check=True,
-    )  # fmt: skip
-    subprocess.run([*common[:5], TESTS / "fake_cuda.c", "-o", folder / "libcuda.so.1"], check=True)
-    kernels = folder / "cuda"
-    kernels.mkdir()
-    (kernels / "leangen_cuda.ptx").write_text("// nothing\n")
-    letters = {"rows_a8": "i" * 9 + "f", "rows_a16": "i" * 9 + "f"}
-    for kind in ("q4", "q4_min", "q8", "table"):
-        for shape in ("1x1", "2x2", "2x4"):
-            letters |= {f"linear_{kind}_{a}_{shape}": "i" * 15 for a in ("a8", "a16")}
-    for width in (64, 128):
-        letters[f"merge_{width}"] = "i" * 6
-        for cache in ("fp16", "int8"):
-            letters[f"append_{cache}_{width}"] = "i" * 13 + "ff"
-            letters[f"attend_{cache}_{width}"] = "i" * 10
-    (folder / "names").write_text("".join(f"{n} {given} 256\n" for n, given in letters.items()))
-    return built
+    fake_card.driver(folder)
+    fake_card.names_only(folder / "cuda")
+    return fake_card.operators(folder)
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +77,7 @@ def start(library, **settings):
     folder = library.parent
     environment = {
         **os.environ, "LD_LIBRARY_PATH": str(folder), "FAKE_CUDA_LOG": str(folder / "log"),
-        "FAKE_CUDA_NAMES": str(folder / "names"), **settings,
+        "FAKE_CUDA_NAMES": str(folder / "cuda" / NAMES), **settings,
     }  # fmt: skip
     return subprocess.Popen(
         [sys.executable, "-c", RUN, library], env=environment, text=True,

@@ -9,7 +9,8 @@
  *              Attributes as Linear's.
  * CudaAttention
  *              inputs and attributes as Attention's, caches fp16 or int8 (tiles.py), gains for one
- *              head. Lengths stay in device memory: a position beyond the capacity is dropped. */
+ *              head. Lengths stay in device memory: a position beyond the capacity or the rotations
+ *              is dropped. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <math.h>
@@ -189,12 +190,12 @@ static Argument real(double value) {
 }
 
 enum { LOOKUP = LINEAR_INPUTS, INPUTS }; /* CudaLinear's beside those of Linear */
-enum { SHAPES = 3 };
-static const int shapes[SHAPES][3] = {{1, 1, 8}, {2, 2, 4}, {2, 4, 4}}; /* tiles, eights, warps */
+enum { SHAPES = 4 }; /* tiles, eights, warps */
+static const int shapes[SHAPES][3] = {{1, 1, 8}, {2, 1, 4}, {2, 2, 4}, {2, 4, 4}};
 
 /* A graph of one session runs on one device: the kernels found for it stay. */
 typedef struct {
-  int attention, half, layer, wide, gated, curve, scaled;
+  int attention, half, layer, gated, curve, scaled;
   int64_t n, k, outputs, unit_bytes, heads, kv_heads, window;
   double epsilon, scale;
   char kind[16];
@@ -248,7 +249,7 @@ static Status run_linear(Op *op, void *context, int device, void *stream) {
   int64_t row_threads = smaller(up_to(op->k, 512) / 512 * 32, 1024);
   TRY(launch(op->rows, (int64_t[]){tokens, 1, 1}, row_threads, stream, ready, 10));
 
-  int chosen = tokens > 16 ? 2 : tokens > 8 || op->gated ? 1 : 0, shift = 0;
+  int chosen = tokens > 16 ? 3 : tokens > 8 ? 2 : op->gated ? 1 : 0, shift = 0;
   const int *shape = shapes[chosen];
   int64_t across = up_to(tokens, 8 * shape[1]) / (8 * shape[1]);
   /* As many warps with rows of their own as leave two blocks for each multiprocessor. */
@@ -260,13 +261,15 @@ static Status run_linear(Op *op, void *context, int device, void *stream) {
   snprintf(name, sizeof name, "linear_%s_%s_%dx%d", op->kind, op->half ? "a16" : "a8", shape[0],
            shape[1]);
   TRY(find_kernel(device, name, &op->products[chosen]));
+  int64_t parts = shape[2] >> shift;
   Argument product[] = {whole(scratch), whole(scales), whole(sums), address(in[WEIGHTS].data),
                         address(in[LOOKUP].data), address(y), address(in[BIAS].data),
                         address(in[RESIDUAL].data), whole(tokens), whole(op->n), whole(units),
-                        whole(shift), whole(op->wide), whole(op->gated), whole(op->curve)};
+                        whole(shift), whole(parts), whole(parts * op->unit_bytes),
+                        whole(op->gated), whole(op->curve)};
   int64_t of_block = (int64_t)shape[0] << shift;
   return launch(op->products[chosen], (int64_t[]){up_to(along, of_block) / of_block, across, 1},
-                32 * shape[2], stream, product, 15);
+                32 * shape[2], stream, product, 16);
 }
 
 static Status check_attention(const Op *op, const Tensor *in) {
@@ -287,10 +290,10 @@ static Status check_attention(const Op *op, const Tensor *in) {
     if (in[i].data && in[i].count != width)
       return fail("CudaAttention: a gain has %lld elements, expected %lld", (long long)in[i].count,
                   (long long)width);
-  for (int i = COSINES; i <= SINES; i++)
-    if (in[i].data && in[i].count < capacity * width / 2)
-      return fail("CudaAttention: rotations for %lld positions, expected at least %lld",
-                  (long long)(in[i].count / (width / 2)), (long long)capacity);
+  if (!in[COSINES].data != !in[SINES].data || in[COSINES].count != in[SINES].count ||
+      in[COSINES].count % (width / 2) || (in[COSINES].data && !in[COSINES].count))
+    return fail("CudaAttention: %lld cosines and %lld sines, expected as many, %lld a position",
+                (long long)in[COSINES].count, (long long)in[SINES].count, (long long)width / 2);
   return NULL;
 }
 
@@ -318,6 +321,8 @@ static Status run_attention(Op *op, void *context, int device, void *stream) {
   int64_t rows = batch * new * op->heads, q;
   TRY(workspace(device, stream, (size_t)(4 * rows * (width + splits * (width + 2))), &q));
   int64_t parts = q + 4 * rows * width;
+  int64_t rotations = in[COSINES].data ? in[COSINES].count / (width / 2) : capacity;
+  int64_t limit = smaller(capacity, rotations);
   double scale = (op->scale != 0 ? op->scale : 1 / sqrt((double)width)) * LOG2_E;
   char name[64];
   const char *cache = op->scaled ? "int8" : "fp16";
@@ -331,9 +336,10 @@ static Status run_attention(Op *op, void *context, int device, void *stream) {
                        address(in[COSINES].data), address(in[SINES].data),
                        address(in[QUERY_GAIN].data), address(in[KEY_GAIN].data), whole(q),
                        address(keys), address(values), whole(new), whole(op->heads),
-                       whole(op->kv_heads), whole(capacity), real(op->epsilon), real(scale)};
+                       whole(op->kv_heads), whole(capacity), whole(limit), real(op->epsilon),
+                       real(scale)};
   int64_t all_heads = op->heads + 2 * op->kv_heads;
-  TRY(launch(op->append, (int64_t[]){all_heads, new, batch}, 32, stream, append, 15));
+  TRY(launch(op->append, (int64_t[]){all_heads, new, batch}, 32, stream, append, 16));
   Argument attend[] = {whole(q), address(in[LENGTHS].data), address(keys), address(values),
                        whole(parts), whole(new), whole(group), whole(op->kv_heads),
                        whole(capacity), whole(op->window)};
@@ -366,11 +372,10 @@ static Status read_linear(Options from, Op *op) {
   TRY(attribute_word(from, "CudaLinear", "norm", norms, &op->layer));
   TRY(attribute_word(from, "CudaLinear", "activation", curves, &op->curve));
   int table = form >= 6, minimum = form == 2 || form == 3, bits = form == 4 || form == 5 ? 8 : 4;
-  op->wide = table || form % 2;
+  int wide = table || form % 2;
   op->half = op->half || table;
   strcpy(op->kind, table ? "table" : forms[form]);
-  if (!table && op->wide) op->kind[strlen(op->kind) - strlen("_wide")] = 0;
-  op->unit_bytes = TILE * UNIT * bits / 8 + ((TILE * 4 * 2 * (1 + minimum)) << op->wide);
+  op->unit_bytes = TILE * UNIT * bits / 8 + ((TILE * 4 * 2 * (1 + minimum)) << wide);
   op->n = attribute_int(from, "n", 0), op->k = attribute_int(from, "k", 0);
   op->gated = attribute_int(from, "gated", 0) != 0;
   op->outputs = op->gated ? op->n / 2 : op->n;

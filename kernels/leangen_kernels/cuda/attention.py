@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from numba import cuda, float32
+from numba import cuda, float32, uint32
 
 from leangen_kernels.cuda.instructions import (
     Kernel,
@@ -55,9 +55,12 @@ QUERIES = 4
 def _append(
     qkv: Any, last: Any, cosines: Any, sines: Any, query_gain: Any, key_gain: Any,
     q: Any, keys: Any, values: Any, new: Any, heads: Any, kv_heads: Any, capacity: Any,
-    epsilon: Any, scale: Any,
+    limit: Any, epsilon: Any, scale: Any,
 ) -> None:  # fmt: skip
-    """One warp for a head of a token: norm, rotation; queries scaled, keys and values stored."""
+    """One warp for a head of a token: norm, rotation; queries scaled, keys and values stored.
+
+    Positions from `limit` on have no rotation, or no place: nothing is kept of them.
+    """
     WIDTH = BYTES = registers()
     first, second = registers()
     lane = np.int64(cuda.threadIdx.x) & 31
@@ -66,6 +69,7 @@ def _append(
     sequence = np.int64(cuda.blockIdx.z)
     row = sequence * new + token
     position = max(np.int64(to_int(read4(last + sequence * 4))) + 1 - new, 0) + token
+    place = min(position, limit - 1)
     all_heads = heads + 2 * kv_heads
     here = qkv + (row * all_heads + head) * (WIDTH * 4)
     for p in static(WIDTH // 64):
@@ -78,7 +82,7 @@ def _append(
     if turned and gain != 0:
         _normalize(first, second, gain, lane, epsilon)
     if turned and cosines != 0:
-        _rotate(first, second, cosines, sines, position, lane)
+        _rotate(first, second, cosines, sines, place, lane)
     if head < heads:
         group = heads // kv_heads
         shared = head // group
@@ -87,7 +91,7 @@ def _append(
         for p in static(WIDTH // 64):
             write4f(to + (lane + 32 * p) * 4, first[p] * scale)
             write4f(to + (lane + 32 * p + WIDTH // 2) * 4, second[p] * scale)
-    elif position < capacity:
+    elif position < limit:
         to = keys
         shared = head - heads
         if not turned:
@@ -121,11 +125,11 @@ def _normalize(first: Any, second: Any, gain: Any, lane: Any, epsilon: Any) -> N
 
 
 @inlined
-def _rotate(first: Any, second: Any, cosines: Any, sines: Any, position: Any, lane: Any) -> None:
+def _rotate(first: Any, second: Any, cosines: Any, sines: Any, place: Any, lane: Any) -> None:
     """Turn the first half of a head against the second, as far as the position says."""
     WIDTH = registers()
     for p in static(WIDTH // 64):
-        angle = (position * (WIDTH // 2) + lane + 32 * p) * 4
+        angle = (place * (WIDTH // 2) + lane + 32 * p) * 4
         cosine = read4f(cosines + angle)
         sine = read4f(sines + angle)
         turn = first[p] * cosine - second[p] * sine
@@ -163,8 +167,8 @@ def _attend(
 
     `parts` gets, of every row and split, the values summed so far, the top score and the mass.
     """
-    WIDTH = Q = DEEP = LANES = SIDES = SIZE = registers()
-    query, acc, score, low, high, top, mass, v, k, word, by = registers()
+    WIDTH = BYTES = Q = DEEP = LANES = SIDES = SIZE = registers()
+    query, acc, score, low, high, top, mass, v, k, word, numbers, by = registers()
     lane = np.int64(cuda.threadIdx.x) & 31
     warp = np.int64(cuda.threadIdx.x) >> 5
     side = (np.int64(cuda.blockDim.x) >> 5) * (32 // LANES)
@@ -195,10 +199,20 @@ def _attend(
     share = (end - begin + splits - 1) // splits
     begin += np.int64(cuda.blockIdx.x) * share
     end = min(end, begin + share)
+    for p in static(DEEP):
+        for i in static(BYTES * 4):
+            word[p, i] = uint32(0)
+        numbers[p, 0] = np.float32(1)
+        numbers[p, 1] = np.float32(1)
+        if begin < end:
+            at = min(begin + p * side + who, end - 1)
+            _ask(word, numbers, keys, values, whole, capacity, at, dim, p)
     while begin < end:
         for p in static(DEEP):
-            at = min(begin + p * side + who, end - 1)
-            _read_position(k, v, by, word, keys, values, whole, capacity, at, dim, p)
+            _unpack(k, v, by, word, numbers, p)
+            if begin + DEEP * side < end:  # the next ones come while these are computed
+                at = min(begin + (DEEP + p) * side + who, end - 1)
+                _ask(word, numbers, keys, values, whole, capacity, at, dim, p)
         for i in static(Q):
             _attend_row(score, acc, top, mass, query, low, high, k, v, by, begin, end, side, who, i)
         begin += DEEP * side
@@ -209,37 +223,43 @@ def _attend(
 
 
 @inlined
-def _read_position(
-    k: Any, v: Any, by: Any, word: Any, keys: Any, values: Any, whole: Any, capacity: Any,
-    at: Any, dim: Any, p: Any,
+def _ask(
+    word: Any, numbers: Any, keys: Any, values: Any, whole: Any, capacity: Any, at: Any, dim: Any,
+    p: Any,
 ) -> None:  # fmt: skip
-    """What a lane holds of the key and the value at a position, and their scales."""
+    """Load what a lane holds of the key and the value at a position, and their scales."""
     WIDTH = BYTES = registers()
     if BYTES == 2:
         here = ((whole * capacity + at) * WIDTH + dim) * 2
-        word[0], word[1], word[2], word[3] = read16(keys + here)
-        for i in static(4):
-            k[p, 2 * i], k[p, 2 * i + 1] = floats_of_halves(word[i])
-        word[0], word[1], word[2], word[3] = read16(values + here)
-        for i in static(4):
-            v[p, 2 * i], v[p, 2 * i + 1] = floats_of_halves(word[i])
-        by[p, 0] = np.float32(1)
-        by[p, 1] = np.float32(1)
+        word[p, 0], word[p, 1], word[p, 2], word[p, 3] = read16(keys + here)
+        word[p, 4], word[p, 5], word[p, 6], word[p, 7] = read16(values + here)
     else:
         block = (whole * capacity + (at & -16)) * (WIDTH + 4)
         here = block + (at & 15) * WIDTH + dim
-        word[0], word[1] = read8(keys + here)
+        word[p, 0], word[p, 1] = read8(keys + here)
+        word[p, 2], word[p, 3] = read8(values + here)
+        numbers[p, 0] = read4f(keys + block + 16 * WIDTH + (at & 15) * 4)
+        numbers[p, 1] = read4f(values + block + 16 * WIDTH + (at & 15) * 4)
+
+
+@inlined
+def _unpack(k: Any, v: Any, by: Any, word: Any, numbers: Any, p: Any) -> None:
+    """The same as floats."""
+    BYTES = registers()
+    by[p, 0] = numbers[p, 0]
+    by[p, 1] = numbers[p, 1]
+    if BYTES == 2:
+        for i in static(4):
+            k[p, 2 * i], k[p, 2 * i + 1] = floats_of_halves(word[p, i])
+            v[p, 2 * i], v[p, 2 * i + 1] = floats_of_halves(word[p, 4 + i])
+    else:
         for i in static(2):
             k[p, 4 * i], k[p, 4 * i + 1], k[p, 4 * i + 2], k[p, 4 * i + 3] = floats_of_bytes(
-                word[i]
+                word[p, i]
             )
-        word[0], word[1] = read8(values + here)
-        for i in static(2):
             v[p, 4 * i], v[p, 4 * i + 1], v[p, 4 * i + 2], v[p, 4 * i + 3] = floats_of_bytes(
-                word[i]
+                word[p, 2 + i]
             )
-        by[p, 0] = read4f(keys + block + 16 * WIDTH + (at & 15) * 4)
-        by[p, 1] = read4f(values + block + 16 * WIDTH + (at & 15) * 4)
 
 
 @inlined
@@ -369,12 +389,12 @@ def kernels() -> dict[str, Kernel]:
         for cache, size in (("fp16", 2), ("int8", 1)):
             shape = {"WIDTH": width, "BYTES": size}
             make = partial(unrolled, _append, **shape)
-            found[f"append_{cache}_{width}"] = Kernel(make, "i" * 13 + "ff", 32)
+            found[f"append_{cache}_{width}"] = Kernel(make, "i" * 14 + "ff", 32)
             lanes = width // 8
             shape |= {"Q": QUERIES, "DEEP": 2, "LANES": lanes, "SIDES": THREADS // lanes}
             shape |= {"PITCH": lanes + 4, "SIZE": STATES[width]}
             make = partial(unrolled, _attend, **shape)
-            found[f"attend_{cache}_{width}"] = Kernel(make, "i" * 10, THREADS)
+            found[f"attend_{cache}_{width}"] = Kernel(make, "i" * 10, THREADS, blocks=3)
         make = partial(unrolled, _merge, WIDTH=width)
         found[f"merge_{width}"] = Kernel(make, "i" * 6, width)
     return found

@@ -89,7 +89,12 @@ def joined(texts: Iterable[str]) -> str:
     return f".version {OLDEST_PTX}\n{target[0]}\n{mark}\n\n" + "\n\n".join(bodies) + "\n"
 
 
-def build(folder: Path, cache: Path, say: Callable[[str], None] = lambda line: None) -> list[Path]:
+def build(
+    folder: Path,
+    cache: Path,
+    say: Callable[[str], None] = lambda line: None,
+    machine_code: bool = True,
+) -> list[Path]:
     """Write the PTX, the list of kernels, and machine code where `ptxas` is; BuildError if not.
 
     `cache` keeps each kernel's PTX between builds, by what it is made from.
@@ -114,7 +119,7 @@ def build(folder: Path, cache: Path, say: Callable[[str], None] = lambda line: N
     _write(ptx, joined(texts))
     names = [f"{name} {kernel.letters} {kernel.threads}\n" for name, kernel in wanted.items()]
     _write(folder / NAMES, "".join(names))
-    return [ptx, folder / NAMES, *_machine_code(ptx, say)]
+    return [ptx, folder / NAMES, *(_machine_code(ptx, say) if machine_code else [])]
 
 
 def _write(path: Path, text: str) -> None:

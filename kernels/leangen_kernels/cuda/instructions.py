@@ -176,6 +176,7 @@ def _define() -> dict[str, Any]:
         "read8": _make("rr", "l", f"{read}.v2.u32 {{$0, $1}}, [$2];"),
         "read4": _make("r", "l", f"{read}.u32 $0, [$1];"),
         "read_scale_sum": _make("fi", "l", f"{read}.v2.b32 {{$0, $1}}, [$2];"),
+        "read_scales_sums": _make("fifi", "l", f"{read}.v4.b32 {{$0, $1, $2, $3}}, [$4];"),
         "read16f": _make("ffff", "l", f"{read}.v4.f32 {{$0, $1, $2, $3}}, [$4];"),
         "read4f": _make("f", "l", f"{read}.f32 $0, [$1];"),
         "write16": _make("v", "lrrrr", "st.global.v4.u32 [$0], {$1, $2, $3, $4};", memory=True),
@@ -255,6 +256,7 @@ read16: Any = _CHOSEN["read16"]
 read8: Any = _CHOSEN["read8"]
 read4: Any = _CHOSEN["read4"]
 read_scale_sum: Any = _CHOSEN["read_scale_sum"]
+read_scales_sums: Any = _CHOSEN["read_scales_sums"]
 read16f: Any = _CHOSEN["read16f"]
 read4f: Any = _CHOSEN["read4f"]
 write16: Any = _CHOSEN["write16"]

@@ -49,7 +49,7 @@ class Linear:
     @property
     def kind(self) -> str:
         """What the kernels for these weights are called."""
-        return "table" if self.form.table else self.form.kernel
+        return "table" if self.form.table else self.form.name
 
     @property
     def outputs(self) -> int:
@@ -86,12 +86,13 @@ class Linear:
         across = -(-tokens // (8 * eights))
         along = -(-self.n // ROWS)
         shift = row_shift(along, row_tiles, warps, across, multiprocessors)
+        parts = warps >> shift
         product = Launch(
             f"linear_{self.kind}_{'a16' if self.half else 'a8'}_{row_tiles}x{eights}",
             (-(-along // (row_tiles << shift)), across, 1), 32 * warps,
             (rows, scales, sums, at["weights"], at.get("table", 0), at["y"], at.get("bias", 0),
-             at.get("residual", 0), tokens, self.n, units, shift, int(self.form.wide),
-             int(self.gated), CURVES.index(self.curve)),
+             at.get("residual", 0), tokens, self.n, units, shift, parts,
+             parts * tiles.unit_bytes(self.form), int(self.gated), CURVES.index(self.curve)),
         )  # fmt: skip
         return ready, product
 
@@ -99,8 +100,7 @@ class Linear:
         """All weights as halves [n, units * 128]."""
         units = tiles.units(self.k)
         grid = (-(-units // 8), -(-self.n // ROWS), 1)
-        arguments = (weights, table, y, self.n, units, int(self.form.wide))
-        return Launch(f"dequantize_{self.kind}", grid, 256, arguments)
+        return Launch(f"dequantize_{self.kind}", grid, 256, (weights, table, y, self.n, units))
 
 
 def row_threads(k: int) -> int:
@@ -110,9 +110,9 @@ def row_threads(k: int) -> int:
 
 def shape(tokens: int, gated: bool) -> tuple[int, int, int]:
     """Tiles of rows and eights of tokens of a warp, and warps of a block."""
-    if tokens > 16:
-        return 2, 4, 4
-    return (2, 2, 4) if tokens > 8 or gated else (1, 1, 8)
+    if tokens > 8:
+        return (2, 2, 4) if tokens <= 16 else (2, 4, 4)
+    return (2, 1, 4) if gated else (1, 1, 8)  # a gate and its row are of one warp
 
 
 def row_shift(along: int, row_tiles: int, warps: int, across: int, multiprocessors: int) -> int:
@@ -151,12 +151,13 @@ class Attention:
         return rows * self.width * 4, rows * splits * (self.width + 2) * 4
 
     def launches(
-        self, batch: int, new: int, capacity: int, at: Mapping[str, int], multiprocessors: int
-    ) -> tuple[Launch, Launch, Launch]:
+        self, batch: int, new: int, capacity: int, at: Mapping[str, int], multiprocessors: int,
+        rotations: int | None = None,
+    ) -> tuple[Launch, Launch, Launch]:  # fmt: skip
         """Append, attend, merge.
 
         `at` holds addresses: qkv, last, keys, values, y, scratch, and, where there are any,
-        cosines, sines, query_gain, key_gain.
+        cosines, sines, query_gain, key_gain. rotations: for how many positions, else the capacity.
         """
         group = self.heads // self.kv_heads
         splits = self.splits(batch, new, capacity, multiprocessors)
@@ -170,7 +171,8 @@ class Attention:
                 f"append_{of_cache}", (self.heads + 2 * self.kv_heads, new, batch), 32,
                 (at["qkv"], at["last"], at.get("cosines", 0), at.get("sines", 0),
                  at.get("query_gain", 0), at.get("key_gain", 0), q, at["keys"], at["values"], new,
-                 self.heads, self.kv_heads, capacity, self.epsilon, scale),
+                 self.heads, self.kv_heads, capacity, min(capacity, rotations or capacity),
+                 self.epsilon, scale),
             ),
             Launch(
                 f"attend_{of_cache}", (splits, -(-new * group // QUERIES), whole), 128,

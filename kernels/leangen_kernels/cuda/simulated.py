@@ -219,6 +219,12 @@ INSTRUCTIONS: dict[str, Callable[..., Any]] = {
     "read8": lambda at: _read(at, 2, np.uint32, 8),
     "read4": lambda at: _read(at, 1, np.uint32, 4),
     "read_scale_sum": lambda at: (_read(at, 1, np.float32, 8), _read(at + 4, 1, np.int32, 4)),
+    "read_scales_sums": lambda at: (
+        _read(at, 1, np.float32, 16),
+        _read(at + 4, 1, np.int32, 4),
+        _read(at + 8, 1, np.float32, 8),
+        _read(at + 12, 1, np.int32, 4),
+    ),
     "read16f": lambda at: _read(at, 4, np.float32, 16),
     "read4f": lambda at: _read(at, 1, np.float32, 4),
     "write16": lambda at, *words: _write(at, _u32(*words), 16),
