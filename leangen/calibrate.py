@@ -15,7 +15,7 @@ from leangen import families, threads
 from leangen.bundle import Bundle
 from leangen.errors import BundleError
 from leangen.graph_edit import Array, Graph, Range
-from leangen.session import Session
+from leangen.session import SPIN_US, Session
 
 Feeds = Mapping[str, Array]
 T = TypeVar("T")
@@ -123,6 +123,7 @@ def open_session(path: Path, library: Path | None = None) -> ort.InferenceSessio
         options.register_custom_ops_library(str(library))
     options.intra_op_num_threads, _ = threads.choose(None)
     options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_US))
     return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 

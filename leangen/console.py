@@ -102,6 +102,8 @@ def with_u(value: float | None, u: float | None, unit: str) -> str:
     digits = max(0, 1 - floor(log10(u)))
     if digits > _MOST_DIGITS:
         power = floor(log10(max(abs(value), u)))
-        value, u, digits = value / 10.0**power, u / 10.0**power, digits + power
+        half = power // 2  # the whole of a subnormal's power of ten would be zero
+        value, u = (x / 10.0**half / 10.0 ** (power - half) for x in (value, u))
+        digits += power
         return f"({value:.{digits}f} ± {u:.{digits}f})e{power:03d} {unit}"
     return f"{value:.{digits}f} ± {u:.{digits}f} {unit}"

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import gc
+import os
 from pathlib import Path
 
 import postgres_server
 import pytest
+
+# Matrices of tests are too small to share: NumPy's and torch's threads spent more on waiting.
+for library in ("OPENBLAS", "MKL", "OMP"):
+    os.environ.setdefault(f"{library}_NUM_THREADS", "1")
 
 
 @pytest.hookimpl(wrapper=True)

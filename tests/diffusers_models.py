@@ -330,11 +330,9 @@ def _unet(model, sample, timestep, text, *more):
     return model(sample, timestep, text, return_dict=False, **options)[0]
 
 
-def optimum(kind, folder):
-    """The folder of a pipeline of ONNX graphs, as optimum lays it out; `torch` is beside it."""
-    pipeline = PIPELINES[kind]()
-    pipeline.save_pretrained(folder / "torch")
-    onnx = folder / "onnx"
+def optimum(source, onnx):
+    """A folder `onnx` of the ONNX graphs of the pipeline in `source`, as optimum lays it out."""
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(source)
     pipeline.scheduler.save_pretrained(onnx / "scheduler")
     for name in ("", "_2"):
         if encoder := getattr(pipeline, f"text_encoder{name}", None):
@@ -365,7 +363,7 @@ def optimum(kind, folder):
         onnx / "vae_encoder", vae, lambda vae, x: vae.encode(x).latent_dist.parameters,
         {"sample": torch.zeros(1, 3, 16, 16)}, ["latent_parameters"],
     )  # fmt: skip
-    index = json.loads((folder / "torch" / "model_index.json").read_text())
+    index = json.loads((source / "model_index.json").read_text())
     index["_class_name"] = "ORT" + index["_class_name"]
     (onnx / "model_index.json").write_text(json.dumps(index))
     return onnx

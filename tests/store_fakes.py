@@ -20,6 +20,9 @@ from leangen.store import Store
 
 EXPORTERS = {"toy": "store_fakes"}
 PAYLOAD = b"weights" * 1000
+_COPY = "import os, shutil, sys; shutil.copytree(os.environ['PIP_FIND_LINKS'], sys.argv[-1])"
+QUICK_PIP = (sys.executable, "-IS", "-c", _COPY)
+"""Delivers what lies in the folder that is pip's index, in a thirtieth of its time."""
 
 
 def build_wheel(folder, package="toy-model", *, members=None, version="1.0", noise_bytes=0):

@@ -215,10 +215,10 @@ def test_the_folder_names_the_bundle_and_its_components_are_graphs(made):
 
 
 @pytest.mark.parametrize("kind", ["xl", "lcm"])
-def test_pipelines_that_are_onnx_already_draw_what_their_weights_do(tmp_path, kind):
-    folder = optimum(kind, tmp_path)
+def test_pipelines_that_are_onnx_already_draw_what_their_weights_do(made, tmp_path, kind):
+    exported = made(kind)
+    folder = optimum(made.root / kind, tmp_path / kind)
     wrapped = exporters.export(folder, tmp_path / "wrapped")
-    exported = exporters.export(folder.parent / "torch", tmp_path / "exported")
     assert wrapped.config == exported.config and dict(wrapped.graphs) == dict(exported.graphs)
     options = asked(exported)
     np.testing.assert_allclose(drawn(wrapped, **options), drawn(exported, **options), atol=1e-4)

@@ -81,6 +81,8 @@ def test_importing_leaves_no_thread_spinning_and_nobody_is_told(tmp_path):
     env = {**os.environ, "HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")}
     for name in ("CI", "ORT_RUNNING_UNIT_TESTS", "ORT_DISABLE_TELEMETRY"):
         env.pop(name, None)
+    for library in ("OPENBLAS", "MKL", "OMP"):  # theirs are among those that could spin
+        env.pop(f"{library}_NUM_THREADS", None)
     done = subprocess.run(
         [sys.executable, "-c", QUIET], env=env, capture_output=True, text=True, check=True
     )

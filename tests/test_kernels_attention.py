@@ -55,6 +55,7 @@ def session(own, heads, kv_heads, threads=2, *, norm=False, rotated=True, **attr
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.register_custom_ops_library(str(leangen_kernels.library()))
     return ort.InferenceSession(proto.SerializeToString(), options)
 

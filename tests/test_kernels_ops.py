@@ -58,6 +58,7 @@ def session(proto, threads=2):
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.register_custom_ops_library(str(leangen_kernels.library()))
     return ort.InferenceSession(proto, options)
 

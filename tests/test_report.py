@@ -9,7 +9,7 @@ import subprocess
 from html.parser import HTMLParser
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from receipt_fakes import receipt
 
@@ -274,6 +274,7 @@ def test_axis_ticks_are_few_even_and_reach_the_top(high):
 @given(
     st.lists(st.tuples(st.none() | st.floats(0, 1e6), st.none() | st.floats(0, 1e6)), min_size=1)
 )
+@example([(0.0, 5e-324)])
 def test_bars_and_whiskers_stay_inside_the_track_in_proportion(figures):
     rows = [charts.Bar(name="x", value=value, u=u, source="measured") for value, u in figures]
     drawn = charts.bars("t", "J", rows)["rows"]

@@ -47,7 +47,7 @@ def slowly(monkeypatch):
 
 
 def client(address, **options):
-    return httpx.Client(base_url=address, trust_env=False, timeout=30, **options)
+    return httpx.Client(base_url=address, trust_env=False, timeout=30, verify=False, **options)
 
 
 def until(holds, seconds=5.0):

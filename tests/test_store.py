@@ -5,7 +5,16 @@ import os
 import shutil
 
 import pytest
-from store_fakes import EXPORTERS, PAYLOAD, bare, build_wheel, calls, toy_catalog, toy_store
+from store_fakes import (
+    EXPORTERS,
+    PAYLOAD,
+    QUICK_PIP,
+    bare,
+    build_wheel,
+    calls,
+    toy_catalog,
+    toy_store,
+)
 
 from leangen.bundle import MANIFEST, open_bundle
 from leangen.catalog import CATALOG, DATA
@@ -41,15 +50,16 @@ def wheel(tmp_path, monkeypatch):
 
 @pytest.fixture
 def store(home, wheel):
-    return toy_store(home, wheel)
+    return toy_store(home, wheel, pip=QUICK_PIP)
 
 
 def staging(home):
     return [path for path in home.rglob(".*") if ".tmp-" in path.name or ".old-" in path.name]
 
 
-def test_a_name_alone_is_the_fp32_reference_made_once(store, home):
-    said = []
+def test_a_name_alone_is_the_fp32_reference_made_once(home, wheel):
+    """By real pip, as in `test_fetch` and `test_store_faults`; the others need none."""
+    said, store = [], toy_store(home, wheel)
     bundle = store.resolve("plain", notify=said.append)
     assert (bundle.name, bundle.scheme) == ("plain", "fp32")
     assert bundle.path == home / "models" / "plain" / "fp32"
@@ -146,12 +156,17 @@ def test_a_quantizer_that_fails_leaves_no_bundle_and_the_next_try_succeeds(home,
         raise error
 
     broken = Store(
-        home, catalog=toy_catalog(wheel), exporters=EXPORTERS, quantize=fails, probe=bare
+        home,
+        catalog=toy_catalog(wheel),
+        exporters=EXPORTERS,
+        quantize=fails,
+        probe=bare,
+        pip=QUICK_PIP,
     )
     with pytest.raises(type(error)):
         broken.resolve("plain:int8")
     assert list(Home(home).bundles("plain")) == ["fp32"] and not staging(home)
-    assert toy_store(home, wheel).resolve("plain:int8").scheme == "int8"
+    assert toy_store(home, wheel, pip=QUICK_PIP).resolve("plain:int8").scheme == "int8"
 
 
 def test_a_damaged_bundle_names_the_remedy_and_the_remedy_works(store, home):

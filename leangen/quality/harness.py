@@ -8,8 +8,9 @@ harness calls stderr is of one model.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +50,17 @@ def evaluate(
     Raises DependencyError without lm-eval, RequestError for a task that there is not and for a
     model of another family.
     """
+    for session in (candidate, reference):
+        if families.key(session.bundle) != "language":
+            raise RequestError(
+                f"{session.bundle.name} is {families.key(session.bundle)}, expected a language "
+                "model to answer tasks"
+            )
+    harness = _harness(asked)
     scores = []
     for done, session in enumerate((candidate, reference)):
         progress(done, 2, f"{session.bundle.name}:{session.bundle.scheme}")
-        scores.append(_scores(session, asked))
+        scores.append(_scores(session, harness))
     progress(2, 2, "done")
     ours, theirs = scores
     found = []
@@ -82,25 +90,21 @@ def log_likelihood(
     return float(chosen.sum()), bool((logits.argmax(axis=-1) == wanted).all())
 
 
-def _scores(session: Session, asked: Asked) -> dict[str, list[float]]:
-    """The score of every document, by `TASK METRIC`."""
-    if families.key(session.bundle) != "language":
-        raise RequestError(
-            f"{session.bundle.name} is {families.key(session.bundle)}, expected a language model "
-            "to answer tasks"
-        )
+def _harness(asked: Asked) -> Callable[[Any], Any]:
+    """What asks a model the tasks."""
     names, folders = _named(asked.tasks)
     with needs("lm_eval", message="tasks need lm-evaluation-harness: pip install 'leangen[eval]'"):
         import lm_eval
         from lm_eval.tasks import TaskManager
-    manager = TaskManager(include_path=folders or None)
+    # Its own are 14,000 files, which take it seconds to read.
+    manager = TaskManager(include_path=folders or None, include_defaults=len(folders) < len(names))
     if unknown := [name for name in names if name not in manager.all_tasks]:
         raise RequestError(
             f"the harness has no task {unknown[0]!r}: `lm_eval ls tasks` lists them; give a YAML "
             "file for one of your own"
         )
-    found = lm_eval.simple_evaluate(
-        _answering(session),
+    return partial(
+        lm_eval.simple_evaluate,
         tasks=names,
         num_fewshot=asked.few_shot,
         limit=asked.limit,
@@ -108,6 +112,11 @@ def _scores(session: Session, asked: Asked) -> dict[str, list[float]]:
         task_manager=manager,
         bootstrap_iters=0,
     )
+
+
+def _scores(session: Session, harness: Callable[[Any], Any]) -> dict[str, list[float]]:
+    """The score of every document, by `TASK METRIC`."""
+    found = harness(_answering(session))
     scores: dict[str, list[float]] = {}
     for task, documents in found["samples"].items():
         for document in sorted(documents, key=lambda one: one["doc_id"]):
@@ -115,7 +124,9 @@ def _scores(session: Session, asked: Asked) -> dict[str, list[float]]:
                 if isinstance(document[metric], (bool, int, float, np.number)):
                     scores.setdefault(f"{task} {metric}", []).append(float(document[metric]))
     if not scores:
-        raise RequestError(f"{', '.join(names)} gives no score per question: choose other tasks")
+        raise RequestError(
+            f"{', '.join(found['samples'])} gives no score per question: choose other tasks"
+        )
     return scores
 
 

@@ -40,7 +40,8 @@ def create(server: Server) -> FastAPI:
             await asyncio.to_thread(server.models.stop, server.options.grace_s)
             await asyncio.to_thread(server.ledger.flush)
 
-    app = FastAPI(
+    app = _App(
+        list(server.models.by_name),
         title="leangen",
         version=leangen.__version__,
         summary="Generative models in low precision; every answer says what it cost.",
@@ -54,8 +55,26 @@ def create(server: Server) -> FastAPI:
     app.include_router(media.router(server))
     app.include_router(transcriptions.router(server))
     _operations(app, server)
-    _name_models(app, list(server.models.by_name))
     return app
+
+
+class _App(FastAPI):
+    """Its schema says which models there are, so that generated clients and tests can name them.
+
+    It is made when first asked for: that takes longer than all the rest of a start.
+    """
+
+    def __init__(self, names: list[str], **options: Any) -> None:
+        super().__init__(**options)
+        self._names = names
+
+    def openapi(self) -> dict[str, Any]:
+        made = self.openapi_schema is not None
+        schema = super().openapi()
+        for body in () if made else schema["components"]["schemas"].values():
+            if "model" in body.get("properties", {}):
+                body["properties"]["model"]["enum"] = self._names
+        return schema
 
 
 async def _start_helpers() -> None:
@@ -63,13 +82,6 @@ async def _start_helpers() -> None:
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(HELPERS))
     together = threading.Barrier(HELPERS)
     await asyncio.gather(*(asyncio.to_thread(together.wait) for _ in range(HELPERS)))
-
-
-def _name_models(app: FastAPI, names: list[str]) -> None:
-    """The schema says which models there are, so that generated clients and tests can name them."""
-    for body in app.openapi()["components"]["schemas"].values():
-        if "model" in body.get("properties", {}):
-            body["properties"]["model"]["enum"] = names
 
 
 def _operations(app: FastAPI, server: Server) -> None:
