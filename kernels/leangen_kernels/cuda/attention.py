@@ -186,12 +186,14 @@ def _attend(
     end = np.int64(0)
     for i in static(Q):
         row = min(first + i, rows - 1)
-        high[i] = min(past + row // group + 1, capacity)
-        low[i] = np.int64(0)
+        stop = min(past + row // group + 1, capacity)
+        start = np.int64(0)
         if window > 0:
-            low[i] = max(high[i] - window, 0)
-        begin = min(begin, low[i])
-        end = max(end, high[i])
+            start = max(stop - window, 0)
+        begin = min(begin, start)
+        end = max(end, stop)
+        low[i] = np.int32(start)
+        high[i] = np.int32(stop)
         top[i] = np.float32(-1e30)
         mass[i] = np.float32(0)
         here = q + ((whole * rows + row) * WIDTH + dim) * 4
@@ -274,7 +276,7 @@ def _attend_row(
     DEEP = LANES = registers()
     best = top[i]
     for p in static(DEEP):
-        at = begin + p * side + who
+        at = np.int32(begin + p * side + who)
         score[p] = dot8(
             k[p, 0], k[p, 1], k[p, 2], k[p, 3], k[p, 4], k[p, 5], k[p, 6], k[p, 7],
             query[i, 0], query[i, 1], query[i, 2], query[i, 3],
@@ -283,7 +285,7 @@ def _attend_row(
         for s in static(5):
             if 1 << s < LANES:
                 score[p] += across(score[p], 1 << s)
-        if at < low[i] or at >= high[i] or at >= end:
+        if at < low[i] or at >= high[i] or at >= np.int32(end):
             score[p] = np.float32(-3e38)
         best = most(best, score[p])
     shrink = power2(top[i] - best)
