@@ -189,7 +189,7 @@ def _attend(
         stop = min(past + row // group + 1, capacity)
         start = np.int64(0)
         if window > 0:
-            start = max(stop - window, 0)
+            start = max(stop - window, start)
         begin = min(begin, start)
         end = max(end, stop)
         low[i] = np.int32(start)
