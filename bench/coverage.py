@@ -30,6 +30,9 @@ from typing import Any
 import numpy as np
 import power_world as pw
 
+if __name__ == "coverage":  # Numba and others use that package where they find it
+    raise ImportError("bench/coverage.py is a script, not the package `coverage`")
+
 LENGTHS = (2, 3, 5, 10, 30, 100, 300, 1000)
 SUBSET = (2, 5, 10, 30, 100)
 LEAST_COVERAGE = 0.935
