@@ -167,6 +167,11 @@ def models(bench: Bench) -> Iterator[Row]:
                     f"{name} {precision} batch {batch}",
                     lambda s=shape, p=precision, b=batch: _step(bench, s, p, b),
                 )
+            for precision in ("int4 a16", "int4 a8"):
+                yield Row(
+                    f"{name} {precision} batch {batch}, launches in turn",
+                    lambda s=shape, p=precision, b=batch: _in_turn(bench, s, p, b),
+                )
             yield Row(
                 f"{name} torch fp16 batch {batch}", lambda s=shape, b=batch: _torch(bench, s, b)
             )
@@ -184,6 +189,15 @@ def _step(bench: Bench, shape: Shape, precision: str, batch: int) -> Figures:
     finally:
         decoder.free()
     return {**figures, "bytes": decoder.bytes, "note": f"{batch / figures['time_s']:.0f} token/s"}
+
+
+def _in_turn(bench: Bench, shape: Shape, precision: str, batch: int) -> Figures:
+    """The same where no launch may begin before the one ahead of it is complete."""
+    bench.card.overlaps, usual = False, bench.card.overlaps
+    try:
+        return _step(bench, shape, precision, batch)
+    finally:
+        bench.card.overlaps = usual
 
 
 def _torch(bench: Bench, shape: Shape, batch: int) -> Figures:

@@ -48,6 +48,7 @@ def names_only(folder: Path) -> None:
     from leangen_kernels.cuda import build
 
     folder.mkdir()
-    (folder / build.PTX.format(90)).write_text("// nothing\n")
+    for capability in (80, 90):
+        (folder / build.PTX.format(capability)).write_text("// nothing\n")
     lines = [f"{n} {kernel.letters} {kernel.threads}\n" for n, kernel in build.kernels().items()]
     (folder / build.NAMES).write_text("".join(lines))

@@ -2,7 +2,8 @@
  *
  * The letters of a kernel's arguments stand in $FAKE_CUDA_NAMES, as the build writes them. The
  * allocation that passes $FAKE_CUDA_BYTES fails, as on a full card. What fake_cuda_runs is given
- * does the work of a launch; without it none is done. */
+ * does the work of a launch; without it none is done. With $FAKE_CUDA_OVERLAPS a line stands before
+ * each launch that may overlap, which one of a capability below 9 ($FAKE_CUDA_MAJOR) must not. */
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -130,9 +131,10 @@ int cuLaunchKernelEx(const Config *config, Function *function, void **arguments,
                                     (double)*(float *)*arguments)
                          : snprintf(line + at, sizeof line - (size_t)at, " %lld",
                                     (long long)*(int64_t *)*arguments);
-  note(line);
-  if (block[1] != 1 || block[2] != 1 || config->shared || extra) return 1;
   int overlaps = config->count == 1 && config->attributes->id == 6 && config->attributes->value[0];
-  if (overlaps != (capability() >= 9) || config->count > 1) return 1;
+  if (overlaps && *setting("FAKE_CUDA_OVERLAPS", "")) note("overlaps");
+  note(line);
+  if (config->count != (unsigned)overlaps || (overlaps && capability() < 9)) return 1;
+  if (block[1] != 1 || block[2] != 1 || config->shared || extra) return 1;
   return run ? run(function->name, grid, block[0], given) : 0;
 }

@@ -162,6 +162,17 @@ def test_a_linear_layer_launches_what_python_says(
     assert [int(value) for value in lines[1][6:9]] == [rows, scales, sums]
 
 
+@pytest.mark.parametrize(("major", "overlap"), [("8", False), ("9", True), ("12", True)])
+def test_launches_overlap_where_the_card_can(library, major, overlap):
+    with start(library, FAKE_CUDA_MAJOR=major, FAKE_CUDA_OVERLAPS="1") as other:
+        told, lines = ask(other, library, GOOD)
+        other.stdin.close()
+    assert told == {"shapes": [[1, 16]]}
+    assert [line[0] == "overlaps" for line in lines] == (
+        [True, False] * 2 if overlap else [False] * 2
+    )
+
+
 ATTENTION = ("qkv", "key", "value", "last", "cosines", "sines", "query_gain", "key_gain")
 
 

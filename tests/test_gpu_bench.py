@@ -74,6 +74,15 @@ def test_a_launch_reaches_the_driver_with_its_arguments(fake):
     assert log == ["rows_a8 3 1 1 64 1 1 2 3 4 5 6 7 8 9 0.5"]
 
 
+def test_launches_overlap_where_the_card_can(fake):
+    launch = "card.launch('merge_64', (1, 1, 1), 64, 1, 2, 3, 4, 5, 6)\n"
+    code = f"{OPEN}{launch}card.overlaps = False\n{launch}"
+    line = "merge_64 1 1 1 64 1 1 2 3 4 5 6"
+    for major, wanted in (("8", [line, line]), ("9", ["overlaps", line, line])):
+        done, log = run_fake(fake, code, FAKE_CUDA_MAJOR=major, FAKE_CUDA_OVERLAPS="1")
+        assert (done.returncode, log) == (0, wanted), done.stderr
+
+
 def test_a_full_card_and_a_missing_one_are_told_apart(fake):
     done, _ = run_fake(fake, OPEN + "card.empty(2000, 'u1')", FAKE_CUDA_BYTES="1000")
     assert "OutOfMemoryError: cuMemAlloc_v2: out of memory (2)" in done.stderr

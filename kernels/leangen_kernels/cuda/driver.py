@@ -178,6 +178,8 @@ class Card:
             raise CudaError(f"device {index} of {len(found)}: there is no such card")
         self.device = found[index]
         self.multiprocessors = self.device.multiprocessors
+        self.overlaps = self.device.capability[0] >= OVERLAPPING
+        """Whether launches may; a benchmark sets it to False to see what that is worth."""
         self.l2_bytes = attribute(index, _L2_BYTES)
         context = ctypes.c_void_p()
         call("cuDevicePrimaryCtxRetain", ctypes.byref(context), index)
@@ -238,10 +240,10 @@ class Card:
         pointers = (ctypes.c_void_p * len(held))(
             *(ctypes.cast(ctypes.pointer(value), ctypes.c_void_p) for value in held)
         )
-        overlaps = _Attribute(_MAY_OVERLAP, 0, (ctypes.c_int * 16)(1))
-        config = _Config(grid, (threads, 1, 1), 0, self.stream, ctypes.pointer(overlaps), 1)
-        if self.device.capability[0] < OVERLAPPING:
-            config.count = 0
+        overlap = _Attribute(_MAY_OVERLAP, 0, (ctypes.c_int * 16)(1))
+        config = _Config(
+            grid, (threads, 1, 1), 0, self.stream, ctypes.pointer(overlap), int(self.overlaps)
+        )
         call("cuLaunchKernelEx", ctypes.byref(config), self._function(name), pointers, None)
 
     def launch_all(self, launches: Iterable[Launch]) -> None:
