@@ -161,16 +161,12 @@ def _torch_step(shape: Shape, batch: int) -> tuple[Callable[[], Any], int]:
 def models(bench: Bench) -> Iterator[Row]:
     """A token's time."""
     for name, shape in SHAPES.items():
+        yield Row(f"{name} int4 a8 batch 1, launches in turn", lambda s=shape: _in_turn(bench, s))
         for batch in BATCHES:
             for precision in PRECISIONS:
                 yield Row(
                     f"{name} {precision} batch {batch}",
                     lambda s=shape, p=precision, b=batch: _step(bench, s, p, b),
-                )
-            for precision in ("int4 a16", "int4 a8"):
-                yield Row(
-                    f"{name} {precision} batch {batch}, launches in turn",
-                    lambda s=shape, p=precision, b=batch: _in_turn(bench, s, p, b),
                 )
             yield Row(
                 f"{name} torch fp16 batch {batch}", lambda s=shape, b=batch: _torch(bench, s, b)
@@ -191,11 +187,11 @@ def _step(bench: Bench, shape: Shape, precision: str, batch: int) -> Figures:
     return {**figures, "bytes": decoder.bytes, "note": f"{batch / figures['time_s']:.0f} token/s"}
 
 
-def _in_turn(bench: Bench, shape: Shape, precision: str, batch: int) -> Figures:
-    """The same where no launch may begin before the one ahead of it is complete."""
+def _in_turn(bench: Bench, shape: Shape) -> Figures:
+    """Where no launch may begin before the one ahead of it is complete."""
     bench.card.overlaps, usual = False, bench.card.overlaps
     try:
-        return _step(bench, shape, precision, batch)
+        return _step(bench, shape, "int4 a8", 1)
     finally:
         bench.card.overlaps = usual
 
