@@ -11,8 +11,7 @@ Where launches may overlap (`griddepcontrol`) it also watches that a kernel, bef
 those ahead of it, writes nothing and reads nothing that any launch has written.
 
 Float results are those of the ISA but for the last bit: ex2 is exact, a fused multiply-add rounds
-twice. Order among threads that nothing orders is that of their numbers; a race is found by who
-touched what, not by luck.
+twice. Threads run side by side, in arrays; a race is found by who touched what, not by luck.
 """
 
 from __future__ import annotations
@@ -153,7 +152,7 @@ class Card:
         return HostArray(data.view(kind))
 
     def launch(self, name: str, grid: tuple[int, ...], threads: int, *arguments: Any) -> None:
-        """All blocks of one launch, one after the other. Raises Fault, ptx.Unknown."""
+        """All blocks of one launch. Raises Fault, ptx.Unknown."""
         kernel = self._kernels[f"leangen_{name}"]
         if threads > kernel.most_threads or kernel.shared_bytes > MOST_SHARED_BYTES:
             raise Fault(
@@ -202,7 +201,7 @@ def _anything(kinds: dict[str, type], count: int) -> dict[str, Array]:
 
 
 class _Blocks:
-    """The threads of some blocks, one after the other: where each is, and the registers of all."""
+    """The threads of some blocks: where each is, and the registers of all."""
 
     def __init__(
         self, card: Card, kernel: ptx.Kernel, counts: Counts, first: int, places: Array,
@@ -255,9 +254,8 @@ class _Blocks:
         code = self._kernel.code
         barrier = np.array([place < end and code[place].parts[0] == "bar" for place in first])
         if not (together & barrier).any():
-            waiting = self._waits[: self._threads].sum() or self._waits.sum()
             raise Fault(
-                f"{self._kernel.name}: {waiting} threads wait for others that never come: "
+                f"{self._kernel.name}: {self._waits.sum()} threads wait for others that never come: "
                 f"{code[self._at[self._waits].min()].text}"
             )
         released = np.repeat(together & barrier, self._threads) & (self._at < end)
@@ -271,6 +269,8 @@ class _Blocks:
         while at < until:
             instruction = self._kernel.code[at]
             name = instruction.parts[0]
+            if instruction.guard and name in ("ret", "bar", "shfl", "mma"):
+                raise ptx.Unknown(instruction.text)
             if name == "bra":
                 self._branch(instruction, active, at)
                 return
@@ -287,7 +287,7 @@ class _Blocks:
                     self._waits[whole] = False
                     self._meet(instruction, whole)
                     self._at[whole] = at + 1
-                if len(whole) < len(active):
+                if len(whole) != len(active) or self._waits[active].any():
                     return
             else:
                 lanes = active

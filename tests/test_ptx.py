@@ -104,6 +104,22 @@ def test_threads_part_and_meet_again():
     np.testing.assert_array_equal(words(body), (lanes % 4 + 100 * (lanes >= 8))[lanes ^ 16])
 
 
+def test_lanes_meet_across_warps_that_come_at_different_times():
+    """Lanes above 40 come late to the shuffle: the first warp has gone on, the second waits."""
+    body = """
+        mov.u32 %r2, 0;
+        setp.lt.u32 %p0, %r0, 40;
+        @%p0 bra $meet;
+        mov.u32 %r2, 1000;
+    $meet:
+        add.u32 %r2, %r2, %r0;
+        shfl.sync.bfly.b32 %r1, %r2, 31, 0x1f, 0xffffffff;
+    """
+    threads = np.arange(64)
+    wanted = (threads + 1000 * (threads >= 40))[threads ^ 31]
+    np.testing.assert_array_equal(words(body, 64), wanted)
+
+
 SHARED = "mov.u64 %d2, s; mul.wide.u32 %d3, %r0, 4; add.s64 %d2, %d2, %d3; "
 OTHERS = "xor.b32 %r4, %r0, 63; mul.wide.u32 %d4, %r4, 4; mov.u64 %d5, s; add.s64 %d5, %d5, %d4; "
 
