@@ -254,9 +254,10 @@ class _Blocks:
         code = self._kernel.code
         barrier = np.array([place < end and code[place].parts[0] == "bar" for place in first])
         if not (together & barrier).any():
+            where = code[self._at[self._waits].min()].text
+            count = self._waits.sum()
             raise Fault(
-                f"{self._kernel.name}: {self._waits.sum()} threads wait for others that never come: "
-                f"{code[self._at[self._waits].min()].text}"
+                f"{self._kernel.name}: {count} threads wait for others that never come: {where}"
             )
         released = np.repeat(together & barrier, self._threads) & (self._at < end)
         self._waits[released] = False

@@ -109,11 +109,15 @@ def test_lanes_meet_across_warps_that_come_at_different_times():
     body = """
         mov.u32 %r2, 0;
         setp.lt.u32 %p0, %r0, 40;
-        @%p0 bra $meet;
-        mov.u32 %r2, 1000;
+        @!%p0 bra $late;
     $meet:
         add.u32 %r2, %r2, %r0;
         shfl.sync.bfly.b32 %r1, %r2, 31, 0x1f, 0xffffffff;
+        bra $out;
+    $late:
+        mov.u32 %r2, 1000;
+        bra $meet;
+    $out:
     """
     threads = np.arange(64)
     wanted = (threads + 1000 * (threads >= 40))[threads ^ 31]
