@@ -20,7 +20,6 @@ from leangen_kernels.cuda import driver
 from leangen import devices, lowering
 from leangen.families import key_values
 
-FOLDER = Path(os.environ["PTX_STAND_IN"])
 _RUN = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint), ctypes.c_uint,
     ctypes.POINTER(ctypes.c_void_p),
@@ -87,9 +86,10 @@ class OnCpu(devices.Device):
 
 def pytest_configure(config):
     """Puts the card in; for the whole process."""
-    run = config.stash_run = _runs(ptx.read((FOLDER / "cuda" / driver.PTX.format(90)).read_text()))
+    folder = Path(os.environ["PTX_STAND_IN"])
+    run = config.stash_run = _runs(ptx.read((folder / "cuda" / driver.PTX.format(90)).read_text()))
     ctypes.CDLL(driver.LIBRARY).fake_cuda_runs(run)
-    driver.Card.__init__.__defaults__ = (0, FOLDER / "cuda")
+    driver.Card.__init__.__defaults__ = (0, folder / "cuda")
     choose, find, on_card = devices.choose, lowering.find, key_values.OnCard
 
     def chosen(asked="cpu"):
@@ -99,7 +99,7 @@ def pytest_configure(config):
         if device == "cpu":
             return find(*given, **more)
         library, status = leangen_kernels.library, leangen_kernels.status
-        leangen_kernels.library = lambda: FOLDER / "operators.so"
+        leangen_kernels.library = lambda: folder / "operators.so"
         leangen_kernels.status = lambda: ("portable", "a stand-in")
         try:
             return find(*given, device=device, **more)
