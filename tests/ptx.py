@@ -40,7 +40,7 @@ class Address:
 
 @dataclass(frozen=True, slots=True)
 class Number:
-    """An immediate; `bits` where it was written as the bits of a float."""
+    """An immediate; of a float the bits, as it is written."""
 
     value: int
     is_float: bool = False
@@ -190,9 +190,6 @@ def _operand(text: str, name: Callable[[str], str]) -> Operand:
     if re.match(r"-?\d", text):
         return Number(int(text, 0))
     return name(text)
-
-
-Values = list[Any]
 
 
 def _wide(f: Callable[..., Any]) -> Callable[..., Any]:
@@ -346,6 +343,9 @@ def operand_kinds(instruction: Instruction) -> list[np.dtype[Any]]:
         return [kind, kind, DTYPES["u32"], DTYPES["u32"]]
     return [kind] * count
 
+
+UNREAD = {"hi", "rz", "rm", "rp", "sat", "cc"}
+"""What would change a result and nothing here looks at."""
 
 _LANES = np.arange(32)
 _GROUP, _THREAD = _LANES >> 2, _LANES & 3

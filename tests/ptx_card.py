@@ -336,7 +336,7 @@ class _Blocks:
     def _compute(self, instruction: ptx.Instruction, lanes: Array) -> None:
         wide = instruction.parts[:2] == ("mul", "wide")
         f = ptx.COMPUTED.get("mul.wide" if wide else instruction.parts[0])
-        if f is None or instruction.parts[1:2] == ("hi",):
+        if f is None or ptx.UNREAD & set(instruction.parts):
             raise ptx.Unknown(instruction.text)
         kinds = ptx.operand_kinds(instruction)
         values = [

@@ -208,7 +208,10 @@ def test_a_launch_that_no_card_takes_is_refused(threads, arguments, says):
 
 
 def test_what_is_not_known_is_not_guessed():
-    for body in ("popc.b32 %r1, %r0;", "mul.hi.u32 %r1, %r0, %r0;", "atom.global.add.u32 %r1;"):
+    for body in (
+        "popc.b32 %r1, %r0;", "mul.hi.u32 %r1, %r0, %r0;", "atom.global.add.u32 %r1;",
+        "add.rz.f32 %f1, %f1, %f1;", "cvt.rzi.s32.f32 %r1, %f1;", "@%p1 bar.sync 0;",
+    ):  # fmt: skip
         with pytest.raises(ptx.Unknown):
             words(body)
 
