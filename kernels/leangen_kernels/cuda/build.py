@@ -14,11 +14,14 @@ from __future__ import annotations
 import argparse
 import functools
 import hashlib
+import os
 import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +81,10 @@ def compile_ptx(name: str, kernel: Any, capability: tuple[int, int] = CAPABILITY
     return text.replace("_cudapy_smem", f"{name}_shared")
 
 
+def _compile(name: str) -> str:
+    return compile_ptx(name, kernels()[name])
+
+
 def joined(texts: Iterable[str]) -> str:
     """One PTX file of several with the same head."""
     bodies, head = [], ""
@@ -112,18 +119,16 @@ def build(
         raise BuildError(refusal)
     cache.mkdir(parents=True, exist_ok=True)
     wanted = kernels()
-    texts, made = [], 0
-    for name, kernel in wanted.items():
-        kept = cache / f"{name}-{_digest(kernel.source)}.ptx"
-        if not kept.exists():
-            unfinished = kept.with_suffix(".new")
-            unfinished.write_text(compile_ptx(name, kernel))
-            unfinished.replace(kept)
-            made += 1
-        texts.append(kept.read_text())
-    say(f"{len(wanted)} GPU kernels, {made} of them compiled now")
+    kept = {n: cache / f"{n}-{_digest(kernel.source)}.ptx" for n, kernel in wanted.items()}
+    missing = [name for name, path in kept.items() if not path.exists()]
+    # Numba compiles under a lock: processes do not share it. One that is forked has NVVM loaded.
+    workers = len(os.sched_getaffinity(0))
+    with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
+        for name, text in zip(missing, pool.map(_compile, missing), strict=True):
+            _write(kept[name], text)
+    say(f"{len(wanted)} GPU kernels, {len(missing)} of them compiled now")
     folder.mkdir(parents=True, exist_ok=True)
-    text = joined(texts)
+    text = joined(path.read_text() for path in kept.values())
     written = {80: folder / PTX.format(80), 90: folder / PTX.format(90)}
     _write(written[80], text)
     _write(written[90], overlapping(text))
