@@ -15,7 +15,7 @@ import numpy as np
 
 @dataclass
 class HostArray:
-    """Values at an address that is a multiple of 16, in the simulator."""
+    """Values at an address that is a multiple of 256, as a card's allocations are."""
 
     values: np.ndarray
 
@@ -27,20 +27,15 @@ class HostArray:
         return self.values
 
 
-class Simulator:
-    """Numba's CUDA simulator; NUMBA_ENABLE_CUDASIM must be set before Numba is imported."""
+class Host:
+    """A machine whose memory is the host's."""
 
-    def __init__(self) -> None:
-        from leangen_kernels.cuda import build
-
-        self.kernels = build.kernels()
-        self.made: dict[str, Any] = {}
-        self.multiprocessors = 2
+    multiprocessors = 2
 
     def empty(self, count: int, kind: Any) -> HostArray:
         size = np.dtype(kind).itemsize * count
-        memory = np.full(size + 16, 0xAA, np.uint8)
-        at = -memory.ctypes.data % 16
+        memory = np.full(size + 256, 0xAA, np.uint8)
+        at = -memory.ctypes.data % 256
         return HostArray(memory[at : at + size].view(kind))
 
     def array(self, values: Any) -> HostArray:
@@ -48,6 +43,16 @@ class Simulator:
         held = self.empty(values.size, values.dtype)
         held.values[:] = values.ravel()
         return held
+
+
+class Simulator(Host):
+    """Numba's CUDA simulator; NUMBA_ENABLE_CUDASIM must be set before Numba is imported."""
+
+    def __init__(self) -> None:
+        from leangen_kernels.cuda import build
+
+        self.kernels = build.kernels()
+        self.made: dict[str, Any] = {}
 
     def launch(self, name: str, grid: tuple[int, ...], threads: int, *arguments: Any) -> None:
         from numba import cuda
@@ -302,8 +307,6 @@ CASES = {
     "group norm, tail": group_norm(3, 3, 20, False),
     "group norm in parts": group_norm(2, 1, 8196, True),
 }
-COMPILED_ONLY = set()
-"""Cases that differ from others by a constant: the simulator, which is slow, leaves them out."""
 # A warp has all units of its rows: more than it asks for at a time.
 for tokens, n, k in ((1, 16, 500), (9, 33, 300), (18, 33, 150)):
     for form, group in (
@@ -315,12 +318,9 @@ for tokens, n, k in ((1, 16, 500), (9, 33, 300), (18, 33, 150)):
             CASES[name] = linear(
                 form, n, k, tokens, group, activations=activations, whole_rows=True
             )
-            if (form, activations) not in (("q4", "fp32"), ("q8", "int8")) and tokens > 1:
-                COMPILED_ONLY.add(name)
             if tokens == 1:
                 CASES[f"{name}, gated"] = linear(
                     form, 32, 500, 3, group, activations=activations, whole_rows=True, gated=True
                 )
-                COMPILED_ONLY.add(f"{name}, gated")
 for form in ("q4_wide", "q4_min_wide", "q8_wide"):
     CASES[f"dequantize {form}"] = dequantize(form, 16, 64)

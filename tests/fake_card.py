@@ -48,7 +48,7 @@ def names_only(folder: Path) -> None:
     from leangen_kernels.cuda import build
 
     folder.mkdir()
-    for capability in (80, 90):
+    for capability in build.OLDEST_PTX:
         (folder / build.PTX.format(capability)).write_text("// nothing\n")
     lines = [f"{n} {kernel.letters} {kernel.threads}\n" for n, kernel in build.kernels().items()]
     (folder / build.NAMES).write_text("".join(lines))

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import ptx
-from cuda_cases import HostArray
+from cuda_cases import Host, HostArray
 
 Array = np.ndarray[Any, Any]
 WARP = 32
@@ -83,9 +83,10 @@ class _Touches:
 class Memory:
     """The bytes of one allocation, with what has happened to them."""
 
-    def __init__(self, data: Array, written: bool) -> None:
+    def __init__(self, data: Array) -> None:
         self.data = data
-        self._known = np.full(data.size, written)
+        self.known = np.zeros(data.size, bool)
+        """Which bytes have been written."""
         self._of_kernels = np.zeros(data.size, bool)
         self.forget()
 
@@ -100,7 +101,7 @@ class Memory:
         """
         if early and self._of_kernels[at].any():
             raise Fault("reads what a launch ahead of it may not have written yet")
-        if not self._known[at].all():
+        if not self.known[at].all():
             raise Fault("reads what nothing has written")
         if constant and (self._writes.block[at] != _NOBODY).any():
             raise Fault("reads as constant what this launch has written")
@@ -119,37 +120,29 @@ class Memory:
         if self._writes.add(at, by):
             raise Fault("two threads write one place")
         self.data[at] = values
-        self._known[at] = self._of_kernels[at] = True
+        self.known[at] = self._of_kernels[at] = True
 
 
-class Card:
+class Card(Host):
     """Runs kernels over arrays in its memory."""
 
-    def __init__(self, kernels: dict[str, ptx.Kernel], multiprocessors: int = 2) -> None:
+    def __init__(self, kernels: dict[str, ptx.Kernel]) -> None:
         self._kernels = kernels
-        self.multiprocessors = multiprocessors
         self.counts: dict[str, Counts] = defaultdict(Counts)
         """By kernel."""
         self._held: list[tuple[int, Memory]] = []
 
     def empty(self, count: int, kind: Any) -> HostArray:
         """Memory that nothing has written."""
-        return self._take(count, kind, written=False)
+        held = super().empty(count, kind)
+        self._held.append((held.address, Memory(held.values.view(np.uint8))))
+        return held
 
     def array(self, values: Any) -> HostArray:
         """A copy of an array."""
-        values = np.ascontiguousarray(values)
-        held = self._take(values.size, values.dtype, written=True)
-        held.values[:] = values.ravel()
+        held = super().array(values)
+        self._held[-1][1].known[:] = True
         return held
-
-    def _take(self, count: int, kind: Any, written: bool) -> HostArray:
-        size = np.dtype(kind).itemsize * count
-        memory = np.full(size + 256, 0xAA, np.uint8)
-        at = -memory.ctypes.data % 256
-        data = memory[at : at + size]
-        self._held.append((data.ctypes.data, Memory(data, written)))
-        return HostArray(data.view(kind))
 
     def launch(self, name: str, grid: tuple[int, ...], threads: int, *arguments: Any) -> None:
         """All blocks of one launch. Raises Fault, ptx.Unknown."""
@@ -218,7 +211,7 @@ class _Blocks:
             self._special[f"%ctaid.{axis}"] = np.repeat(at, threads)
         self._awaits = any(one.parts == _AWAIT for one in kernel.code)
         self._awaited = np.zeros(self._count, bool)
-        self._shared = Memory(np.zeros(kernel.shared_bytes * len(places), np.uint8), written=False)
+        self._shared = Memory(np.zeros(kernel.shared_bytes * len(places), np.uint8))
         self._registers = _anything(kernel.registers, self._count)
 
     def run(self, grid: tuple[int, ...], arguments: Any) -> None:
