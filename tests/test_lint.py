@@ -1,4 +1,4 @@
-"""The linter on files made by onnxruntime's own quantizers: finds the traps, mends them, faster."""
+"""The linter on files made by onnxruntime's own quantizers: finds the traps, mends them."""
 
 from __future__ import annotations
 
