@@ -6,9 +6,11 @@ A `Database` is what the ledger's modules write SQL for: SQLite here, and Postgr
 
 from __future__ import annotations
 
+import os
+import shutil
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +22,8 @@ VERSION = 2
 BUSY_S = 30.0
 HEADER = b"SQLite format 3\0"
 MOST_DAMAGE = 20
+ROOM_BYTES = 1 << 20
+"""With less than this free, a disk is full: a log and its index begin with tens of kilobytes."""
 
 SCHEMA = """
 CREATE TABLE entries (
@@ -250,15 +254,33 @@ def _check_header(path: Path) -> None:
         )
 
 
+def _is_still(path: Path) -> bool:
+    """Whether all of the ledger is in its file, on a file system that nobody can write to."""
+    if os.name != "posix" or not path.exists():
+        return False
+    log = path.with_name(path.name + "-wal")
+    empty = not (log.exists() and log.stat().st_size)
+    return empty and bool(os.statvfs(path).f_flag & os.ST_RDONLY)
+
+
 def connect(path: Path) -> _Connection:
     """Open the ledger at `path`, made if there is none; statements commit one by one.
 
     Raises StorageError for a file that is not a ledger, sqlite3.Error and OSError otherwise.
     """
     _check_header(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    place, by_uri = str(path), False
+    if _is_still(path):  # SQLite would make its shared index beside it
+        place, by_uri = f"{path.resolve().as_uri()}?immutable=1", True
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
     db = sqlite3.connect(
-        path, timeout=BUSY_S, isolation_level=None, check_same_thread=False, factory=_Connection
+        place,
+        timeout=BUSY_S,
+        isolation_level=None,
+        check_same_thread=False,
+        factory=_Connection,
+        uri=by_uri,
     )
     try:
         _prepare(db, path)
@@ -328,10 +350,17 @@ def transaction(db: sqlite3.Connection, mode: str = "IMMEDIATE") -> Iterator[Non
         raise
 
 
+def _is_full(folder: Path) -> bool:
+    with suppress(OSError):
+        return shutil.disk_usage(folder).free < ROOM_BYTES
+    return False
+
+
 def explain(error: sqlite3.Error, path: Path) -> StorageError:
     """What SQLite raised, as the error that the user meets."""
     name = getattr(error, "sqlite_errorname", "")
-    if name == "SQLITE_FULL":
+    # Without room for its shared index, SQLite says no more than that reading or writing failed.
+    if name == "SQLITE_FULL" or name.startswith("SQLITE_IOERR") and _is_full(path.parent):
         return StorageError(
             f"disk full: the ledger {path} took no more, what it holds is intact; free some space "
             "(`leangen gc`, `leangen rm`) and try again"
