@@ -6,6 +6,8 @@ A `Database` is what the ledger's modules write SQL for: SQLite here, and Postgr
 
 from __future__ import annotations
 
+import errno
+import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +20,6 @@ from leangen.errors import StorageError
 APPLICATION_ID = 0x6C67656E  # "lgen": tells a ledger from any other SQLite file
 VERSION = 2
 BUSY_S = 30.0
-HEADER = b"SQLite format 3\0"
 MOST_DAMAGE = 20
 
 SCHEMA = """
@@ -237,33 +238,28 @@ class SqliteFile:
         return StorageError(f"cannot use the ledger {self.path}: {detail}; choose another place")
 
 
-def _check_header(path: Path) -> None:
-    """Refuse a file that is no database before SQLite touches it."""
-    try:
-        with path.open("rb") as file:
-            start = file.read(len(HEADER))
-    except FileNotFoundError:
-        return
-    if start and start != HEADER:
-        raise StorageError(
-            f"{path} is not a ledger (it is no SQLite file): move it away or choose another place"
-        )
-
-
 def connect(path: Path) -> _Connection:
     """Open the ledger at `path`, made if there is none; statements commit one by one.
 
     Raises StorageError for a file that is not a ledger, sqlite3.Error and OSError otherwise.
     """
-    _check_header(path)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Only SQLite may open the file: on closing it, a process loses the locks of every connection
+    # that it has there, and another process then removes the log that those go on writing to.
     db = sqlite3.connect(
         path, timeout=BUSY_S, isolation_level=None, check_same_thread=False, factory=_Connection
     )
     try:
         _prepare(db, path)
-    except BaseException:
+    except BaseException as error:
         db.close()
+        if getattr(error, "sqlite_errorname", "") == "SQLITE_NOTADB":
+            raise StorageError(
+                f"{path} is not a ledger (it is no SQLite file): move it away or choose another "
+                "place"
+            ) from error
         raise
     return db
 
