@@ -230,6 +230,30 @@ def test_a_foreign_or_damaged_file_is_refused_and_left_alone(tmp_path, kind):
     assert path.read_bytes() == FOREIGN[kind]
 
 
+ANOTHER_PROCESS = """
+import sys
+from pathlib import Path
+import ledger_fakes
+from leangen.ledger import Ledger
+with Ledger(Path(sys.argv[1])) as ledger:
+    ledger.append(ledger_fakes.receipt(1)).wait()
+"""
+
+
+def test_several_ledgers_of_a_process_beside_those_of_another(file_ledger):
+    file_ledger.append(receipt(0)).wait()
+    with Ledger(file_ledger.path) as second:
+        assert len(second.entries()) == 1
+    subprocess.run(
+        [sys.executable, "-c", ANOTHER_PROCESS, str(file_ledger.path)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, sys.path))},
+        check=True,
+    )
+    file_ledger.append(receipt(2)).wait()
+    with Ledger(file_ledger.path) as again:
+        assert [entry["id"] for entry in again.entries()] == ["r2", "r1", "r0"]
+
+
 def test_another_programs_database_is_refused_and_left_alone(tmp_path):
     path = tmp_path / "other.db"
     db = sqlite3.connect(path)

@@ -11,11 +11,13 @@ from typing import Any, cast
 import numpy as np
 
 from leangen.bundle import sha256_file
-from leangen.errors import SourceError, needs
+from leangen.errors import SourceError, UnsupportedError, needs
 from leangen.exporters.checkpoint import Checkpoint, Layout, Rows
 from leangen.exporters.gguf_blocks import Floats
 
 CONFIG, TOKENIZER, TEMPLATE = "config.json", "tokenizer.json", "chat_template.jinja"
+FLOATS = ("F32", "F16", "BF16", "F64")
+"""Types of weights in safetensors that are whole in themselves."""
 
 
 def folder_of(path: Path) -> Path:
@@ -79,7 +81,14 @@ class Tensors(Checkpoint):
         return tuple(self._tensors[tensor].get_slice(tensor).get_shape())
 
     def _rows(self, tensor: str) -> Rows:
-        rows: Rows = self._tensors[tensor].get_tensor(tensor)
+        held = self._tensors[tensor]
+        kind = held.get_slice(tensor).get_dtype()
+        if kind not in FLOATS:
+            raise UnsupportedError(
+                f"{tensor} is of type {kind}, expected {', '.join(FLOATS)}: "
+                "give the model before it was quantized"
+            )
+        rows: Rows = held.get_tensor(tensor)
         return rows
 
     def _floats(self, tensor: str, rows: Rows) -> Floats:

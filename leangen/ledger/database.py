@@ -6,6 +6,7 @@ A `Database` is what the ledger's modules write SQL for: SQLite here, and Postgr
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import sqlite3
@@ -20,7 +21,6 @@ from leangen.errors import StorageError
 APPLICATION_ID = 0x6C67656E  # "lgen": tells a ledger from any other SQLite file
 VERSION = 2
 BUSY_S = 30.0
-HEADER = b"SQLite format 3\0"
 MOST_DAMAGE = 20
 ROOM_BYTES = 1 << 20
 """With less than this free, a disk is full: a log and its index begin with tens of kilobytes."""
@@ -241,19 +241,6 @@ class SqliteFile:
         return StorageError(f"cannot use the ledger {self.path}: {detail}; choose another place")
 
 
-def _check_header(path: Path) -> None:
-    """Refuse a file that is no database before SQLite touches it."""
-    try:
-        with path.open("rb") as file:
-            start = file.read(len(HEADER))
-    except FileNotFoundError:
-        return
-    if start and start != HEADER:
-        raise StorageError(
-            f"{path} is not a ledger (it is no SQLite file): move it away or choose another place"
-        )
-
-
 def _is_still(path: Path) -> bool:
     """Whether all of the ledger is in its file, on a file system that nobody can write to."""
     if os.name != "posix" or not path.exists():
@@ -268,12 +255,15 @@ def connect(path: Path) -> _Connection:
 
     Raises StorageError for a file that is not a ledger, sqlite3.Error and OSError otherwise.
     """
-    _check_header(path)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
     place, by_uri = str(path), False
     if _is_still(path):  # SQLite would make its shared index beside it
         place, by_uri = f"{path.resolve().as_uri()}?immutable=1", True
     else:
         path.parent.mkdir(parents=True, exist_ok=True)
+    # Only SQLite may open the file: on closing it, a process loses the locks of every connection
+    # that it has there, and another process then removes the log that those go on writing to.
     db = sqlite3.connect(
         place,
         timeout=BUSY_S,
@@ -284,8 +274,13 @@ def connect(path: Path) -> _Connection:
     )
     try:
         _prepare(db, path)
-    except BaseException:
+    except BaseException as error:
         db.close()
+        if getattr(error, "sqlite_errorname", "") == "SQLITE_NOTADB":
+            raise StorageError(
+                f"{path} is not a ledger (it is no SQLite file): move it away or choose another "
+                "place"
+            ) from error
         raise
     return db
 
