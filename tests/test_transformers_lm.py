@@ -145,6 +145,16 @@ def test_older_keys_of_the_rotation_are_read(tmp_path):
         np.testing.assert_allclose(language.logits(session, tokens), expected, atol=1e-4)
 
 
+def test_a_stored_head_is_taken_whatever_the_config_says_of_tying(tmp_path):
+    model = checkpoint(tmp_path / "saved", "llama", SMALL)
+    file = tmp_path / "saved" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"tie_word_embeddings": True}))
+    session = Session(exporters.export(file, tmp_path / "out"), threads=1)
+    with torch.no_grad():
+        expected = model(torch.tensor([[3, 1, 4]])).logits[0].numpy()
+    np.testing.assert_allclose(language.logits(session, [3, 1, 4]), expected, atol=1e-4)
+
+
 def test_what_cannot_be_exported_is_named(tmp_path):
     folder = tmp_path / "saved"
     checkpoint(folder, "llama", SMALL)

@@ -187,6 +187,7 @@ def _gemma3(json: Json) -> Layout:
     both = json.get("rope_parameters") or {}
     far = (both.get(_ALL) or {}) | (json.get("rope_scaling") or {})
     json = {"rope_theta": 1e6, **json, "rope_scaling": None, "rope_parameters": far}
+    json |= {"attn_logit_softcapping": None}  # has the key, and no use for it
     near = {
         "rope_parameters": both.get(_NEAR),
         "rope_theta": json.get("rope_local_base_freq", 10000.0),

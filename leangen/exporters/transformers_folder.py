@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -63,7 +64,16 @@ class Tensors(Checkpoint):
         self.files, self._tensors = open_tensors(path)
         # Some were saved without what stands around the layers: `h.0` for `transformer.h.0`.
         self._bare = layout.names["embed"] + ".weight" not in self._tensors
+        if layout.config.tied_head and self._has_own_head():
+            self.layout = replace(layout, config=replace(layout.config, tied_head=False))
         self.check(path)
+
+    def _has_own_head(self) -> bool:
+        """Whether a head is stored that is not the embedding: then no word of tying holds."""
+        head, embed = self.layout.names.get("head", "") + ".weight", self._tensor("embed")
+        if not {head, embed} <= self._tensors.keys():
+            return False
+        return not np.array_equal(self._rows(head), self._rows(embed))
 
     def __enter__(self) -> Tensors:
         return self

@@ -59,9 +59,11 @@ def export(
     StorageError.
     """
     path = folder_of(path)
-    layout = read_layout(path)
-    config = layout.config
-    with Tensors(path, layout) as checkpoint, create(out, replace=replace) as draft:
+    with (
+        Tensors(path, read_layout(path)) as checkpoint,
+        create(out, replace=replace) as draft,
+    ):
+        config = checkpoint.layout.config
         draft.name = name or path.resolve().name.lower()
         draft.family = "language"
         draft.scheme = "fp32"
@@ -153,7 +155,7 @@ def _check_numbers(path: Path, json: Json) -> None:
             raise SourceError(
                 f"{path / CONFIG} has {key} {value!r}, expected a whole number above 0"
             )
-        if key in _NUMBERS and not _positive(value):
+        if key in _NUMBERS and not (_positive(value) or (value is None and key in _OPTIONAL)):
             raise SourceError(f"{path / CONFIG} has {key} {value!r}, expected a number above 0")
 
 
@@ -189,10 +191,19 @@ _SIZES = frozenset(
         *("relative_attention_num_buckets", "relative_attention_max_distance"),
     )
 )
-_OPTIONAL = frozenset(("num_key_value_heads", "head_dim", "sliding_window", "num_decoder_layers"))
 _NUMBERS = frozenset(
-    ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "query_pre_attn_scalar")
+    (
+        *("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "query_pre_attn_scalar"),
+        *("attn_logit_softcapping", "final_logit_softcapping"),
+    )
 )
+_OPTIONAL = frozenset(
+    (
+        *("num_key_value_heads", "head_dim", "sliding_window", "num_decoder_layers"),
+        *("attn_logit_softcapping", "final_logit_softcapping"),
+    )
+)
+"""What may be null."""
 _ROPES: Mapping[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
