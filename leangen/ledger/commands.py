@@ -74,7 +74,7 @@ def export(ledger: Ledger, args: argparse.Namespace) -> int:
     if args.json:
         print_json({"path": str(args.output), "receipts": count})
     else:
-        print(f"{count} receipts in {args.output}")
+        say(f"{count} receipts in {args.output}")
     if total > count:
         say(f"{total - count} older receipts were compacted to their sums: those are not in it")
     return 0
