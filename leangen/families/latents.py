@@ -90,7 +90,8 @@ def each(config: Mapping[str, Any], request: Request) -> Iterator[Request]:
     image = request.image
     several = "upscale" in config and isinstance(image, np.ndarray) and image.ndim == 4
     if not several or len(image) == 1:
-        yield from [request] * request.count
+        for _ in range(request.count):
+            yield request
         return
     if request.count not in (1, len(image)):
         raise RequestError(

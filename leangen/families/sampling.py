@@ -88,6 +88,14 @@ def is_real(value: object) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
+def is_text(value: object) -> bool:
+    """Whether it is text that UTF-8 holds: a command line's bytes of another encoding are none."""
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:
+        return False
+
+
 def _is_bias(value: object) -> bool:
     return isinstance(value, Mapping) and all(
         is_whole(token, 0) and (is_real(bias) or bias == -math.inf) for token, bias in value.items()
