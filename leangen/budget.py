@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from leangen import clock
-from leangen.console import say
+from leangen.console import figure, say
 from leangen.errors import RequestError, StorageError
 from leangen.files import write_atomic
 from leangen.ledger import Ledger
@@ -91,8 +91,9 @@ class Spent:
 
     def __str__(self) -> str:
         budget = self.budget
-        parts = [f"{amount:.4g} {source}" for source, amount in self.by_source.items()]
-        text = f"budget {budget.name}: {self.amount:.4g} of {budget.limit:g} {budget.unit} spent"
+        parts = [f"{figure(amount)} {source}" for source, amount in self.by_source.items()]
+        spent = f"{figure(self.amount)} of {figure(budget.limit)} {budget.unit} spent"
+        text = f"budget {budget.name}: {spent}"
         text += f" ({', '.join(parts)})" if parts else ""
         if self.unmeasured:
             text += f"; {self.unmeasured} generations were not measured and are not in it"
@@ -222,8 +223,8 @@ class Guard:
                 self._notify(f"warning: budget {budget.name}: this generation was not measured")
             elif amount > budget.limit:
                 self._notify(
-                    f"warning: budget {budget.name}: this generation took {amount:.4g} "
-                    f"{budget.unit} ({receipt.energy.source}), the limit is {budget.limit:g}"
+                    f"warning: budget {budget.name}: this generation took {figure(amount)} "
+                    f"{budget.unit} ({receipt.energy.source}), the limit is {figure(budget.limit)}"
                 )
 
     def _budgets(self, tag: str | None) -> list[Budget]:

@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from leangen.errors import BundleError
-from leangen.files import atomic_folder, write_atomic
+from leangen.errors import BundleError, StorageError
+from leangen.files import atomic_folder, check_free, write_atomic
 
 MANIFEST = "leangen.json"
 CHECKSUM = "leangen.sha256"
@@ -94,12 +94,29 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def check_place(target: Path, *, replace: bool = False) -> None:
+    """StorageError unless nothing is at `target`, or an empty folder, or with `replace` a bundle.
+
+    What is no bundle is never replaced: `-o ~ --force` would remove a home.
+    """
+    if not replace:
+        check_free(target)
+        return
+    empty = not target.exists() or target.is_dir() and not any(target.iterdir())
+    if not empty and not (target / MANIFEST).is_file():
+        raise StorageError(
+            f"{target} is not a bundle, and --force replaces nothing else: choose another place, "
+            "or remove it yourself"
+        )
+
+
 @contextmanager
 def create(target: Path, *, replace: bool = False) -> Iterator[Draft]:
     """Write a bundle atomically: the target appears whole, or not at all.
 
-    Raises StorageError when `target` exists (unless `replace`) and for a full or read-only disk.
+    Raises StorageError as `check_place` does, and for a full or read-only disk.
     """
+    check_place(target, replace=replace)
     with atomic_folder(target, replace=replace) as folder:
         draft = Draft(folder)
         yield draft
@@ -175,23 +192,11 @@ def open_bundle(path: Path) -> Bundle:
                 f"{manifest_path} has schema {manifest['schema']!r}, this leangen reads {SCHEMA!r}:"
                 " update leangen or export the model again"
             )
-        bundle = Bundle(
-            path=path,
-            digest="sha256:" + hashlib.sha256(raw).hexdigest(),
-            **{
-                key: manifest[key]
-                for key in (
-                    "name",
-                    "family",
-                    "scheme",
-                    "graphs",
-                    "config",
-                    "source",
-                    "quantization",
-                    "files",
-                )
-            },
-        )
+        entries = {key: _entry(manifest, key, str) for key in ("name", "family", "scheme")}
+        for key in ("graphs", "config", "source", "quantization", "files"):
+            entries[key] = _entry(manifest, key, dict)
+        entries["config"] = _Config(entries["config"], manifest_path)
+        bundle = Bundle(path=path, digest="sha256:" + hashlib.sha256(raw).hexdigest(), **entries)
         for name, entry in bundle.files.items():
             _check_file(path, name, int(entry["bytes"]))
         for role, name in bundle.graphs.items():
@@ -202,6 +207,26 @@ def open_bundle(path: Path) -> Bundle:
             f"{manifest_path} is damaged ({type(error).__name__}: {error}): export the model again"
         ) from error
     return bundle
+
+
+def _entry(manifest: Any, key: str, kind: type) -> Any:
+    value = manifest[key]
+    if not isinstance(value, kind):
+        raise TypeError(
+            f"{key} is {value!r}, expected a JSON {'text' if kind is str else 'object'}"
+        )
+    return value
+
+
+class _Config(dict[str, Any]):
+    """What a family reads of a manifest; what it misses there is the bundle's fault."""
+
+    def __init__(self, values: Mapping[str, Any], manifest: Path) -> None:
+        super().__init__(values)
+        self._manifest = manifest
+
+    def __missing__(self, key: str) -> Any:
+        raise BundleError(f"{self._manifest} lacks {key!r} in its config: export the model again")
 
 
 def _check_file(folder: Path, name: str, size_bytes: int) -> None:

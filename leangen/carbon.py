@@ -7,14 +7,13 @@ Its u is that of the energy; intensity and embodied total are taken as given.
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from leangen import clock
 from leangen.errors import RequestError
-from leangen.intensity import OWN_REGION, Grid, Series, find, number, read_series
+from leangen.intensity import MOST_G_PER_KWH, OWN_REGION, Grid, Series, find, number, read_series
 from leangen.records import Carbon, Embodied
 
 REGION_VARIABLE = "LEANGEN_REGION"
@@ -22,6 +21,8 @@ DEFAULT_REGION = "world"
 JOULES_PER_KWH = 3.6e6
 SECONDS_PER_DAY = 86_400
 SECONDS_PER_YEAR = 365.25 * SECONDS_PER_DAY
+MOST_EMBODIED = 1_000_000
+"""Kilogrammes, or years; the least is its inverse. Beyond are slips, and figures without end."""
 BRAIN_KWH_PER_DAY = 0.5
 """The yardstick of reports: a human brain takes about 20 W, and about this much a day."""
 
@@ -117,8 +118,10 @@ def footprint(
         made = Footprint(read_series(Path(intensity), label), hardware)  # type: ignore[arg-type]
         made.at(clock.utc_now())
         return made
-    if not (math.isfinite(value) and value >= 0):
-        raise RequestError(f"carbon intensity is {intensity}, expected gCO2e/kWh of 0 or more")
+    if not 0 <= value <= MOST_G_PER_KWH:
+        raise RequestError(
+            f"carbon intensity is {intensity}, expected gCO2e/kWh of 0 to {MOST_G_PER_KWH}"
+        )
     grid = Grid(label, "", value, int(clock.utc_now()[:4]), "given by the user")
     return Footprint(grid, hardware)
 
@@ -134,9 +137,9 @@ def brains(power_w: float) -> float:
 
 def _embodied(total_kg: float, lifetime_years: float) -> Embodied:
     for name, value in (("total", total_kg), ("lifetime", lifetime_years)):
-        if not (math.isfinite(value) and value > 0):
+        if not 1 / MOST_EMBODIED <= value <= MOST_EMBODIED:
             raise RequestError(
-                f"embodied {name} is {value}, expected more than 0: "
+                f"embodied {name} is {value}, expected more than 0, up to {MOST_EMBODIED}: "
                 "give kgCO2e of the hardware and the years of its use, such as 250,4"
             )
     g_per_s = total_kg * 1000 / (lifetime_years * SECONDS_PER_YEAR)

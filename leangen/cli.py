@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import io
+import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from leangen import __version__, commands
 from leangen.console import say
@@ -15,6 +18,9 @@ Command = Callable[[argparse.Namespace], int]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; 0 done, 2 bad input or surroundings, 130 interrupted."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what an encoding lacks is shown by its number
+            stream.reconfigure(errors="backslashreplace")
     args = _parser().parse_args(argv)
     command: Command = args.command
     try:
@@ -32,10 +38,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()  # the reader went away; Python would complain again at exit
         return 141
+    except MemoryError:
+        say("leangen: error: there is not memory enough: ask for less at once, or a smaller model")
+        return 2
+    except OSError as error:
+        # Commands name the files that they read and write; what is left has most often no name.
+        where = "standard output" if error.filename is None else os.fsdecode(error.filename)
+        say(f"leangen: error: {where}: {error.strerror or error}")
+        _drop_output()
+        return 2
+
+
+def _drop_output() -> None:
+    """What standard output still holds goes nowhere: Python would complain again at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line; the usage of some commands fills a screen."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="leangen",
         description="Low-precision inference of generative models, with the joules of every run.",
         epilog='Start with `leangen demo`, or: leangen generate smollm2-135m:int4 --prompt "Hi"',

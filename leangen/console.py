@@ -22,8 +22,9 @@ def say(text: str) -> None:
 
 
 def print_json(value: Any) -> None:
-    """One JSON document on standard output."""
-    print(json.dumps(value, ensure_ascii=False, allow_nan=False))
+    """One JSON document on standard output, escaped where that takes ASCII alone."""
+    unicode = (sys.stdout.encoding or "").lower().startswith("utf")
+    print(json.dumps(value, ensure_ascii=not unicode, allow_nan=False))
 
 
 @contextmanager
@@ -81,6 +82,25 @@ def human_bytes(size_bytes: float) -> str:
     raise AssertionError("unreachable")
 
 
+def figure(value: float) -> str:
+    """A number at four digits, or at all those before the point.
+
+    >>> figure(12345.6), figure(0.0123456), figure(3.0)
+    ('12346', '0.01235', '3')
+    """
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def counted(count: float, kind: str) -> str:
+    """A number of things.
+
+    >>> counted(1.0, "image"), counted(12345, "token"), counted(1.25, "audio-second")
+    ('1 image', '12345 tokens', '1.25 audio-seconds')
+    """
+    told = figure(count)
+    return f"{told} {kind}{'' if told == '1' else 's'}"
+
+
 _MOST_DIGITS = 7
 """After the point; figures that need more are written with a power of ten."""
 
@@ -96,7 +116,7 @@ def with_u(value: float | None, u: float | None, unit: str) -> str:
     if value is None:
         return "not measured"
     if not u:
-        return f"{value:.3g} {unit}"
+        return f"{value:.0f} {unit}" if abs(value) >= 1000 else f"{value:.3g} {unit}"
     from math import floor, log10
 
     digits = max(0, 1 - floor(log10(u)))

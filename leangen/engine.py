@@ -103,12 +103,21 @@ class Stream(Iterator[Step]):
 
         Raises RequestError while steps are left to take, StorageError if the ledger took it not.
         """
+        made = self.made
+        if self._ticket is not None:
+            self._ticket.wait()
+        return made
+
+    @property
+    def made(self) -> Result:
+        """Output and receipt, whether the ledger takes it or not.
+
+        Raises RequestError while steps are left to take.
+        """
         if self._output is None or self.receipt is None:
             raise RequestError(
                 "the stream is not finished: take all its steps, then ask for result"
             )
-        if self._ticket is not None:
-            self._ticket.wait()
         return Result(self._output, self.receipt)
 
     def _run(self, engine: Engine, request: Any, repeats: int, aligned: bool) -> Generator[Step]:
@@ -158,6 +167,26 @@ class Stream(Iterator[Step]):
                 self._ticket = engine.keep(self.receipt)
 
 
+def _check_text(name: str, value: Any) -> None:
+    """Raise RequestError for a string, however deep in `value`, that UTF-8 cannot hold.
+
+    A terminal's bytes that are not UTF-8 come as such strings; neither a tokenizer nor a receipt
+    can take them.
+    """
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            broken = value[error.start : error.end]
+            raise RequestError(f"{name} has {broken!r} in it, expected UTF-8 text") from None
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            _check_text(name, part)
+    elif isinstance(value, list | tuple) and not (value and isinstance(value[0], int | float)):
+        for part in value:
+            _check_text(name, part)
+
+
 _streams: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
@@ -202,6 +231,7 @@ class Engine:
         self.family = families.of(session.bundle)
         self.ledger = ledger
         self.footprint = footprint or carbon.footprint()
+        _check_text("tag", tag)
         self.tag = tag
         self.guard = guard
         self.on_receipt: list[Callable[[Receipt], None]] = []
@@ -247,6 +277,8 @@ class Engine:
                     f"its options are {', '.join(fields)}"
                 )
             options[self.family.INPUTS[0]] = prompt
+        for name, value in options.items():
+            _check_text(name, value)
         settle = getattr(self.family, "settle", None)
         if settle is not None:
             options = settle(self, options)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import glob
 import os
+import secrets
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +17,7 @@ from typing import BinaryIO
 from leangen.errors import StorageError
 
 _STAGING = "tmp-made-"
+_BINARY: int = getattr(os, "O_BINARY", 0)  # Windows would change line ends
 
 
 def default_home() -> Path:
@@ -121,26 +124,34 @@ def _hold(folder: Path) -> int | None:
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """A file to write into, a sibling of `path` that takes its name when the block succeeds.
 
-    On any exception it is removed and `path` is as it was. Raises StorageError for a full or
-    read-only disk.
+    On any exception it is removed and `path` is as it was. A link stays one, and what it leads to
+    is replaced; what is no file, such as /dev/stdout or a pipe, is written to as it stands. Raises
+    StorageError for a full or read-only disk.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fd, name = tempfile.mkstemp(prefix=f".{path.name}.tmp-", dir=path.parent)
+        if path.exists() and not path.is_file():
+            with path.open("wb") as file:
+                yield file
+            return
+        target = path.resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staging = target.with_name(f".{target.name}.tmp-{secrets.token_hex(4)}")
+        fd = os.open(staging, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _BINARY, 0o666)
     except OSError as error:
         raise _explain(error, path) from error
     try:
         with os.fdopen(fd, "wb") as file:
+            if target.exists():
+                os.chmod(staging, stat.S_IMODE(target.stat().st_mode))
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
+        os.replace(staging, target)
     except OSError as error:
-        Path(name).unlink(missing_ok=True)
+        staging.unlink(missing_ok=True)
         raise _explain(error, path) from error
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        staging.unlink(missing_ok=True)
         raise
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import bisect
 import csv
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -23,6 +22,8 @@ from leangen.errors import RequestError
 TABLE = Path(__file__).parent / "assets" / "carbon.csv"
 OWN_REGION = "own"
 """Named in receipts whose intensity was given without a region."""
+MOST_G_PER_KWH = 1_000_000
+"""A kilowatt-hour of the dirtiest coal is some 1,500; beyond are slips, and figures without end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,9 +144,9 @@ def read_series(path: Path, region: str = OWN_REGION) -> Series:
 def _row(row: list[str], where: str) -> tuple[datetime, float]:
     start = _time(row[0])
     value = number(row[1]) if len(row) == 2 else None
-    if start is None or value is None or not (math.isfinite(value) and value >= 0):
+    if start is None or value is None or not 0 <= value <= MOST_G_PER_KWH:
         raise RequestError(
-            f"{where}: {','.join(row)!r} is not a time and gCO2e/kWh of 0 or more; "
+            f"{where}: {','.join(row)!r} is not a time and gCO2e/kWh of 0 to {MOST_G_PER_KWH}; "
             "expected for example 2026-11-21T08:00Z,350"
         )
     if start.tzinfo is None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from leangen.charts import Bar, Column, bars, columns, si
+from leangen.console import counted
 from leangen.files import write_atomic
 from leangen.ledger import Sum
 from leangen.records import joules
@@ -107,7 +108,7 @@ def _figures(row: Sum) -> dict[str, Any]:
         "receipts": row.receipts,
         "unmeasured": row.unmeasured if row.gross_uj is not None else 0,
         "overlapping": row.overlapping,
-        "units": _figure(row.units, f"{row.units:.4g} {row.unit}s" if row.unit else ""),
+        "units": _figure(row.units, counted(row.units, row.unit) if row.unit else ""),
         "duration": _figure(row.duration_s, si(row.duration_s, None, "s")),
         "gross": _figure(joules(row.gross_uj), energy_text(row)),
         "per_unit": _figure(row.per_unit_j, per_unit_text(row)),

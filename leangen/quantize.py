@@ -23,11 +23,10 @@ from leangen import (
     recorded,
     rotation,
 )
-from leangen.bundle import Bundle, sha256_file
+from leangen.bundle import Bundle, check_place, sha256_file
 from leangen.calibrate import Feeds
 from leangen.console import Progress
 from leangen.errors import LeangenError, RequestError, UnknownSchemeError
-from leangen.files import check_free
 from leangen.graph_edit import Graph, Range
 from leangen.low_bit_bundle import Inputs, Note, Planned
 from leangen.moments import Moments
@@ -61,8 +60,7 @@ def quantize(
     `out` exists (unless `replace`) or the disk is full.
     """
     precision = parse(scheme)
-    if not replace:
-        check_free(out)  # before the work, not after it
+    check_place(out, replace=replace)  # before the work, not after it
     if precision.kv and ("kv_heads" not in bundle.config or "io" in bundle.config):
         raise UnknownSchemeError(
             f"{bundle.name} ({bundle.family}) keeps no keys and values in leangen's own form: "
@@ -126,8 +124,7 @@ def replay(
     another model or with treatments that do not fit, and what `quantize` raises.
     """
     recipe.check(bundle)
-    if not replace:
-        check_free(out)
+    check_place(out, replace=replace)
     known = {node.name for role in bundle.graphs for node in Graph(bundle.graph(role)).nodes}
     if strange := [node for node in recipe.nodes if node not in known]:
         raise RequestError(

@@ -15,10 +15,10 @@ from typing import Any
 from leangen import clock
 from leangen.carbon import JOULES_PER_KWH, SECONDS_PER_DAY, brains
 from leangen.charts import si
-from leangen.console import human_bytes, table, with_u
+from leangen.console import counted, figure, human_bytes, table, with_u
 from leangen.errors import RequestError
 from leangen.ledger import Ledger, Sum, total
-from leangen.records import Receipt, Units, joules
+from leangen.records import Receipt, joules
 
 SOURCES = ("measured", "integrated", "estimated", "unavailable")
 MOST_DAYS = 92
@@ -73,15 +73,15 @@ def summary(receipt: Receipt) -> str:
     """One line: units, seconds, joules with their error bar and how they were got, carbon."""
     energy, latency, units = receipt.energy, receipt.latency, receipt.units
     parts = [
-        f"{_amount(units)} in {latency.total_s:.2f} s",
+        f"{counted(units.count, units.kind)} in {latency.total_s:.2f} s",
         *(f"{count} {name}" for name, count in units.counts.items() if count),
         f"first after {latency.ttft_s:.2f} s" if latency.ttft_s is not None else "",
         f"{with_u(energy.gross_j, energy.u_j, 'J')} ({energy.source})",
         f"{with_u(energy.per_unit_j, energy.per_unit_u_j, 'J')}/{units.kind}"
         if energy.per_unit_j is not None
         else "",
-        f"{receipt.carbon.g * 1000:.2g} mgCO2e" if receipt.carbon.g is not None else "",
-        f"SCI {receipt.carbon.sci_g_per_unit * 1000:.2g} mgCO2e/{units.kind}"
+        _co2e(receipt.carbon.g) if receipt.carbon.g is not None else "",
+        f"SCI {_co2e(receipt.carbon.sci_g_per_unit)}/{units.kind}"
         if receipt.carbon.sci_g_per_unit is not None
         else "",
         f"{human_bytes(receipt.peak_rss_bytes)} peak",
@@ -94,18 +94,20 @@ def summary(receipt: Receipt) -> str:
     return "\n".join([*lines, *([energy.reason or ""] if energy.source != "measured" else [])])
 
 
-def _amount(units: Units) -> str:
-    """`1 image`, `128 tokens`, `1.25 seconds`."""
-    count = f"{units.count:.0f}" if units.count == int(units.count) else f"{units.count:.4g}"
-    return f"{count} {units.kind}{'' if count == '1' else 's'}"
+def _co2e(grams: float) -> str:
+    """`0.038 mgCO2e`, `0.11 gCO2e`, `1.2 kgCO2e`: two digits."""
+    for unit, size_g in (("mg", 1e-3), ("g", 1.0)):
+        if abs(grams) < 99.5 * size_g:
+            return f"{grams / size_g:.2g} {unit}CO2e"
+    return f"{grams / 1000:.2g} kgCO2e"
 
 
 def _work(receipt: Receipt) -> str:
     """One part of a pipeline: units, seconds, joules."""
-    energy = receipt.energy
+    energy, units = receipt.energy, receipt.units
     return " · ".join(
         [
-            f"{_amount(receipt.units)} in {receipt.latency.total_s:.2f} s",
+            f"{counted(units.count, units.kind)} in {receipt.latency.total_s:.2f} s",
             with_u(energy.gross_j, energy.u_j, "J"),
         ]
     )
@@ -223,7 +225,7 @@ def print_overview(view: Overview) -> None:
         (*view.by, "runs", "units", "time", "energy", "per unit", "idle", "gCO2e", "source"),
         [
             [str(row.group[name] or "") for name in view.by]
-            + [str(row.receipts), f"{row.units:.4g} {row.unit}s", _seconds(row), energy_text(row)]
+            + [str(row.receipts), counted(row.units, row.unit), _seconds(row), energy_text(row)]
             + [per_unit_text(row), idle_text(row), carbon_text(row), row.source]
             for row in view.groups
         ],
@@ -232,7 +234,7 @@ def print_overview(view: Overview) -> None:
     for budget in view.budgets:
         limit = budget["budget"]
         print(
-            f"budget {budget['name']}: {budget['amount']:.4g} of {limit['limit']:g} "
+            f"budget {budget['name']}: {figure(budget['amount'])} of {figure(limit['limit'])} "
             f"{limit['unit']} spent"
         )
     for source, reason in view.reasons.items():
@@ -328,7 +330,7 @@ def ledger_tables(sums: Sequence[Sum], entries: Sequence[Mapping[str, Any]]) -> 
             [
                 f"{row.group['model']}:{row.group['scheme']}",
                 str(row.receipts),
-                f"{row.units:.4g} {row.unit}s",
+                counted(row.units, row.unit),
                 f"{row.duration_s:.1f} s",
                 with_u(joules(row.gross_uj), row.u_j, "J"),
                 row.source,
@@ -344,7 +346,7 @@ def ledger_tables(sums: Sequence[Sum], entries: Sequence[Mapping[str, Any]]) -> 
             [
                 receipt["started_at"],
                 f"{receipt['model']}:{receipt['scheme']}",
-                f"{receipt['units']['count']:.4g} {receipt['units']['kind']}s",
+                counted(receipt["units"]["count"], receipt["units"]["kind"]),
                 f"{receipt['latency']['total_s']:.2f} s",
                 with_u(receipt["energy"]["gross_j"], receipt["energy"]["u_j"], "J"),
                 receipt["energy"]["source"],

@@ -47,8 +47,9 @@ class Session:
         kv: KeysValues | None = None,
         device: str = "cpu",
     ) -> None:
-        if threads is not None and threads < 1:
-            raise RequestError(f"threads is {threads}, expected 1 or more")
+        most = thread_choice.MOST
+        if threads is not None and not (isinstance(threads, int) and 1 <= threads <= most):
+            raise RequestError(f"threads is {threads!r}, expected a whole number, 1 to {most}")
         if activations not in ("int8", "fp32"):
             raise RequestError(f"activations is {activations!r}, expected 'int8' or 'fp32'")
         if kernels not in ("auto", "ort"):

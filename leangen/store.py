@@ -102,6 +102,8 @@ class Store:
             with self._home.lock(ref.name, job.say):
                 self._home.delete(self._home.leftovers(ref.name))
                 bundle = self._installed(ref.name, scheme) or self._make(ref.name, scheme, job)
+        elif from_file is not None:
+            job.say(f"{ref.name}:{scheme} is in the store already: {from_file} was not read")
         return bundle
 
     def data(

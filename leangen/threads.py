@@ -6,6 +6,9 @@ import math
 import os
 from pathlib import Path
 
+MOST = 1024
+"""That may be asked for; far more cannot be started, and ONNX Runtime would wait for them."""
+
 
 def choose(requested: int | None, *, root: Path = Path("/")) -> tuple[int, str]:
     """The number of intra-op threads and the reason for it.

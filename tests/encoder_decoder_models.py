@@ -44,7 +44,7 @@ VARIANTS = {
         {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
     ],
     "mt5": [{**T5, "feed_forward_proj": "gated-gelu"}],
-    "whisper": [WHISPER],
+    "whisper": [WHISPER, {**WHISPER, "tie_word_embeddings": False}],
 }
 SPECIAL = ("<pad>", "<|startoftranscript|>", "<|endoftext|>", "<|en|>", "<|de|>")
 LATER = ("<|translate|>", "<|transcribe|>", "<|notimestamps|>")

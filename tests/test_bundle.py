@@ -144,6 +144,39 @@ def test_a_damaged_manifest_is_one_clear_error(tmp_path, text):
         open_bundle(tmp_path / "toy")
 
 
+@pytest.mark.parametrize(
+    "key, value", [("config", 5), ("name", 5), ("files", None), ("graphs", [])]
+)
+def test_an_entry_of_the_wrong_kind_is_named(tmp_path, key, value):
+    make(tmp_path / "toy")
+    edit_manifest(tmp_path / "toy", lambda m: m.update({key: value}))
+    with pytest.raises(BundleError, match=f"damaged .*{key} is .*expected a JSON"):
+        open_bundle(tmp_path / "toy")
+
+
+def test_a_config_says_what_it_lacks(tmp_path):
+    config = make(tmp_path / "toy").config
+    assert config.get("nothing") is None and "nothing" not in config
+    with pytest.raises(BundleError, match=r"leangen.json lacks 'nothing' in its config: export"):
+        config["nothing"]
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_only_a_bundle_or_an_empty_folder_is_replaced(tmp_path, kind):
+    target = tmp_path / "precious"
+    kept = target if kind == "file" else target / "letter.txt"
+    kept.parent.mkdir(exist_ok=True)
+    kept.write_text("kept")
+    said = "is not a bundle, and --force replaces nothing else"
+    with pytest.raises(StorageError, match=said), create(target, replace=True):
+        raise AssertionError("work was begun")
+    assert kept.read_text() == "kept"
+    (tmp_path / "empty").mkdir()
+    with create(tmp_path / "empty", replace=True) as draft:
+        draft.graphs = {"model": "model.onnx"}
+        (draft.folder / "model.onnx").touch()
+
+
 def test_a_newer_schema_asks_for_an_update(tmp_path):
     make(tmp_path / "toy")
     edit_manifest(tmp_path / "toy", lambda m: m.update(schema="leangen.bundle/9"))

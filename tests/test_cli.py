@@ -1,9 +1,12 @@
 """Bad input: one line that says what to do, exit code 2, nothing left behind."""
 
+import io
 import json
 import re
+import sys
 
 import pytest
+import tiny_bundles
 
 from leangen.cli import main
 
@@ -77,3 +80,70 @@ def test_an_empty_ledger_says_how_to_fill_it(capsys):
     assert "leangen generate" in capsys.readouterr().out
     assert main(["ledger", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"summary": [], "entries": []}
+
+
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        (["generate", "terrain", "--steps", "x"], "--steps: 'x' is not a whole number or auto"),
+        (["generate", "piper-joe", "--phoneme-ids", "1 x"], "--phoneme-ids: '1 x' is not whole"),
+        (["ledger", "--last", "-1"], "--last: '-1' is not a whole number, 0 or more"),
+        (["budget", "set", "year", "--joules", "1"], "'year'"),
+        (["nonsense"], "'nonsense'"),
+    ],
+)
+def test_options_that_make_no_sense_are_one_line(capsys, argv, said):
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    assert stop.value.code == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("leangen") and said in line and line.endswith("--help")
+
+
+def test_what_is_no_head_is_not_taken_for_a_cut_tail(capsys):
+    line = fails(capsys, "ledger", "verify", "--head", "nonsense")
+    assert "'nonsense', expected the 64 hex digits" in line
+
+
+class _Full(io.RawIOBase):
+    def writable(self):
+        return True
+
+    def write(self, data):
+        raise OSError(28, "No space left on device")
+
+
+def test_an_output_that_is_full_is_one_line(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(_Full(), write_through=True))
+    assert main(["ledger", "head"]) == 2
+    line = capsys.readouterr().err.strip()
+    assert line == "leangen: error: standard output: No space left on device"
+
+
+@pytest.mark.parametrize("argv", [["meters"], ["meters", "--json"]])
+def test_an_output_without_unicode_gets_escapes(monkeypatch, argv):
+    ascii_only = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", ascii_only)
+    assert main(argv) == 0
+    ascii_only.flush()
+    told = ascii_only.buffer.getvalue().decode("ascii")
+    assert json.loads(told) if "--json" in argv else "\\xb160%" in told
+
+
+def test_without_memory_a_command_says_so(capsys, monkeypatch):
+    def hungry(self, *args, **options):
+        raise MemoryError
+
+    monkeypatch.setattr("leangen.store.Store.__init__", hungry)
+    assert "not memory enough" in fails(capsys, "du")
+
+
+def test_what_was_made_is_handed_over_where_the_ledger_cannot_keep_it(capsys, tmp_path):
+    bundle = tiny_bundles.BUILDERS["diffusion"](tmp_path / "bundle")
+    (tmp_path / "home").mkdir(exist_ok=True)
+    (tmp_path / "home" / "ledger.sqlite").mkdir()  # nothing can be written there
+    out = tmp_path / "out.npy"
+    assert main(["generate", str(bundle.path), "-o", str(out), "--json"]) == 2
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["path"] == str(out) and out.is_file()
+    assert "leangen: error: cannot use the ledger" in captured.err

@@ -189,3 +189,21 @@ def test_what_fails_ahead_is_raised_when_the_graph_is_asked_for(bundle, tmp_path
     session.open_ahead(role)
     with pytest.raises(BundleError, match="cannot load"):
         session.graph(role)
+
+
+def test_text_that_utf8_cannot_hold_is_refused_before_any_work(bundle, tmp_path):
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        engine = Engine(Session(bundle, threads=1), ledger=ledger)
+        for name in ("prompt", "text", "phonemes"):
+            if name in engine.family.INPUTS:
+                with pytest.raises(RequestError, match=rf"{name} has '\\udcff' in it, .*UTF-8"):
+                    engine.stream(**{name: "a\udcffb"})
+        with pytest.raises(RequestError, match="tag has"):
+            Engine(engine.session, tag="\udcff")
+        assert ledger.entries() == []
+
+
+@pytest.mark.parametrize("threads", [0, -2, 100_000, "2", 1.5])
+def test_thread_counts_that_make_no_sense_are_refused(bundle, threads):
+    with pytest.raises(RequestError, match="threads is .*, expected a whole number, 1 to 1024"):
+        Session(bundle, threads=threads)

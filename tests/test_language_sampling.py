@@ -24,6 +24,7 @@ LOGITS = np.log(np.array([0.4, 0.3, 0.15, 0.1, 0.05], np.float32))
         ({"top_k": 99}, [0.4, 0.3, 0.15, 0.1, 0.05]),
         ({"temperature": 0}, [1, 0, 0, 0, 0]),
         ({"temperature": 1e-300}, [1, 0, 0, 0, 0]),
+        ({"temperature": 1e300}, [0.2] * 5),
     ],
 )
 def test_draws_follow_the_distribution(options, expected):
@@ -137,6 +138,10 @@ def test_choosing_leaves_the_logits_and_repeats_itself(seed, options):
         ({"logit_bias": {"a": 1.0}}, "logit_bias is"),
         ({"logit_bias": {1: float("nan")}}, "logit_bias is"),
         ({"logit_bias": [1]}, "logit_bias is"),
+        ({"logit_bias": {1: 1e300}}, "logit_bias is .* -1e.06 to 1e.06"),
+        ({"presence_penalty": -1e300}, "presence_penalty is -1e.300, expected -1e.06 to"),
+        ({"repetition_penalty": 1e-320}, "repetition_penalty is 1e-320, expected 1e-06 to"),
+        ({"temperature": 10**400}, "temperature is 1000.*, expected 0"),
         ({"logprobs": 21}, "logprobs is 21, expected a whole number, 0 to 20"),
         ({"logprobs": -1}, "logprobs is -1"),
     ],

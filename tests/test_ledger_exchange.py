@@ -189,7 +189,7 @@ def test_the_commands(tmp_path, home, capsys):
     head = shown.out.strip()
     assert (code, len(head)) == (0, 64)
     assert run("verify", "--head", head)[0] == 0
-    code, shown = run("verify", "--head", "00")
+    code, shown = run("verify", "--head", "00" * 32)
     assert (code, shown.out) == (2, "")
     assert "no state of this ledger has the head 00" in shown.err
     code, shown = run("sum", "--by", "source", "--json", "--model", "smollm2-135m")

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,32 @@ def test_a_full_disk_is_a_clear_error_and_old_rows_stay(small_disk):
         assert again.verify().problems == []
 
 
+def test_a_ledger_that_is_opened_on_a_full_disk_says_that_it_is_full(small_disk):
+    with Ledger(small_disk / "ledger.db") as ledger:
+        ledger.append(receipt("a")).wait()
+    with suppress(OSError), (small_disk / "fill").open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    with pytest.raises(StorageError, match="disk full"), Ledger(small_disk / "ledger.db") as full:
+        full.entries()
+    (small_disk / "fill").unlink()
+    with Ledger(small_disk / "ledger.db") as again:
+        assert [entry["id"] for entry in again.entries()] == ["ra"]
+
+
+def test_a_ledger_on_a_read_only_file_system_is_read_and_merged(small_disk, tmp_path):
+    with Ledger(small_disk / "ledger.db") as ledger:
+        ledger.append(receipt("a")).wait()
+        head = ledger.head()
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    with Ledger(small_disk / "ledger.db") as still, Ledger(tmp_path / "total.db") as total:
+        assert still.verify(head).problems == []
+        assert [row.receipts for row in still.summary()] == [1]
+        assert total.merge(small_disk / "ledger.db").added == 1
+        with pytest.raises(StorageError, match="readonly database; choose a writable place"):
+            still.append(receipt("b")).wait()
+
+
 def test_a_killed_process_on_a_full_disk_loses_nothing(small_disk):
     """The log is all that holds the last receipts then: it must be read back."""
     path = small_disk / "ledger.db"
@@ -177,6 +204,7 @@ def test_a_receipt_that_json_cannot_hold_is_refused_at_once(tmp_path):
 
 UNWAITED = """
 import sys
+from contextlib import suppress
 from pathlib import Path
 import ledger_fakes
 from leangen.ledger import Ledger

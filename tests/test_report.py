@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -64,6 +65,17 @@ def busy(ledger):
 )
 def test_a_line_counts_units_as_people_do(units, unit, said):
     assert report.summary(receipt("a", unit=unit, units=units)).startswith(said)
+
+
+@pytest.mark.parametrize(
+    "intensity, said",
+    [(473, "0.13 gCO2e"), (47.3, "13 mgCO2e"), (0, "0 mgCO2e"), (900_000, "0.25 kgCO2e")],
+)
+def test_a_line_says_carbon_in_a_unit_that_fits(intensity, said):
+    grams = 1000 / 3.6e6 * intensity
+    one = receipt("a", gross_j=1000.0)
+    one = replace(one, carbon=replace(one.carbon, g=grams))
+    assert f" {said} " in report.summary(one)
 
 
 class Page(HTMLParser):

@@ -14,7 +14,7 @@ from leangen import exporters, families, quantize  # noqa: E402
 from leangen.bundle import Bundle  # noqa: E402
 from leangen.cli import main  # noqa: E402
 from leangen.errors import RequestError, SourceError, UnsupportedError  # noqa: E402
-from leangen.exporters import torch_flow, torch_module  # noqa: E402
+from leangen.exporters import torch_check, torch_flow, torch_module  # noqa: E402
 from leangen.families import density, oneshot  # noqa: E402
 from leangen.session import Session  # noqa: E402
 
@@ -118,6 +118,103 @@ def test_a_seed_gives_the_same_on_any_number_of_threads(exported, name):
     )
     assert np.array_equal(one.array, two.array)
     assert one.media == families.media(bundle)
+
+
+def _normflows(layer):
+    return normflows().NormalizingFlow(normflows().distributions.DiagGaussian(4), [layer])
+
+
+def _circular():
+    bound = torch.tensor([3.14, 3.0, 3.14, 3.0])
+    kind = normflows().flows.CircularCoupledRationalQuadraticSpline
+    layer = kind(4, 1, 8, [0, 2], tail_bound=bound)
+    torch.nn.init.normal_(layer.prqct.transform_net.final_layer.weight)
+    return _normflows(layer)
+
+
+def _diagonal():
+    nflows = pytest.importorskip("nflows", reason="nflows is not installed")
+    from nflows.distributions import DiagonalNormal
+    from nflows.transforms import LULinear
+
+    base = DiagonalNormal([4])
+    torch.nn.init.normal_(base.mean_), torch.nn.init.normal_(base.log_std_)
+    return nflows.flows.Flow(LULinear(4), base)
+
+
+def _bounded():
+    nflows = pytest.importorskip("nflows", reason="nflows is not installed")
+    from nflows.distributions import StandardNormal
+    from nflows.transforms import PiecewiseRationalQuadraticCouplingTransform
+
+    def net(inputs, outputs):
+        return nflows.nn.nets.ResidualNet(inputs, outputs, 8, num_blocks=1)
+
+    layer = PiecewiseRationalQuadraticCouplingTransform([0, 1, 0, 1], net, num_bins=3)
+    return nflows.flows.Flow(layer, StandardNormal([4]))
+
+
+def normflows():
+    return pytest.importorskip("normflows", reason="normflows is not installed")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(lambda: _normflows(normflows().transforms.Shift()), id="overwrites its input"),
+        pytest.param(_circular, id="circles and lines"),
+        pytest.param(_diagonal, id="base with a mean"),
+        pytest.param(_bounded, id="data from 0 to 1 alone"),
+    ],
+)
+def test_parts_that_the_models_have_not(tmp_path, make):
+    torch.manual_seed(0)
+    module, rows = make().eval().requires_grad_(False), torch.randn(7, 4)
+    example = torch.sigmoid(rows) if make is _bounded else rows
+    made = torch_module.Made(module, (example,), "flow", {})
+    bundle = torch_module.write(made, tmp_path / "bundle", name="x", source={})
+    for difference in torch_check.differences(made, bundle):
+        assert difference.passed, difference
+
+
+class _Counting(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, z):
+        made = z * self.calls
+        self.calls.add_(1)
+        return made
+
+
+class _Missing(torch.nn.Module):
+    def forward(self, z):
+        return z @ torch.ones(3, 3)
+
+
+class _Double(torch.nn.Module):
+    def forward(self, z):
+        return torch.nn.functional.softplus(z.double())
+
+
+@pytest.mark.parametrize(
+    ("module", "error", "text"),
+    [
+        (_Counting(), UnsupportedError, "the module changes its own 'calls' as it runs"),
+        (
+            _Missing(),
+            SourceError,
+            r"_Missing with an example of shape \[2, 3, 4, 4\] raised Runt.*",
+        ),
+        (_Double(), UnsupportedError, "ONNX Runtime does not run the module's graph .*Softplus"),
+    ],
+)
+def test_modules_that_cannot_run_in_a_graph(tmp_path, module, error, text):
+    made = torch_module.Made(module, (torch.randn(2, 3, 4, 4),), "decoder", {})
+    with pytest.raises(error, match=text):
+        torch_module.write(made, tmp_path / "bundle", name="x", source={})
+    assert not (tmp_path / "bundle").exists()
 
 
 def test_images_of_a_flow_are_scored_in_bits_per_dimension(exported, tmp_path):

@@ -36,6 +36,11 @@ def outer(x):
     return x[:, :, None] * x[:, None]
 
 
+def guided(both, n):
+    """Half of a batch against its other half."""
+    return both[:n] + 2 * (both[n:] - both[:n])
+
+
 def written(x, where, value):
     y = x.clone()
     y[where] = value(x) if callable(value) else value
@@ -62,6 +67,20 @@ ROWS = {
     "rsub alpha": lambda x: torch.rsub(x, 5, alpha=2),
     "div of whole numbers": lambda x: (x * 4).long() / 3,
     "div rounded": lambda x: x // 0.3 + torch.div(x, 0.7, rounding_mode="trunc"),
+    "whole quotients of whole numbers": lambda x: (
+        (x * 9).long() // 4 + 10 * torch.div((x * 9).long(), 4, rounding_mode="trunc")
+    ),
+    "bits": lambda x: ((x * 9).long() & 3) + 8 * ((x * 9).long() | 5) - ~((x * 9).long() ^ 6),
+    "add of masks": lambda x: (x > 1) + (x < -1),
+    "batch as a number": lambda x: x * x.shape[0] / x.numel(),
+    "float64": lambda x: torch.addcmul(torch.sigmoid(x.double()), x.double(), x.double(), value=2),
+    "overwritten": lambda x: x.add_(1).mul_(2),
+    "rms norm": lambda x: F.rms_norm(x, (6,), W[:, 0]),
+    "none of them": lambda x: torch.cat([x[:, torch.tensor([], dtype=torch.long)], x], 1),
+    "guidance": lambda x: guided(W[:, 0] * torch.cat([x, x * x]), len(x)),
+    "written constants": lambda x: written(x, (ALL, PLACES), lambda x: W[:3, 0].repeat(len(x), 1)),
+    "sum of other types": lambda x: x.sum(1, dtype=torch.float64) + (x > 0).cumsum(1)[:, 5],
+    "softplus with a threshold": lambda x: F.softplus(x, 2.0, 1.0),
     "pow": lambda x: x**2 + (x.abs() + 1) ** 1.5 + 2.0**x + (x.abs() + 1) ** x,
     "remainder": lambda x: torch.remainder(x, 0.75) + torch.fmod(x, 0.75),
     "remainder of whole numbers": lambda x: torch.remainder((x * 9).long(), 4),
@@ -110,7 +129,7 @@ ROWS = {
     "index": lambda x: x[:, PLACES] + x.index_select(1, PLACES) + x[:, MASK],
     "index by computed": lambda x: W[:, 0][(x > 0).long().sum(1) % 6],
     "gather scatter": lambda x: x.gather(1, (x > 0).long()) + x.max(1, keepdim=True)[0],
-    "detached": lambda x: x.detach() + 1,
+    "detached": lambda x: x.detach() + torch.ops.aten.alias(x),
     "scatter": lambda x: torch.zeros(len(x), 6).scatter(1, x.argmax(1, keepdim=True), x[:, :1]),
     "searchsorted": lambda x: torch.searchsorted(EDGES, x, right=True) + torch.bucketize(x, EDGES),
     "pad": lambda x: F.pad(x, (1, 2), value=3.0),
@@ -133,6 +152,10 @@ IMAGES = {
     "nearest": lambda x: F.interpolate(x, scale_factor=2),
     "bilinear": lambda x: F.interpolate(x, scale_factor=2, mode="bilinear"),
     "bilinear to corners": lambda x: F.interpolate(x, (9, 8), mode="bilinear", align_corners=True),
+    "by a broken factor": lambda x: (
+        F.interpolate(x[..., :5, :5], scale_factor=1.5, mode="bilinear")
+        + F.interpolate(x[..., :5, :5], scale_factor=1.5)
+    ),
     "bicubic": lambda x: F.interpolate(x, scale_factor=2, mode="bicubic"),
     "group norm": lambda x: F.group_norm(x, 3, BIAS[:3], BIAS[1:]) + F.group_norm(x, 1),
     "batch norm": lambda x: F.batch_norm(x, BIAS[:3], BIAS[1:].abs() + 1),
@@ -165,7 +188,7 @@ def test_converts(kind, name, tmp_path):
     function, example = (ROWS, random(5, 6)) if kind == "rows" else (IMAGES, random(5, 3, 6, 6))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        wanted = function[name](example).numpy()
+        wanted = function[name](example.clone()).numpy()
         got = computed(function[name], example, tmp_path)
     assert got.dtype == wanted.dtype
     np.testing.assert_allclose(got, wanted, rtol=2e-5, atol=2e-5)
@@ -188,6 +211,11 @@ def test_every_conversion_has_a_case(tmp_path):
         (lambda x: x + torch.arange(len(x))[:, None], "differs from sample to sample"),
         (lambda x: torch.linalg.inv(x[:, :, None] * x[:, None] + SQUARE), "no counterpart here"),
         (lambda x: F.batch_norm(x, None, None, training=True), "samples depend on each other"),
+        (lambda x: x.flip(0), "samples of a batch change places"),
+        (lambda x: x.roll(1), "samples of a batch change places"),
+        (lambda x: x.round(decimals=1), "aten.round with decimals=1 has no counterpart"),
+        (lambda x: x.scatter(1, PLACES[None], 2.0, reduce="multiply"), "with reduce='multiply'"),
+        (lambda x: F.pad(x[:, None], (1, 1), mode="circular"), "overwrites a view"),
     ],
 )
 def test_what_a_graph_cannot_say_is_refused(function, text, tmp_path):

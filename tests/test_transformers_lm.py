@@ -6,7 +6,15 @@ import json
 
 import numpy as np
 import pytest
-from transformers_models import SMALL, VARIANTS, VOCAB, checkpoint, torch
+from transformers_models import (
+    ROUTED,
+    SMALL,
+    VARIANTS,
+    VOCAB,
+    checkpoint,
+    save_file,
+    torch,
+)
 
 from leangen import exporters
 from leangen.engine import Engine
@@ -56,6 +64,95 @@ def test_every_architecture_quantizes_and_generates_with_a_receipt(tmp_path, kin
     assert len(result.tokens) == 4
     assert result.receipt.scheme == scheme
     assert result.receipt.units.count == 4
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_what_a_config_leaves_out_is_what_transformers_takes(tmp_path, kind):
+    """Few files name every key, and old ones have none of those that came later."""
+    sizes = {*SMALL, *ROUTED, "head_dim", "num_local_experts", "ffn_dim"}
+    options = {key: v for key, v in VARIANTS[kind][0].items() if key in sizes or key[:2] == "n_"}
+    model = checkpoint(tmp_path / "saved", kind, options)
+    file = tmp_path / "saved" / "config.json"
+    file.write_text(json.dumps(options | {"model_type": kind, "rope_parameters": None}))
+    session = Session(exporters.export(file, tmp_path / "bundle"), threads=1)
+    tokens = np.random.default_rng().integers(0, VOCAB, 60).tolist()
+    with torch.no_grad():
+        expected = model.double()(torch.tensor([tokens])).logits[0].numpy()
+    got = language.logits(session, tokens)
+    np.testing.assert_allclose(got, expected, atol=1e-4 * max(1, np.abs(expected).max()))
+
+
+ROPE = {"rope_type": "linear", "factor": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"num_attention_heads": 0}, "num_attention_heads 0, expected a whole number above 0"),
+        ({"vocab_size": None}, "vocab_size None, expected a whole number"),
+        ({"max_position_embeddings": "128"}, "max_position_embeddings '128', expected a whole"),
+        ({"rms_norm_eps": None}, "rms_norm_eps None, expected a number above 0"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "factor None for its rotation"),
+        ({"rope_parameters": {**ROPE, "rope_theta": "1e4"}}, "rope_theta '1e4' for its rotation"),
+        ({"rope_parameters": "linear"}, "values of a wrong type"),
+        (
+            {"num_attention_heads": 8, "head_dim": None},
+            "expected heads of a multiple of 16",
+        ),
+        ({"quantization_config": {"quant_method": "fp8"}}, r"is quantized \(fp8\), expected"),
+        ({"attention_bias": False}, "q_proj.bias is there, of which config.json says nothing"),
+    ],
+)
+def test_a_config_that_does_not_describe_a_model_is_refused(tmp_path, changes, said):
+    folder = tmp_path / "saved"
+    checkpoint(folder, "llama", {**SMALL, "attention_bias": True})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises((SourceError, UnsupportedError), match=said):
+        exporters.export(folder, tmp_path / "out")
+
+
+def test_weights_of_bytes_are_not_taken_for_numbers(tmp_path):
+    """Quantizers write them under the names of the weights, their scales beside them."""
+    folder = tmp_path / "saved"
+    model = checkpoint(folder, "llama", SMALL)
+    stored = {name: value.contiguous() for name, value in model.state_dict().items()}
+    name = "model.layers.0.mlp.up_proj.weight"
+    for kind, called in ((torch.int8, "I8"), (torch.float8_e4m3fn, "F8_E4M3")):
+        save_file({**stored, name: stored[name].to(kind)}, folder / "model.safetensors")
+        with pytest.raises(UnsupportedError, match=f"{name} is of type {called}, expected F32"):
+            exporters.export(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_older_keys_of_the_rotation_are_read(tmp_path):
+    """`rope_theta` stood beside `rope_scaling`, whose kind was `type`, and may be mixed."""
+    model = checkpoint(
+        tmp_path / "saved", "llama", {**SMALL, "rope_parameters": {**ROPE, "rope_theta": 5e5}}
+    )
+    file = tmp_path / "saved" / "config.json"
+    config = json.loads(file.read_text())
+    tokens = np.random.default_rng().integers(0, VOCAB, 60).tolist()
+    with torch.no_grad():
+        expected = model(torch.tensor([tokens])).logits[0].numpy()
+    old = {"type": "linear", "factor": 2.0}
+    for form in (
+        {"rope_scaling": old, "rope_theta": 5e5, "rope_parameters": None},
+        {"rope_parameters": ROPE, "rope_theta": 5e5},
+    ):
+        file.write_text(json.dumps(config | form))
+        session = Session(exporters.export(file, tmp_path / "out", replace=True), threads=1)
+        np.testing.assert_allclose(language.logits(session, tokens), expected, atol=1e-4)
+
+
+def test_a_stored_head_is_taken_whatever_the_config_says_of_tying(tmp_path):
+    model = checkpoint(tmp_path / "saved", "llama", SMALL)
+    file = tmp_path / "saved" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"tie_word_embeddings": True}))
+    session = Session(exporters.export(file, tmp_path / "out"), threads=1)
+    with torch.no_grad():
+        expected = model(torch.tensor([[3, 1, 4]])).logits[0].numpy()
+    np.testing.assert_allclose(language.logits(session, [3, 1, 4]), expected, atol=1e-4)
 
 
 def test_what_cannot_be_exported_is_named(tmp_path):
@@ -115,8 +212,6 @@ def test_half_precision_and_names_without_their_prefix(tmp_path):
         if name != "lm_head.weight"
     }
     (folder / "model.safetensors").unlink()
-    from safetensors.torch import save_file
-
     save_file(half, folder / "model.safetensors")
     session = Session(exporters.export(folder, tmp_path / "out"), threads=1)
     tokens = [3, 1, 4, 1, 5]

@@ -8,6 +8,9 @@ from tokenizers import Tokenizer, models
 
 torch = pytest.importorskip("torch", reason="the export extra is not installed")
 transformers = pytest.importorskip("transformers", reason="the export extra is not installed")
+from safetensors.torch import save_file  # noqa: E402  transformers brings it
+
+__all__ = ["ROUTED", "SMALL", "VARIANTS", "VOCAB", "checkpoint", "save_file", "torch"]
 
 VOCAB = 96
 SMALL = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-from leangen.console import print_json, say
+from leangen.console import figure, print_json, say
 
 
 def declare(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     for state in states:
         print(f"{state} ({state.budget.on_exceed})")
     for limit in requests:
-        print(f"budget {limit.name}: {limit.limit:g} {limit.unit} a request (warn)")
+        print(f"budget {limit.name}: {figure(limit.limit)} {limit.unit} a request (warn)")
     if not kept:
         say("there are no budgets: `leangen budget set day --joules 5000` makes one")
     return 0

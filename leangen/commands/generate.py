@@ -11,6 +11,7 @@ from typing import Any
 from leangen.commands.options import device_option, loading, run_options
 from leangen.commands.request import request, request_options
 from leangen.console import print_json, say
+from leangen.errors import StorageError
 
 
 def declare(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -34,8 +35,7 @@ def declare(add: Callable[..., argparse.ArgumentParser]) -> None:
 def run(args: argparse.Namespace) -> int:
     """Stream the text, save what else came, and print the receipt."""
     import leangen as lg
-    from leangen import media, report
-    from leangen.families import properties
+    from leangen import media
     from leangen.preview import Preview
 
     prompt, options = request(args)
@@ -57,7 +57,22 @@ def run(args: argparse.Namespace) -> int:
             sample = step.sample
     if sound:
         seen.tell("")
-    result = stream.result
+    unkept = None
+    try:
+        result = stream.result
+    except StorageError as error:  # what was made is handed over all the same
+        result, unkept = stream.made, error
+    _hand_over(result, engine, args)
+    if unkept is not None:
+        raise unkept
+    return 0
+
+
+def _hand_over(result: Any, engine: Any, args: argparse.Namespace) -> None:
+    """Save and print the output and its receipt."""
+    from leangen import media, report
+    from leangen.families import properties
+
     saved = None
     if args.output is not None:
         saved = result.save(args.output)
@@ -66,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
         saved = result.save(_unused(engine.name, suffix))
     if args.json:
         print_json(_document(result, saved))
-        return 0
+        return
     if result.text is not None:
         print()
     for reply in result.output.extra.get("samples", ()):
@@ -75,7 +90,6 @@ def run(args: argparse.Namespace) -> int:
     if saved is not None:
         print(saved)
     say(report.summary(result.receipt))
-    return 0
 
 
 def _document(result: Any, saved: Path | None) -> dict[str, Any]:

@@ -12,12 +12,18 @@ from leangen.console import print_json
 def declare(add: Callable[..., argparse.ArgumentParser]) -> None:
     """Add the parser."""
     sub = add("ledger", run, "What was generated and what it cost", "leangen ledger --last 5")
-    sub.add_argument("--last", type=int, default=10, metavar="N", help="generations to list")
+    sub.add_argument("--last", type=_whole, default=10, metavar="N", help="generations to list")
     sub.add_argument("--model", help="only this model")
     sub.add_argument("--scheme", help="only this scheme")
     sub.add_argument("--tag", help="only this tag")
     sub.add_argument("--json", action="store_true")
     _ledger_actions(sub)
+
+
+def _whole(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, 0 or more")
+    return int(text)
 
 
 def _ledger_actions(ledger: argparse.ArgumentParser) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from leangen.console import human_bytes, print_json, progress_bar, say, table
+from leangen.errors import RequestError
 
 
 def declare(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -23,6 +24,11 @@ def run(args: argparse.Namespace) -> int:
     from leangen.store import Store
 
     store = Store()
+    if args.model is None and args.from_file is not None:
+        raise RequestError(
+            f"--from {args.from_file}: of which model is it? expected `leangen pull NAME --from "
+            "FILE.whl`"
+        )
     if args.list or args.model is None:
         rows = store.listing()
         if args.json:

@@ -12,7 +12,10 @@ from leangen.errors import RequestError
 
 
 def _integers(text: str) -> list[int]:
-    return [int(part) for part in text.replace(",", " ").split()]
+    try:
+        return [int(part) for part in text.replace(",", " ").split()]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not whole numbers such as 1 20 59") from None
 
 
 def _bias(text: str) -> tuple[int, float]:
@@ -26,12 +29,17 @@ def _bias(text: str) -> tuple[int, float]:
 def _file(option: str, path: str) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"cannot read {option} {path}: {error}") from None
+    except OSError as error:
+        raise RequestError(f"cannot read {option} {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise RequestError(f"cannot read {option} {path}: it is not UTF-8 text") from None
 
 
 def _steps(text: str) -> int | str:
-    return text if text == "auto" else int(text)
+    try:
+        return text if text == "auto" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number or auto") from None
 
 
 def _condition(text: str) -> tuple[str, Any]:

@@ -61,6 +61,7 @@ def declare(add: Callable[..., argparse.ArgumentParser]) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write the recipe; print what it costs and loses, and the same of other schemes."""
     from leangen import quantize, tune
+    from leangen.bundle import check_place
     from leangen.files import check_free
     from leangen.store import Store
 
@@ -69,9 +70,10 @@ def run(args: argparse.Namespace) -> int:
     with progress_bar() as progress:
         bundle = store.resolve(args.model, notify=say, progress=progress)
         output = args.output or Path(f"{bundle.name.rpartition('/')[2]}.recipe.json")
-        for target in filter(None, (output, args.bundle)):
-            if not args.force:
-                check_free(target)
+        if not args.force:
+            check_free(output)
+        if args.bundle is not None:
+            check_place(args.bundle, replace=args.force)
         task = task_of(args, store, bundle, progress, recogniser="none")
         found = tune.tune(
             bundle,

@@ -6,7 +6,7 @@ Names are those that transformers writes to safetensors files.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -37,6 +37,15 @@ _EXPERTS = {
     "experts.up": "model.layers.{i}.mlp.experts.{e}.up_proj",
     "experts.down": "model.layers.{i}.mlp.experts.{e}.down_proj",
 }
+_NEAR, _ALL = "sliding_attention", "full_attention"
+_GEMMA = {
+    "tie_word_embeddings": True,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "head_dim": 256,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+}
+"""What a `config.json` of Gemma leaves out."""
 _ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
@@ -53,7 +62,17 @@ def _llama(json: Json, **special: Any) -> Layout:
     """Llama, and what differs from it in `special`."""
     kind = json.get("hidden_activation") or json.get("hidden_act", "silu")
     own = {"epsilon": json.get("rms_norm_eps", 1e-6), "activation": activation(kind)}
-    return Layout(config=_config(json, **own | special), names=LLAMA, ropes={"rope": rope(json)})
+    unbiased = {"head"}
+    if not json.get("attention_bias", False):
+        unbiased |= {"q", "k", "v", "o"}
+    if not json.get("mlp_bias", False):
+        unbiased |= {"gate", "up", "down"}
+    return Layout(
+        config=_config(json, **own | special),
+        names=LLAMA,
+        unbiased=frozenset(unbiased),
+        ropes={"rope": rope(json)},
+    )
 
 
 def _config(json: Json, **special: Any) -> DecoderConfig:
@@ -79,56 +98,71 @@ def activation(name: str) -> str:
 
 def rope(json: Json) -> Json:
     """The parameters of the rotation, from before transformers 5 as well."""
-    if "rope_parameters" in json:
-        return dict(json["rope_parameters"])
-    scaling = dict(json.get("rope_scaling") or {})
-    scaling.setdefault("rope_type", scaling.pop("type", "default"))
-    return {"rope_theta": json.get("rope_theta", json.get("rotary_emb_base", 10000.0)), **scaling}
+    parameters = dict(json.get("rope_scaling") or json.get("rope_parameters") or {})
+    parameters.setdefault("rope_type", parameters.pop("type", "default"))
+    parameters.setdefault("rope_theta", json.get("rope_theta", 10000.0))
+    parameters.setdefault("original_max_position_embeddings", json["max_position_embeddings"])
+    return parameters
 
 
-def _windows(json: Json) -> tuple[int, ...]:
-    """By layer, from `sliding_window` and `layer_types`."""
-    window, layers = int(json.get("sliding_window") or 0), int(json["num_hidden_layers"])
-    kinds = json.get("layer_types")
-    if json.get("use_sliding_window") is False or not window:
-        return ()
-    if kinds is None:
-        return (window,) * layers
-    return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
+def _window(json: Json) -> tuple[int, ...]:
+    """The same `sliding_window` in every layer."""
+    window = json.get("sliding_window")
+    return () if window is None else (window,) * json["num_hidden_layers"]
+
+
+def _windows(json: Json, kinds: Sequence[str]) -> tuple[int, ...]:
+    """`sliding_window` in the layers that `layer_types`, or else `kinds`, say have it."""
+    said = json.get("layer_types")
+    kinds = kinds if said is None else said
+    layers, window = json["num_hidden_layers"], json.get("sliding_window")
+    if len(kinds) != layers or not {*kinds} <= {_NEAR, _ALL}:
+        raise ValueError(
+            f"layer_types are {list(kinds)}, expected {layers} of {_NEAR!r} or {_ALL!r}"
+        )
+    return () if window is None else tuple(window if kind == _NEAR else 0 for kind in kinds)
 
 
 def _mistral(json: Json) -> Layout:
-    return _llama(json, windows=_windows(json))
+    return _llama(json, windows=_window({"sliding_window": 4096, **json}))
 
 
 def _qwen2(json: Json) -> Layout:
-    if json.get("use_sliding_window") and "layer_types" not in json:
-        full, layers = json.get("max_window_layers", 0), json["num_hidden_layers"]
-        kinds = ["full_attention"] * full + ["sliding_attention"] * (layers - full)
-        json = {**json, "layer_types": kinds[:layers]}
-    return _llama(json, windows=_windows(json))
+    layout = _qwen(json, _qwen_windows(json))
+    return replace(layout, unbiased=layout.unbiased - {"q", "k", "v"})
 
 
-def _qwen3(json: Json) -> Layout:
-    layout = _qwen2(json)
+def _qwen(json: Json, windows: tuple[int, ...]) -> Layout:
+    return _llama(json, windows=windows if json.get("use_sliding_window", False) else ())
+
+
+def _qwen_windows(json: Json) -> tuple[int, ...]:
+    full = json.get("max_window_layers", 28)
+    kinds = [_ALL if i < full else _NEAR for i in range(json["num_hidden_layers"])]
+    return _windows({"sliding_window": 4096, **json}, kinds)
+
+
+def _head_norms(layout: Layout) -> Layout:
     config = replace(layout.config, query_key_norm="head")
     return replace(layout, config=config, names={**layout.names, **_QK_NORM})
 
 
+def _qwen3(json: Json) -> Layout:
+    json = {"head_dim": 128, **json}
+    return _head_norms(_qwen(json, _qwen_windows(json)))
+
+
 def _gemma2(json: Json) -> Layout:
-    layers = range(json["num_hidden_layers"])
-    if "layer_types" not in json:
-        kinds = ["full_attention" if i % 2 else "sliding_attention" for i in layers]
-        json = {**json, "layer_types": kinds}
-    return _gemma(json)
+    json = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, **json}
+    return _gemma(json, [_ALL if i % 2 else _NEAR for i in range(json["num_hidden_layers"])])
 
 
-def _gemma(json: Json, **special: Any) -> Layout:
-    json = {"tie_word_embeddings": True, **json}
+def _gemma(json: Json, kinds: Sequence[str], **special: Any) -> Layout:
+    json = {**_GEMMA, **json}
     layout = _llama(
         json,
         norms="both",
-        windows=_windows(json),
+        windows=_windows(json, kinds),
         attention_scale=json["query_pre_attn_scalar"] ** -0.5,
         attention_softcap=json.get("attn_logit_softcapping") or 0.0,
         logit_softcap=json.get("final_logit_softcapping") or 0.0,
@@ -145,25 +179,27 @@ def _gemma(json: Json, **special: Any) -> Layout:
 
 
 def _gemma3(json: Json) -> Layout:
-    layers = range(json["num_hidden_layers"])
-    if "layer_types" not in json:
-        every = json.get("sliding_window_pattern", 6)
-        kinds = ["sliding_attention" if (i + 1) % every else "full_attention" for i in layers]
-        json = {**json, "layer_types": kinds}
-    local = [kind == "sliding_attention" for kind in json["layer_types"]]
-    rotations = tuple("rope_local" if near else "rope" for near in local)
-    layout = _gemma(json, query_key_norm="head", rotations=rotations)
-    if "rope_parameters" in json:
-        both = json["rope_parameters"]
-        ropes = {"rope": both["full_attention"], "rope_local": both["sliding_attention"]}
-    else:
-        near = {"rope_theta": json.get("rope_local_base_freq", 10000.0), "rope_type": "default"}
-        ropes = {"rope": rope(json), "rope_local": near}
-    return replace(layout, names={**layout.names, **_QK_NORM}, ropes=ropes)
+    every = json.get("sliding_window_pattern", 6)
+    kinds = [_NEAR if (i + 1) % every else _ALL for i in range(json["num_hidden_layers"])]
+    rotations = tuple(
+        "rope_local" if kind == _NEAR else "rope" for kind in json.get("layer_types") or kinds
+    )
+    both = json.get("rope_parameters") or {}
+    far = (both.get(_ALL) or {}) | (json.get("rope_scaling") or {})
+    json = {"rope_theta": 1e6, **json, "rope_scaling": None, "rope_parameters": far}
+    json |= {"attn_logit_softcapping": None}  # has the key, and no use for it
+    near = {
+        "rope_parameters": both.get(_NEAR),
+        "rope_theta": json.get("rope_local_base_freq", 10000.0),
+        "max_position_embeddings": json["max_position_embeddings"],
+    }
+    layout = _head_norms(_gemma(json, kinds, rotations=rotations))
+    return replace(layout, ropes={**layout.ropes, "rope_local": rope(near)})
 
 
 def _phi3(json: Json) -> Layout:
-    layout = _llama(json, windows=_windows(json))
+    json = {"rms_norm_eps": 1e-5, **json}
+    layout = _llama(json, windows=_window(json))
     parameters = dict(layout.ropes["rope"])
     share = parameters.pop("partial_rotary_factor", json.get("partial_rotary_factor", 1.0))
     names = {
@@ -177,7 +213,7 @@ def _phi3(json: Json) -> Layout:
 
 
 def _olmo2(json: Json) -> Layout:
-    layout = _llama(json, norms="after", query_key_norm="row")
+    layout = _llama({"rms_norm_eps": 1e-5, **json}, norms="after", query_key_norm="row")
     names = {
         **LLAMA,
         **_QK_NORM,
@@ -188,16 +224,21 @@ def _olmo2(json: Json) -> Layout:
 
 
 def _smollm3(json: Json) -> Layout:
-    json = {"tie_word_embeddings": True, **json}
-    every = json.get("no_rope_layer_interval", 4)
-    rotated = json.get("no_rope_layers") or [
-        int((i + 1) % every != 0) for i in range(json["num_hidden_layers"])
-    ]
+    json = {"tie_word_embeddings": True, "rope_theta": 2e6, **json}
+    every, layers = json.get("no_rope_layer_interval", 4), json["num_hidden_layers"]
+    rotated = json.get("no_rope_layers")
+    rotated = [(i + 1) % every != 0 for i in range(layers)] if rotated is None else rotated
+    if len(rotated) != layers:
+        raise ValueError(f"no_rope_layers has {len(rotated)} entries, expected {layers}")
     rotations = tuple("rope" if on else "" for on in rotated)
-    return _llama(json, rotations=rotations, windows=_windows(json))
+    windows = _windows(json, [_ALL if on else _NEAR for on in rotated])
+    return _llama(
+        json, rotations=rotations, windows=windows if json.get("use_sliding_window") else ()
+    )
 
 
 def _mixtral(json: Json) -> Layout:
+    json = {"rope_theta": 1e6, "rms_norm_eps": 1e-5, **json}
     experts = Experts(
         count=json["num_local_experts"], active=json["num_experts_per_tok"], normalized=True
     )
@@ -209,7 +250,7 @@ def _mixtral(json: Json) -> Layout:
         "experts.up": f"{stem}.experts.{{e}}.w3",
         "experts.down": f"{stem}.experts.{{e}}.w2",
     }
-    layout = _llama(json, windows=_windows(json), experts=experts)
+    layout = _llama(json, windows=_window(json), experts=experts)
     return replace(layout, names=names)
 
 
@@ -226,15 +267,13 @@ def _qwen3_moe(json: Json) -> Layout:
     step, only = json.get("decoder_sparse_step", 1), json.get("mlp_only_layers") or []
     layers = range(json["num_hidden_layers"])
     dense = frozenset(i for i in layers if i in only or (i + 1) % step)
-    layout = _qwen3(json)
+    layout = _head_norms(_qwen(json, _window({"sliding_window": 4096, **json})))
     config = replace(layout.config, experts=_mixture(json, dense))
     return replace(layout, config=config, names={**layout.names, **_EXPERTS})
 
 
 def _olmoe(json: Json) -> Layout:
-    if json.get("clip_qkv"):
-        raise KeyError("clip_qkv")
-    layout = _llama(json, query_key_norm="row", experts=_mixture(json))
+    layout = _llama({"rms_norm_eps": 1e-5, **json}, query_key_norm="row", experts=_mixture(json))
     return replace(layout, names={**LLAMA, **_QK_NORM, **_EXPERTS})
 
 
@@ -250,7 +289,7 @@ def _gpt2(json: Json) -> Layout:
         epsilon=json.get("layer_norm_epsilon", 1e-5),
         tied_head=bool(json.get("tie_word_embeddings", True)),
         norm="layer",
-        activation=activation(json["activation_function"]),
+        activation=activation(json.get("activation_function", "gelu_new")),
         gated=False,
         learned_positions=True,
     )
@@ -276,7 +315,7 @@ def _opt(json: Json) -> Layout:
         epsilon=1e-5,
         tied_head=bool(json.get("tie_word_embeddings", True)),
         norm="layer",
-        activation=activation(json["activation_function"]),
+        activation=activation(json.get("activation_function", "relu")),
         gated=False,
         learned_positions=True,
     )
@@ -299,7 +338,7 @@ def _opt(json: Json) -> Layout:
 
 
 def _gpt_neox(json: Json) -> Layout:
-    parameters = dict(rope(json))
+    parameters = dict(rope({"rope_theta": json.get("rotary_emb_base", 10000.0), **json}))
     share = parameters.pop("partial_rotary_factor", json.get("rotary_pct", 0.25))
     config = _config(
         json,

@@ -45,6 +45,8 @@ class Layout:
     q, k and v rows by their heads."""
     skipped_positions: int = 0
     """Rows at the start of the table of positions that no token uses (OPT)."""
+    unbiased: frozenset[str] = frozenset()
+    """What has no bias, by our name without `layers.I.` or `experts.E.`."""
     rotated: float = 1.0
     """The share of each head that is rotated."""
     neighbours: bool = False
@@ -179,6 +181,9 @@ class Checkpoint(ABC):
             ):
                 wanted = ", ".join("any" if size is None else str(size) for size in shape)
                 wrong.append(f"{tensor} is {list(found)}, expected [{wanted}]")
+            bias = self._tensor(name, ".bias")
+            if name.rpartition(".")[2] in self.layout.unbiased and self._shape(bias) is not None:
+                wrong.append(f"{bias} is there, of which config.json says nothing")
         if wrong:
             more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
             raise SourceError(

@@ -75,6 +75,7 @@ def _whisper(json: Json, stored: Collection[str]) -> Layout:
         "embed": "model.decoder.embed_tokens",
         "positions": "model.decoder.embed_positions",
         "norm": "model.decoder.layer_norm",
+        "head": "proj_out",
         "encoder.conv1": "model.encoder.conv1",
         "encoder.conv2": "model.encoder.conv2",
         "encoder.positions": "model.encoder.embed_positions",

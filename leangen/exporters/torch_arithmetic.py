@@ -71,6 +71,8 @@ _LOGICAL = frozenset({"And", "Or", "Xor"})
 @aten(*_UNARY)
 def _unary(e: Emitter, a: Arguments, op: Op) -> str:
     kind = _UNARY[op.name]
+    if op.name == "bitwise_not" and a["self"].dtype != torch.bool:
+        kind = "BitwiseNot"
     return e.op(kind, e.name(a["self"], torch.bool if kind == "Not" else None))
 
 
@@ -78,28 +80,39 @@ def _unary(e: Emitter, a: Arguments, op: Op) -> str:
 def _binary(e: Emitter, a: Arguments, op: Op) -> str:
     kind = _BINARY[op.name]
     dtype = torch.bool if kind in _LOGICAL else _common(op)
+    if op.name.startswith("bitwise") and _common(op) != torch.bool:
+        kind, dtype = f"Bitwise{kind}", _common(op)
     if kind == "Div":
         dtype = op.outputs[0].dtype if op.outputs[0] is not None else dtype
     elif kind == "Mul" and dtype == torch.bool:
         kind = "And"
-    made = e.op(kind, e.name(a["self"], dtype), e.name(a["other"], dtype))
+    x, y = e.name(a["self"], dtype), e.name(a["other"], dtype)
     if kind == "Div" and a.get("rounding_mode"):
-        if a["rounding_mode"] == "floor":
-            return e.op("Floor", made)
-        return e.op("Mul", e.op("Sign", made), e.op("Floor", e.op("Abs", made)))
-    return made
+        return _whole_quotient(e, x, y, dtype, a["rounding_mode"])
+    return e.op(kind, x, y)
 
 
 @aten("floor_divide")
 def _floor_divide(e: Emitter, a: Arguments, op: Op) -> str:
     dtype = _common(op)
-    return e.op("Floor", e.op("Div", e.name(a["self"], dtype), e.name(a["other"], dtype)))
+    return _whole_quotient(e, e.name(a["self"], dtype), e.name(a["other"], dtype), dtype, "floor")
+
+
+def _whole_quotient(e: Emitter, x: str, y: str, dtype: torch.dtype, rounding: str) -> str:
+    if not dtype.is_floating_point:  # whose Div cuts what is behind the point off
+        return e.op("Div", e.op("Sub", x, e.op("Mod", x, y)) if rounding == "floor" else x, y)
+    made = e.op("Div", x, y)
+    if rounding == "floor":
+        return e.op("Floor", made)
+    return e.op("Mul", e.op("Sign", made), e.op("Floor", e.op("Abs", made)))
 
 
 @aten("add", "sub", "rsub")
 def _add(e: Emitter, a: Arguments, op: Op) -> str:
     dtype = _common(op)
     x, y = e.name(a["self"], dtype), e.name(a["other"], dtype)
+    if dtype == torch.bool:
+        return e.op("Or", x, y)
     if a["alpha"] != 1:
         scaled = "self" if op.name == "rsub" else "other"
         factor = e.name(a["alpha"], dtype)
@@ -154,7 +167,7 @@ def _addc(e: Emitter, a: Arguments, op: Op) -> str:
     kind = "Mul" if op.name == "addcmul" else "Div"
     made = e.op(kind, e.name(a["tensor1"]), e.name(a["tensor2"]))
     if a["value"] != 1:
-        made = e.op("Mul", made, e.const(a["value"], np.float32))
+        made = e.op("Mul", made, e.name(a["value"], a["self"].dtype))
     return e.op("Add", e.name(a["self"]), made)
 
 
@@ -203,7 +216,7 @@ def _with_alpha(e: Emitter, a: Arguments, op: Op) -> str:
 def _sigmoid(e: Emitter, a: Arguments, op: Op) -> str:
     """As 1 / (1 + exp(-x)): ORT's own stops falling at -18, and flows divide by it."""
     decay = e.op("Exp", e.op("Neg", e.name(a["self"])))
-    return e.op("Reciprocal", e.op("Add", decay, e.const(1.0, np.float32)))
+    return e.op("Reciprocal", e.op("Add", decay, e.name(1.0, a["self"].dtype)))
 
 
 @aten("silu")
@@ -232,13 +245,21 @@ def _prelu(e: Emitter, a: Arguments, op: Op) -> str:
     return e.op("PRelu", e.name(a["self"]), e.name(a["weight"]))
 
 
+_LINEAR_FROM = 17
+"""From here on softplus is its argument, in float32."""
+
+
 @aten("softplus")
 def _softplus(e: Emitter, a: Arguments, op: Op) -> str:
-    x = e.name(a["self"])
-    if a["beta"] == 1:
+    x, dtype = e.name(a["self"]), a["self"].dtype
+    if a["beta"] == 1 and a["threshold"] >= _LINEAR_FROM:
         return e.op("Softplus", x)
-    beta = e.const(a["beta"], np.float32)
-    return e.op("Div", e.op("Softplus", e.op("Mul", x, beta)), beta)
+    beta = e.name(a["beta"], dtype)
+    scaled = e.op("Mul", x, beta)
+    made = e.op("Div", e.op("Softplus", scaled), beta)
+    if a["threshold"] >= _LINEAR_FROM:
+        return made
+    return e.op("Where", e.op("Greater", scaled, e.name(a["threshold"], dtype)), x, made)
 
 
 @aten("log_sigmoid_forward")
@@ -271,10 +292,7 @@ _REDUCTIONS = {
 def _reduce(e: Emitter, a: Arguments, op: Op) -> str:
     x = a["self"]
     name, flags = e.name(x), op.name in ("any", "all")
-    if flags:
-        name = e.cast(name, torch.int32)
-    elif x.dtype == torch.bool:
-        name = e.cast(name, torch.int64)
+    name = e.cast(name, torch.int32) if flags else e.name(x, _dtype(op))
     if op.name == "linalg_vector_norm" and a["ord"] != 2:
         raise UnsupportedError(f"{op.where}: a norm of order {a['ord']}: only order 2 is exported")
     made = e.op(_REDUCTIONS[op.name], name, *_axes(e, a), keepdims=int(a.get("keepdim") or False))
@@ -330,7 +348,14 @@ def _spread(e: Emitter, a: Arguments, op: Op) -> str | list[str]:
 
 @aten("cumsum")
 def _cumsum(e: Emitter, a: Arguments, op: Op) -> str:
-    return e.op("CumSum", e.name(a["self"]), e.const(a["dim"]))
+    return e.op("CumSum", e.name(a["self"], _dtype(op)), e.const(a["dim"]))
+
+
+def _dtype(op: Op) -> torch.dtype:
+    """Of the result."""
+    made = op.outputs[0]
+    assert made is not None  # the schemas that ask have one output
+    return made.dtype
 
 
 def _common(op: Op) -> torch.dtype:

@@ -39,9 +39,9 @@ def differences(made: Made, bundle: Bundle) -> list[Difference]:
     """Run module and bundle on the example and on random inputs of about its size."""
     session = Session(bundle, kernels="ort")
     found = []
-    for name, inputs in (("example", made.examples), ("random", _random(made.examples))):
-        rows = [x[torch.arange(ROWS) % len(x)] for x in inputs]
-        with torch.no_grad():
+    given = [x[torch.arange(ROWS) % len(x)] for x in made.examples]
+    with torch.no_grad():
+        for name, rows in (("example", given), ("random", _random(made))):
             if made.kind == "flow":
                 found += _of_flow(name, made.module, rows[0], session)
             else:
@@ -49,18 +49,33 @@ def differences(made: Made, bundle: Bundle) -> list[Difference]:
     return found
 
 
-def _random(examples: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Twice as spread as the examples: beyond the bounds of splines too; integers are mixed."""
+def _random(made: Made) -> list[torch.Tensor]:
+    """Twice as spread as the examples: beyond the bounds of splines too; integers are mixed.
+
+    Where the module takes no values beyond its bounds, they lie among the examples'.
+    """
     generator = torch.Generator().manual_seed(0)
-    made = []
-    for x in examples:
+    wide, among = [], []
+    for x in made.examples:
+        drawn = x[torch.randint(len(x), (ROWS,), generator=generator)]
+        noise = torch.randn(ROWS, *x.shape[1:], generator=generator)
         if x.is_floating_point():
             spread = 2 * max(float(x.double().std(correction=0)), 0.5)
-            noise = torch.randn(ROWS, *x.shape[1:], generator=generator)
-            made.append(x.mean() + spread * noise)
+            wide.append(x.mean() + spread * noise)
+            among.append(
+                x.min() + (x.max() - x.min()) * torch.rand(noise.shape, generator=generator)
+            )
         else:
-            made.append(x[torch.randint(len(x), (ROWS,), generator=generator)])
-    return made
+            wide.append(drawn)
+            among.append(drawn)
+    try:
+        if made.kind == "flow":
+            torch_flow.open_flow(made.module, wide[0]).encode(wide[0].clone())
+        else:
+            made.module(*(x.clone() for x in wide))
+    except Exception:  # the user's code says by what it likes that it takes no such values
+        return among
+    return wide
 
 
 def _of_flow(
@@ -69,11 +84,11 @@ def _of_flow(
     flow = torch_flow.open_flow(module, data)
     rows = data.flatten(1).numpy()
     log_prob, latent = session.run("log_prob", {"x": rows}, ["log_prob", "latent"])
-    expected = flow.encode(data)[0]
-    back = flow.decode(expected.reshape(ROWS, *flow.latent_shape)).flatten(1)
+    expected = flow.encode(data.clone())[0]  # a layer may overwrite what it is given
+    back = flow.decode(expected.reshape(ROWS, *flow.latent_shape).clone()).flatten(1)
     sample = session.run("sample", {"latent": expected.flatten(1).numpy()}, ["x"])[0]
     pairs: Mapping[str, tuple[Any, Any]] = {
-        "log-density": (flow.log_density(data), log_prob),
+        "log-density": (flow.log_density(data.clone()), log_prob),
         "latent": (expected.flatten(1), latent),
         "sample": (back, sample),
     }
@@ -86,7 +101,8 @@ def _of_graph(
     function = torch_image.as_function(made.module, made.kind, made.options.get("noise_at", 1))
     names = torch_image.input_names(made.module, len(inputs), made.kind)
     feeds = {key: value.numpy() for key, value in zip(names, inputs, strict=True)}
-    return _difference(name, "output", function(*inputs), session.run("model", feeds)[0])
+    expected = function(*(x.clone() for x in inputs))
+    return _difference(name, "output", expected, session.run("model", feeds)[0])
 
 
 def _difference(name: str, output: str, expected: torch.Tensor, got: Any) -> Difference:

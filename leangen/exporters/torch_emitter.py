@@ -33,6 +33,15 @@ ONNX_TYPES = {
 }
 
 
+_PLAIN: Mapping[str, Any] = {
+    "decimals": 0,
+    "divisor_override": None,
+    "reduce": None,
+    "include_self": True,
+}
+"""Arguments that no conversion reads, and the values with which there is nothing to read."""
+
+
 class Writer(Protocol):
     """What nodes and constants are written to: a graph, or the body of a loop in it."""
 
@@ -120,6 +129,12 @@ class Emitter:
                     "rewrite the line with other operators, or export the module to ONNX yourself "
                     "(torch.onnx) and give leangen the file"
                 )
+            for argument, plain in _PLAIN.items():
+                if op.arguments.get(argument, plain) != plain:
+                    raise UnsupportedError(
+                        f"{op.where}: aten.{op.name} with {argument}={op.arguments[argument]!r} "
+                        "has no counterpart here: rewrite the line without it"
+                    )
             made = conversions()[op.name](self, op.arguments, op)
             names = made if isinstance(made, list) else [made]
             for value, name in zip(op.outputs, names, strict=False):
@@ -183,13 +198,16 @@ class Emitter:
             self._constants[found] = self.writer.constant(self._unique(name), array)
         return self._constants[found]
 
-    def name(self, tensor: Tensor | float, dtype: torch.dtype | None = None) -> str:
+    def name(self, tensor: Tensor | Batch | float, dtype: torch.dtype | None = None) -> str:
         """The name of an operand, brought to `dtype`; a batch of equal constants is one of them."""
         if isinstance(tensor, Value):
             name, now = self._names[tensor.index], tensor.dtype
             if dtype is None or dtype == now:
                 return name
             return self.op("Cast", name, to=ONNX_TYPES[dtype])
+        if isinstance(tensor, Batch):
+            count = self.op("Squeeze", self._batch(tensor))
+            return self.cast(count, dtype or torch.int64)
         if isinstance(tensor, Constant):
             array = tensor.tensor.detach().to(dtype or tensor.dtype).numpy()
         else:
@@ -198,9 +216,9 @@ class Emitter:
             array = array.astype(np.float32)
         return self.const(array, array.dtype)
 
-    def full(self, tensor: Tensor) -> str:
+    def full(self, tensor: Tensor, dtype: torch.dtype | None = None) -> str:
         """The name of an operand in its whole shape, batch included."""
-        name = self.name(tensor)
+        name = self.name(tensor, dtype)
         if isinstance(tensor, Constant) and tensor.repeats is not None:
             return self.op("Expand", name, self.shape(tensor.repeats))
         return name

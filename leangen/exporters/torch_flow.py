@@ -81,7 +81,7 @@ def _checked(opened: Callable[[nn.Module], Flow], module: nn.Module, example: Te
 
 
 def _plain(module: nn.Module, example: Tensor) -> Flow:
-    made = module(example)
+    made = module(example.clone())
     if not (isinstance(made, tuple) and len(made) == 2 and made[1].shape == example.shape[:1]):
         raise UnsupportedError(
             f"forward of {type(module).__name__} returns {_described(made)}, expected (z, log_det) "

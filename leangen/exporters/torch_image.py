@@ -15,6 +15,7 @@ from leangen.errors import SourceError, UnsupportedError
 from leangen.exporters.onnx_file import SIGMA_NAMES
 from leangen.exporters.onnx_writer import GraphWriter
 from leangen.exporters.torch_emitter import ONNX_TYPES, Emitter, value_info
+from leangen.exporters.torch_module import running
 from leangen.exporters.torch_trace import trace
 
 
@@ -30,7 +31,8 @@ def write(
         options.setdefault("prediction", "flow")
         options.setdefault("scale", 1.0)
     function = as_function(module, kind, options.pop("noise_at", 1))
-    made = tree_flatten(function(*examples))[0]
+    with running(module, examples):
+        made = tree_flatten(function(*(x.clone() for x in examples)))[0]
     if not made or not isinstance(made[0], Tensor):
         raise SourceError(
             f"forward of {type(module).__name__} returns no tensor: expected the {_RESULTS[kind]}"

@@ -28,12 +28,12 @@ def _added_product(e: Emitter, a: Arguments, op: Op) -> str:
     x = a.get("mat1", a.get("batch1"))
     made = _matmul(e, x, a.get("mat2", a.get("batch2")))
     if a["alpha"] != 1:
-        made = e.op("Mul", made, e.const(a["alpha"], np.float32))
+        made = e.op("Mul", made, e.name(a["alpha"], a["self"].dtype))
     if a["beta"] == 0:
         return made
     added = e.name(a["self"], a["self"].dtype)
     if a["beta"] != 1:
-        added = e.op("Mul", added, e.const(a["beta"], np.float32))
+        added = e.op("Mul", added, e.name(a["beta"], a["self"].dtype))
     return e.op("Add", made, added)
 
 
@@ -141,6 +141,9 @@ def _upsample(e: Emitter, a: Arguments, op: Op) -> str:
     assert out is not None  # the schema has one output
     sizes = [a["self"].shape[1], *out.shape[2:]]
     scale = [1.0, *(b / s for b, s in zip(sizes, a["self"].shape[1:], strict=True))]
+    if not a.get("align_corners"):
+        # What was asked for, not what it comes to in whole pixels, says where pixels are read.
+        scale[2:] = [a.get(f"scales_{k}") or s for k, s in zip("hw", scale[2:], strict=True)]
     mode = {"nearest": "nearest", "bilinear": "linear", "bicubic": "cubic"}
     kind = op.name.removeprefix("upsample_").rstrip("12d")
     corners = "align_corners" if a.get("align_corners") else "half_pixel"

@@ -36,7 +36,8 @@ import inspect
 import math
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+import traceback
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -45,8 +46,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+import onnxruntime as ort
+
 from leangen.bundle import Bundle, create, open_bundle, sha256_file
-from leangen.errors import SourceError, UnsupportedError, needs
+from leangen.errors import LeangenError, SourceError, UnsupportedError, needs
 
 if TYPE_CHECKING:
     import torch
@@ -105,6 +108,20 @@ def write(
     if made.kind == "flow":
         return _export_flow(made, out, name, source, replace)
     return _export_images(made, out, name, source, replace)
+
+
+@contextmanager
+def running(module: torch.nn.Module, examples: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Around the module's own code, on examples; whatever it raises becomes one SourceError."""
+    try:
+        yield
+    except LeangenError:
+        raise
+    except Exception as error:  # the user's code may raise anything
+        shapes = ", ".join(str(list(x.shape)) for x in examples)
+        raise _raised(
+            f"{type(module).__name__} with an example of shape {shapes}", error
+        ) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,13 +211,15 @@ def _import(where: str) -> ModuleType:
 
 
 def _raised(what: str, error: Exception) -> SourceError:
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    place = ""
-    if trace is not None:
-        place = f" at {Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}"
-    return SourceError(f"{what} raised {type(error).__name__}{place}: {error}")
+    """The error for what the user's code raised, with the innermost place that is not torch's."""
+    import torch
+
+    inside, place = (str(Path(torch.__file__).parent), str(Path(__file__).parent)), ""
+    for frame in traceback.extract_tb(error.__traceback__):
+        if not frame.filename.startswith(inside):
+            place = f" at {Path(frame.filename).name}:{frame.lineno}"
+    said = (str(error).splitlines() or [""])[0]
+    return SourceError(f"{what} raised {type(error).__name__}{place}: {said}")
 
 
 def _read(returned: Any, path: Path, torch: Any) -> tuple[Any, Any, dict[str, Any]]:
@@ -271,6 +290,7 @@ def _export_images(
     options = dict(made.options)
     with tempfile.TemporaryDirectory(prefix="leangen-") as folder:
         family = torch_image.write(made.module, made.examples, made.kind, Path(folder), options)
+        _check_opens(Path(folder), ["model.onnx"])
         return onnx_file.export(
             Path(folder) / "model.onnx",
             out,
@@ -280,6 +300,21 @@ def _export_images(
             family=family,
             **options,
         )
+
+
+def _check_opens(folder: Path, graphs: Iterable[str]) -> None:
+    """UnsupportedError for a graph with an operator that ONNX Runtime has not for its types."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 4  # what is wrong is told below
+    for graph in graphs:
+        try:
+            ort.InferenceSession(folder / graph, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # ORT raises many unrelated types from its C++ side
+            said = str(error).splitlines()[0].replace(f"{folder}/", "")
+            raise UnsupportedError(
+                f"ONNX Runtime does not run the module's graph ({said}): rewrite what it names, "
+                "or compute in float32"
+            ) from error
 
 
 def _export_flow(
@@ -296,6 +331,8 @@ def _export_flow(
     shape = list(example.shape[1:])
     size = math.prod(shape)
     columns = options.pop("columns", None) or [f"x{i}" for i in range(size)]
+    if not (isinstance(columns, list | tuple) and all(isinstance(c, str) for c in columns)):
+        raise SourceError(f'columns is {columns!r}, expected names such as ["height", "weight"]')
     if len(columns) != size:
         raise SourceError(f"{len(columns)} columns are named, the flow has {size}")
     config: dict[str, Any] = {
@@ -320,9 +357,11 @@ def _export_flow(
             f"option {next(iter(options))!r} does not fit a flow: it takes columns, and for images "
             "range and levels"
         )
-    flow = torch_flow.open_flow(made.module, example)
+    with running(made.module, [example]):
+        flow = torch_flow.open_flow(made.module, example)
     with create(out, replace=replace) as draft:
         draft.graphs = dict(torch_flow.write(flow, made.module, example, draft.folder))
+        _check_opens(draft.folder, draft.graphs.values())
         draft.name, draft.family, draft.config = name, "flow", config
         draft.source = dict(source)
     return open_bundle(out)

@@ -1,4 +1,4 @@
-"""Flows built with nflows (github.com/bayesiains/nflows): a `Flow` over a standard normal."""
+"""Flows built with nflows (github.com/bayesiains/nflows): a `Flow` over a diagonal normal."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from leangen.errors import UnsupportedError
@@ -15,20 +16,24 @@ from leangen.exporters.torch_splines import in_place_of, replaced
 
 
 def open_flow(module: nn.Module) -> Flow:
-    """The directions of a flow; UnsupportedError for another base than the standard normal."""
+    """The directions of a flow; UnsupportedError for another base than a diagonal normal."""
     flow: Any = module
-    if type(flow._distribution).__name__ != "StandardNormal":
-        raise needs_normal(flow._distribution)
+    base, shape = flow._distribution, tuple(flow._distribution._shape)
+    if type(base).__name__ not in ("StandardNormal", "DiagonalNormal"):
+        raise needs_normal(base)
+    loc, spread = torch.zeros(shape), torch.ones(shape)
+    if type(base).__name__ == "DiagonalNormal":
+        loc, spread = base.mean_.reshape(shape), base.log_std_.reshape(shape).exp()
 
     def encode(x: Tensor) -> tuple[Tensor, Tensor]:
         z, log_det = flow._transform(x)
-        return z, flow._distribution.log_prob(z) + log_det
+        return (z - loc) / spread, base.log_prob(z) + log_det
 
     def decode(u: Tensor) -> Tensor:
-        made: Tensor = flow._transform.inverse(u)[0]
+        made: Tensor = flow._transform.inverse(u * spread + loc)[0]
         return made
 
-    return Flow(encode, decode, flow.log_prob, tuple(flow._distribution._shape), traceable)
+    return Flow(encode, decode, flow.log_prob, shape, traceable)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ CONVERSIONS, aten = registry()
 _TO_THE_END = 2**63 - 1
 
 
-@aten("clone", "detach")
+@aten("clone", "detach", "alias")
 def _same(e: Emitter, a: Arguments, op: Op) -> str:
     return e.name(a["self"])
 
@@ -106,11 +106,11 @@ def _slice(e: Emitter, a: Arguments, op: Op) -> str:
     return _cut(e, e.name(a["self"]), a["dim"], a["start"] or 0, a["end"], a["step"])
 
 
-def _cut(e: Emitter, x: str, axis: int, start: int, end: Any, step: int = 1) -> str:
-    end = _TO_THE_END if end is None or isinstance(end, Batch) else end
+def _cut(e: Emitter, x: str, axis: int, start: Size, end: Size | None, step: int = 1) -> str:
+    end = _TO_THE_END if end is None else end
     if start == 0 and end == _TO_THE_END and step == 1:
         return x
-    return e.op("Slice", x, *(e.const([value]) for value in (start, end, axis, step)))
+    return e.op("Slice", x, *(e.shape([value]) for value in (start, end, axis, step)))
 
 
 @aten("select_scatter", "slice_scatter")
@@ -124,11 +124,11 @@ def _scatter_part(e: Emitter, a: Arguments, op: Op) -> str:
         places = [a["index"] % size]
         filled = list(base.shape)
         filled[axis] = 1
-        new = e.op("Unsqueeze", e.name(source, base.dtype), e.const([axis]))
+        new = e.op("Unsqueeze", e.full(source, base.dtype), e.const([axis]))
         new = e.op("Expand", new, e.shape(filled))
     else:
         places = list(range(size))[a["start"] : a["end"] : a["step"]]
-        new = e.name(source, base.dtype)
+        new = e.full(source, base.dtype)
     return _overwritten(e, base, new, places, axis)
 
 
@@ -142,7 +142,7 @@ def _index_put(e: Emitter, a: Arguments, op: Op) -> str:
         )
     filled = list(base.shape)
     filled[axis] = len(index.tensor)
-    new = e.name(source, base.dtype)
+    new = e.full(source, base.dtype)
     if tuple(source.shape) != tuple(filled):
         new = e.op("Expand", new, e.shape(filled))
     return _overwritten(e, base, new, index.tensor.tolist(), axis)
@@ -165,7 +165,7 @@ def _overwritten(e: Emitter, base: Tensor, new: str, places: Sequence[int], axis
 
 
 def _taken(e: Emitter, x: str, places: Sequence[int], axis: int) -> str:
-    if list(places) == list(range(places[0], places[0] + len(places))):
+    if places and list(places) == list(range(places[0], places[0] + len(places))):
         return _cut(e, x, axis, places[0], places[0] + len(places))
     return e.op("Gather", x, e.const(list(places)), axis=axis)
 
@@ -256,18 +256,25 @@ def _pads(e: Emitter, a: Arguments) -> str:
 def _flip(e: Emitter, a: Arguments, op: Op) -> str:
     x = e.name(a["self"])
     for axis in a["dims"]:
-        size = a["self"].shape[axis]
-        x = e.op("Gather", x, e.const(np.arange(size)[::-1]), axis=axis)
+        x = e.op("Gather", x, e.const(np.arange(_within(a["self"], axis, op))[::-1]), axis=axis)
     return x
 
 
 @aten("roll")
 def _roll(e: Emitter, a: Arguments, op: Op) -> str:
     x = e.name(a["self"])
-    for shift, axis in zip(a["shifts"], a["dims"], strict=True):
-        places = np.roll(np.arange(a["self"].shape[axis]), shift)
+    for shift, axis in zip(a["shifts"], a["dims"] or [0], strict=True):
+        places = np.roll(np.arange(_within(a["self"], axis, op)), shift)
         x = e.op("Gather", x, e.const(places), axis=axis)
     return x
+
+
+def _within(x: Tensor, axis: int, op: Op) -> int:
+    """The size of an axis of each sample; UnsupportedError for that of the batch."""
+    size = x.shape[axis]
+    if isinstance(size, Batch):
+        raise UnsupportedError(f"{op.where}: the samples of a batch change places: not exported")
+    return size
 
 
 @aten("repeat")

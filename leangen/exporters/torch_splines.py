@@ -80,7 +80,7 @@ def unbounded(
     tail_bound: Any = 1.0,
     **minima: float,
 ) -> tuple[Tensor, Tensor]:
-    """The same inside (-tail_bound, tail_bound), and the identity outside."""
+    """The same inside (-tail_bound, tail_bound), and the identity outside (0 by list of tails)."""
     derivatives = unnormalized_derivatives
     if isinstance(tails, str):
         derivatives = functional.pad(derivatives, (1, 1) if tails == "linear" else (0, 1))
@@ -108,7 +108,8 @@ def unbounded(
         **minima,
     )
     inside = (inputs >= -tail_bound) & (inputs <= tail_bound)
-    return torch.where(inside, outputs, inputs), torch.where(inside, log_slope, 0.0)
+    beyond = inputs if isinstance(tails, str) else torch.zeros_like(inputs)  # as normflows has it
+    return torch.where(inside, outputs, beyond), torch.where(inside, log_slope, 0.0)
 
 
 def _bound(tail_bound: Any) -> Tensor:

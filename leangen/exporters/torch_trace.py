@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from leangen.errors import UnsupportedError
+from leangen.exporters.torch_module import running
 
 BATCHES = (2, 3)
 
@@ -129,6 +130,9 @@ class _Recorded:
     name: str
     arguments: dict[str, Any]
     outputs: list[Any]
+    index: dict[int, int]
+    """By the id of a tensor: which one it was before and after, as it may be overwritten."""
+    made: list[int]
     common: torch.dtype | None
     where: str
 
@@ -143,11 +147,14 @@ class _Tape(TorchDispatchMode):  # type: ignore[misc]
         self.ops: list[_Recorded] = []
         self.outputs: list[torch.Tensor] = []
         self.index = {id(tensor): i for i, tensor in enumerate(inputs)}
+        self._count = len(inputs)
         self._alive: list[Any] = list(inputs)  # ids stay unique as long as the tensors live
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = str(func.overloadpacket)
+        if name == "aten.copy_" and self._is_written_back(args[0]):
+            return args[0]
         operands = [a for a in tree_flatten((args, kwargs))[0] if isinstance(a, torch.Tensor)]
         depends = any(id(a) in self.index for a in operands)
         if not depends or name in _SHAPE_ONLY:
@@ -171,22 +178,49 @@ class _Tape(TorchDispatchMode):  # type: ignore[misc]
                 f"{_place()}: random numbers are drawn inside the module ({name}): give them to it "
                 "as an input"
             )
+        if name.endswith("_"):
+            self._check_alone(name, args[0])
+        before = {id(a): self.index[id(a)] for a in operands if id(a) in self.index}
         made = func(*args, **kwargs)
-        outputs = tree_flatten(made)[0]
+        outputs = [o if isinstance(o, torch.Tensor) else None for o in tree_flatten(made)[0]]
         for tensor in outputs:
-            if isinstance(tensor, torch.Tensor):
-                self.index[id(tensor)] = len(self.index)
+            if tensor is not None:
+                self.index[id(tensor)] = self._count
+                self._count += 1
                 self._alive.append(tensor)
         self.ops.append(
             _Recorded(
-                name.removeprefix("aten."),
+                name.removeprefix("aten.").removesuffix("_"),
                 _by_name(func, args, kwargs),
-                [o if isinstance(o, torch.Tensor) else None for o in outputs],
+                outputs,
+                before,
+                [-1 if tensor is None else self.index[id(tensor)] for tensor in outputs],
                 _common(func, args),
                 _place(),
             )
         )
         return made
+
+    def _is_written_back(self, target: torch.Tensor) -> bool:
+        """Whether it is functionalize's last: what an input became, which no one asks for.
+
+        UnsupportedError for what a part of the module became.
+        """
+        name = self.names.get(target.untyped_storage().data_ptr())
+        if name is not None:
+            raise UnsupportedError(
+                f"the module changes its own {name!r} as it runs, which a graph cannot: keep what "
+                "is remembered outside; where it sets itself from its first batch (ActNorm), call "
+                "it on data before it is exported"
+            )
+        return any(target is given for given in self.inputs)
+
+    def _check_alone(self, name: str, target: torch.Tensor) -> None:
+        """UnsupportedError where an operator of torch's own overwrites what others look at."""
+        storage = target.untyped_storage().data_ptr()
+        others = (a for a in self._alive if isinstance(a, torch.Tensor) and a is not target)
+        if any(other.untyped_storage().data_ptr() == storage for other in others):
+            raise UnsupportedError(f"{_place()}: {name} overwrites a view: write it without")
 
 
 def _record(
@@ -212,7 +246,7 @@ def _record(
         return torch.func.functional_call(call, state, values)
 
     # The other backends of attention are one operator that ONNX has not.
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), tape:
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), running(module, inputs), tape:
         made = torch.func.functionalize(run, remove="mutations")(state, tuple(inputs))
     tape.outputs = [tensor for tensor in tree_flatten(made)[0] if isinstance(tensor, torch.Tensor)]
     return tape
@@ -227,16 +261,16 @@ def _merge(one: _Tape, two: _Tape) -> Trace:
         )
     constants: dict[tuple[int, int], Constant] = {}
 
-    def tensor(a: torch.Tensor, b: torch.Tensor, where: str) -> Tensor:
-        if id(a) in one.index:
-            return Value(one.index[id(a)], _shape(a, b, where), a.dtype)
+    def tensor(a: torch.Tensor, b: torch.Tensor, where: str, index: Mapping[int, int]) -> Tensor:
+        if id(a) in index:
+            return Value(index[id(a)], _shape(a, b, where), a.dtype)
         if (id(a), id(b)) not in constants:
             constants[id(a), id(b)] = _constant(a, b, one.names, where)
         return constants[id(a), id(b)]
 
-    def merged(a: Any, b: Any, where: str) -> Any:
+    def merged(a: Any, b: Any, where: str, index: Mapping[int, int]) -> Any:
         if isinstance(a, torch.Tensor):
-            return tensor(a, b, where)
+            return tensor(a, b, where, index)
         if type(a) is int and a != b:
             return _size(a, b, where)
         if a != b and not (a != a and b != b):
@@ -252,14 +286,16 @@ def _merge(one: _Tape, two: _Tape) -> Trace:
         leaves, form = tree_flatten(a.arguments)
         others = tree_flatten(b.arguments)[0]
         arguments = tree_unflatten(
-            [merged(x, y, a.where) for x, y in zip(leaves, others, strict=True)], form
+            [merged(x, y, a.where, a.index) for x, y in zip(leaves, others, strict=True)], form
         )
         outputs = tuple(
-            None if x is None else Value(one.index[id(x)], _shape(x, y, a.where), x.dtype)
-            for x, y in zip(a.outputs, b.outputs, strict=True)
+            None if x is None else Value(index, _shape(x, y, a.where), x.dtype)
+            for index, x, y in zip(a.made, a.outputs, b.outputs, strict=True)
         )
         ops.append(Op(a.name, arguments, outputs, a.common, a.where))
-    ends = [tensor(a, b, "output") for a, b in zip(one.outputs, two.outputs, strict=True)]
+    ends = [
+        tensor(a, b, "output", one.index) for a, b in zip(one.outputs, two.outputs, strict=True)
+    ]
     return Trace(inputs, tuple(ops), tuple(ends))
 
 

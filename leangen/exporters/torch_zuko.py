@@ -49,7 +49,13 @@ def open_flow(module: nn.Module) -> Flow:
 
 def traceable() -> AbstractContextManager[None]:
     """While it is open, layers of the library can be traced."""
-    from zuko.transforms import AutoregressiveTransform, MonotonicRQSTransform, MonotonicTransform
+    from zuko.transforms import (
+        AutoregressiveTransform,
+        FreeFormJacobianTransform,
+        MonotonicRQSTransform,
+        MonotonicTransform,
+        UnconstrainedMonotonicTransform,
+    )
 
     return replaced(
         (AutoregressiveTransform, "_inverse", _inverse),
@@ -58,9 +64,15 @@ def traceable() -> AbstractContextManager[None]:
             (MonotonicRQSTransform, name, _in_float64(getattr(MonotonicRQSTransform, name)))
             for name in ("_call", "call_and_ladj", "_inverse")
         ),
-        (MonotonicTransform, "_call", _refuse),
-        (MonotonicTransform, "call_and_ladj", _refuse),
-        (MonotonicTransform, "_inverse", _refuse),
+        *(
+            (kind, name, _refuse)
+            for kind in (
+                MonotonicTransform,
+                UnconstrainedMonotonicTransform,
+                FreeFormJacobianTransform,
+            )
+            for name in ("_call", "call_and_ladj", "_inverse")
+        ),
     )
 
 
@@ -99,6 +111,6 @@ def _in_float64(method: Callable[..., Any]) -> Callable[..., Any]:
 
 def _refuse(transform: Any, *_: Tensor) -> Any:
     raise UnsupportedError(
-        f"{type(transform).__name__} is inverted by bisection and needs derivatives: not exported; "
-        "use an affine or a rational-quadratic spline flow (MAF, NSF, NICE, RealNVP)"
+        f"{type(transform).__name__} is inverted by bisection or integrated, with derivatives: not "
+        "exported; use an affine or a rational-quadratic spline flow (MAF, NSF, NICE, RealNVP)"
     )

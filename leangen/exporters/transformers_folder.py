@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
 from leangen.bundle import sha256_file
-from leangen.errors import SourceError, needs
+from leangen.errors import SourceError, UnsupportedError, needs
 from leangen.exporters.checkpoint import Checkpoint, Layout, Rows
 from leangen.exporters.gguf_blocks import Floats
 
 CONFIG, TOKENIZER, TEMPLATE = "config.json", "tokenizer.json", "chat_template.jinja"
+FLOATS = ("F32", "F16", "BF16", "F64")
+"""Types of weights in safetensors that are whole in themselves."""
 
 
 def folder_of(path: Path) -> Path:
@@ -61,7 +64,16 @@ class Tensors(Checkpoint):
         self.files, self._tensors = open_tensors(path)
         # Some were saved without what stands around the layers: `h.0` for `transformer.h.0`.
         self._bare = layout.names["embed"] + ".weight" not in self._tensors
+        if layout.config.tied_head and self._has_own_head():
+            self.layout = replace(layout, config=replace(layout.config, tied_head=False))
         self.check(path)
+
+    def _has_own_head(self) -> bool:
+        """Whether a head is stored that is not the embedding: then no word of tying holds."""
+        head, embed = self.layout.names.get("head", "") + ".weight", self._tensor("embed")
+        if not {head, embed} <= self._tensors.keys():
+            return False
+        return not np.array_equal(self._rows(head), self._rows(embed))
 
     def __enter__(self) -> Tensors:
         return self
@@ -79,7 +91,14 @@ class Tensors(Checkpoint):
         return tuple(self._tensors[tensor].get_slice(tensor).get_shape())
 
     def _rows(self, tensor: str) -> Rows:
-        rows: Rows = self._tensors[tensor].get_tensor(tensor)
+        held = self._tensors[tensor]
+        kind = held.get_slice(tensor).get_dtype()
+        if kind not in FLOATS:
+            raise UnsupportedError(
+                f"{tensor} is of type {kind}, expected {', '.join(FLOATS)}: "
+                "give the model before it was quantized"
+            )
+        rows: Rows = held.get_tensor(tensor)
         return rows
 
     def _floats(self, tensor: str, rows: Rows) -> Floats:

@@ -7,6 +7,7 @@ model's. Weights are taken one at a time.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,9 +59,11 @@ def export(
     StorageError.
     """
     path = folder_of(path)
-    layout = read_layout(path)
-    config = layout.config
-    with Tensors(path, layout) as checkpoint, create(out, replace=replace) as draft:
+    with (
+        Tensors(path, read_layout(path)) as checkpoint,
+        create(out, replace=replace) as draft,
+    ):
+        config = checkpoint.layout.config
         draft.name = name or path.resolve().name.lower()
         draft.family = "language"
         draft.scheme = "fp32"
@@ -101,14 +104,23 @@ def read_layout(path: Path) -> Layout:
 def checked_layout(path: Path, describe: Callable[[], Layout]) -> Layout:
     """The shape that a description makes of a folder's `config.json`, if a graph can have it."""
     config = read_json(path / CONFIG)
+    if quantized := config.get("quantization_config"):
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+        raise UnsupportedError(
+            f"{path} is quantized ({method}), expected weights in full or half precision: "
+            "give the model before it was quantized, and quantize it with leangen"
+        )
+    _check_numbers(path, config)
     try:
         layout = describe()
     except KeyError as error:
         raise SourceError(
             f"{path / CONFIG} lacks {error}, which a {config['model_type']} has"
         ) from error
-    except TypeError as error:
+    except (TypeError, ValueError, AttributeError) as error:
         raise SourceError(f"{path / CONFIG} has values of a wrong type: {error}") from error
+    for table in layout.ropes.values():
+        _check_rope(path, table)
     for part in filter(None, (layout.config, layout.encoder)):
         for problem in _problems(config, layout, part):
             raise UnsupportedError(f"{path} has {problem}, which leangen cannot run yet")
@@ -121,16 +133,83 @@ def _problems(json: Json, layout: Layout, config: DecoderConfig) -> list[str]:
         for key, expected in _ONLY.items()
         if key in json and json[key] not in expected
     ]
-    if json.get("word_embed_proj_dim", config.width) != config.width:
+    if (json.get("word_embed_proj_dim") or config.width) != config.width:
         found.append("an embedding of another width than the layers")
     if config.activation not in ("silu", "gelu", "gelu_tanh", "gelu_quick", "relu"):
         found.append(f"activation {config.activation!r}")
+    if config.experts is not None and config.experts.active > config.experts.count:
+        found.append(f"{config.experts.active} active experts of {config.experts.count}")
     if config.head_dim % 16 or config.heads % config.kv_heads:
-        found.append(f"{config.heads} heads of {config.head_dim} on {config.kv_heads} key heads")
-    for parameters in layout.ropes.values():
-        if parameters.get("rope_type", "default") not in ("default", "linear", "llama3"):
-            found.append(f"rope of type {parameters['rope_type']!r}")
+        found.append(
+            f"{config.heads} heads of {config.head_dim} on {config.kv_heads} key heads (expected "
+            "heads of a multiple of 16, and as many or a multiple of the key heads)"
+        )
     return found
+
+
+def _check_numbers(path: Path, json: Json) -> None:
+    """SourceError where a size or a number of `config.json` is none."""
+    for key, value in json.items():
+        whole = type(value) is int and value > 0
+        if key in _SIZES and not whole and not (value is None and key in _OPTIONAL):
+            raise SourceError(
+                f"{path / CONFIG} has {key} {value!r}, expected a whole number above 0"
+            )
+        if key in _NUMBERS and not (_positive(value) or (value is None and key in _OPTIONAL)):
+            raise SourceError(f"{path / CONFIG} has {key} {value!r}, expected a number above 0")
+
+
+def _check_rope(path: Path, parameters: Json) -> None:
+    """UnsupportedError for a kind of rotation that no graph has, SourceError for no numbers."""
+    kind = str(parameters["rope_type"])
+    if kind not in _ROPES:
+        raise UnsupportedError(
+            f"{path} has rope of type {kind!r}, expected {', '.join(_ROPES)}: leangen cannot run "
+            "it yet"
+        )
+    for key in ("rope_theta", *_ROPES[kind]):
+        if not _positive(parameters.get(key)):
+            raise SourceError(
+                f"{path / CONFIG} has {key} {parameters.get(key)!r} for its rotation, expected a "
+                "number above 0"
+            )
+
+
+def _positive(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf
+
+
+_SIZES = frozenset(
+    (
+        *("num_hidden_layers", "hidden_size", "vocab_size", "max_position_embeddings"),
+        *("num_attention_heads", "num_key_value_heads", "head_dim", "sliding_window"),
+        *("num_experts", "num_local_experts", "num_experts_per_tok", "decoder_sparse_step"),
+        *("n_layer", "n_embd", "n_head", "n_positions", "no_rope_layer_interval"),
+        *("d_model", "d_kv", "num_heads", "num_layers", "num_decoder_layers", "num_mel_bins"),
+        *("encoder_layers", "decoder_layers", "max_source_positions", "max_target_positions"),
+        *("encoder_attention_heads", "decoder_attention_heads", "sliding_window_pattern"),
+        *("relative_attention_num_buckets", "relative_attention_max_distance"),
+    )
+)
+_NUMBERS = frozenset(
+    (
+        *("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "query_pre_attn_scalar"),
+        *("attn_logit_softcapping", "final_logit_softcapping"),
+    )
+)
+_OPTIONAL = frozenset(
+    (
+        *("num_key_value_heads", "head_dim", "sliding_window", "num_decoder_layers"),
+        *("attn_logit_softcapping", "final_logit_softcapping"),
+    )
+)
+"""What may be null."""
+_ROPES: Mapping[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+"""Kinds of rotation, and the numbers that each takes beside `rope_theta`."""
 
 
 _ONLY: Mapping[str, tuple[Any, ...]] = {

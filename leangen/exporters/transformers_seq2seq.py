@@ -56,6 +56,7 @@ def export(
     layout = checked_layout(path, lambda: ENCODER_DECODERS[json["model_type"]](json, stored))
     sound = json["model_type"] == "whisper"
     with Tensors(path, layout) as checkpoint, create(out, replace=replace) as draft:
+        layout = checkpoint.layout
         draft.name = name or path.resolve().name.lower()
         draft.family, draft.scheme = "seq2seq", "fp32"
         mels = int(json.get("num_mel_bins", 80)) if sound else 0

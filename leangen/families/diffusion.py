@@ -35,7 +35,7 @@ from leangen import samplers
 from leangen.errors import RequestError
 from leangen.families import denoising, imaging, latents, prompting, step_choice
 from leangen.families.conditioning import Given
-from leangen.families.sampling import check, is_real, is_text, is_whole
+from leangen.families.sampling import check, is_real, is_whole
 from leangen.records import Media, Output, Step
 from leangen.samplers import Array
 from leangen.session import Session
@@ -86,8 +86,8 @@ class Request:
         rescale, strength, named = self.guidance_rescale, self.strength, self.sampler
         check(
             self,
-            prompt=(self.prompt is None or is_text(self.prompt), "text"),
-            negative_prompt=(self.negative_prompt is None or is_text(self.negative_prompt), "text"),
+            prompt=(isinstance(self.prompt, str | None), "text"),
+            negative_prompt=(isinstance(self.negative_prompt, str | None), "text"),
             steps=(
                 steps is None or (is_whole(steps, 1) and steps <= MOST_STEPS),
                 f"a whole number, 1 to {MOST_STEPS}",

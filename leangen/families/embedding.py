@@ -17,7 +17,7 @@ import numpy as np
 from leangen.errors import RequestError
 from leangen.families import finished
 from leangen.families.language import tokenizer
-from leangen.families.sampling import check, is_text, is_whole
+from leangen.families.sampling import check, is_whole
 from leangen.records import Media, Output, Step
 from leangen.session import Session
 
@@ -56,7 +56,7 @@ class Request:
             raise RequestError(f"{type(texts).__name__} is given, expected a string or a list")
         if not texts:
             raise RequestError("there is no text to embed: give at least one")
-        if self.prompt is not None and not all(map(is_text, texts)):
+        if self.prompt is not None and not all(isinstance(text, str) for text in texts):
             raise RequestError("prompt is not text, expected a string or a list of strings")
 
     @property

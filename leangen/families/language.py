@@ -71,18 +71,19 @@ def replies(
     session: Session, request: Request, decoder: Decoder, prompt: Sequence[int]
 ) -> Generator[Step, None, Output]:
     """The steps of all samples that follow `prompt`, of which `decoder` may hold a part."""
-    samples = range(request.n)
-    choosers = [chooser(session, request, prompt, sample) for sample in samples]
     found = []
+    choose = chooser(session, request, prompt)  # refuses a bad grammar before any work
     counts = {"reused": decoder.length} if request.prefix_cache else {}
     logits = decoder.feed(prompt[decoder.length :]).copy()
-    for sample in samples:
+    for sample in range(request.n):
+        if sample > 0:
+            choose = chooser(session, request, prompt, sample)
         reply = empty_reply(session, request, prompt)
         found.append(reply)
         if request.beams > 1:
             steps = search(reply, session, request.beams, decoder, logits)
         else:
-            steps = fill(reply, choosers[sample], decoder, prompt, logits, request.speculate)
+            steps = fill(reply, choose, decoder, prompt, logits, request.speculate)
         for step in steps:
             if counts:
                 step, counts = replace(step, counts={**counts, **step.counts}), {}

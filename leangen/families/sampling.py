@@ -8,10 +8,11 @@ the model (one sequence, a verified draft, a batch) chooses the same tokens.
 from __future__ import annotations
 
 import math
+import sys
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 
@@ -21,6 +22,8 @@ Floats = np.ndarray[Any, np.dtype[np.float32]]
 Indices = np.ndarray[Any, np.dtype[np.int64]]
 
 MOST_LOGPROBS = 20
+LARGEST = 1e6
+"""That a logit may be changed by, or divided: float32 holds whatever comes of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,12 +59,15 @@ class Sampling:
             top_k=(is_whole(self.top_k, 0), "a whole number, 0 (off) or more"),
             top_p=(is_real(top_p) and 0 < top_p <= 1, "more than 0 and at most 1"),
             min_p=(is_real(self.min_p) and 0 <= self.min_p <= 1, "0 (off) to 1"),
-            repetition_penalty=(is_real(penalty) and penalty > 0, "more than 0 (1 is off)"),
-            presence_penalty=(is_real(self.presence_penalty), "a number (0 is off)"),
-            frequency_penalty=(is_real(self.frequency_penalty), "a number (0 is off)"),
+            repetition_penalty=(
+                _is_moderate(penalty) and penalty >= 1 / LARGEST,
+                f"{1 / LARGEST:g} to {LARGEST:g} (1 is off)",
+            ),
+            presence_penalty=(_is_moderate(self.presence_penalty), f"{_MODERATE} (0 is off)"),
+            frequency_penalty=(_is_moderate(self.frequency_penalty), f"{_MODERATE} (0 is off)"),
             logit_bias=(
                 _is_bias(self.logit_bias),
-                "a mapping of token ids to numbers or -inf",
+                f"a mapping of token ids to numbers, {_MODERATE}, or -inf",
             ),
             logprobs=(
                 self.logprobs is None or is_whole(self.logprobs, 0) and self.logprobs <= most,
@@ -84,21 +90,21 @@ def is_whole(value: object, least: int) -> bool:
 
 
 def is_real(value: object) -> bool:
-    """Whether it is a finite number."""
-    return isinstance(value, int | float) and math.isfinite(value)
+    """Whether it is a number that a finite float can hold."""
+    return isinstance(value, int | float) and abs(value) <= sys.float_info.max
 
 
-def is_text(value: object) -> bool:
-    """Whether it is text that UTF-8 holds: a command line's bytes of another encoding are none."""
-    try:
-        return isinstance(value, str) and value.encode() is not None
-    except UnicodeEncodeError:
-        return False
+def _is_moderate(value: object) -> bool:
+    return is_real(value) and abs(cast(float, value)) <= LARGEST
+
+
+_MODERATE = f"-{LARGEST:g} to {LARGEST:g}"
 
 
 def _is_bias(value: object) -> bool:
     return isinstance(value, Mapping) and all(
-        is_whole(token, 0) and (is_real(bias) or bias == -math.inf) for token, bias in value.items()
+        is_whole(token, 0) and (_is_moderate(bias) or bias == -math.inf)
+        for token, bias in value.items()
     )
 
 
@@ -228,8 +234,9 @@ def sample(
         return int(logits.argmax())
     assert rng is not None
     kept = _likeliest(logits, top_k) if top_k else np.arange(len(logits))
-    # Colder than this is greedy to any float32, and would overflow.
-    weights = np.exp((logits[kept] - logits.max()) / np.float32(max(temperature, 1e-6)))
+    # Colder is greedy to any float32, hotter draws from all alike; both would overflow.
+    temperature = min(max(temperature, 1e-6), 1e6)
+    weights = np.exp((logits[kept] - logits.max()) / np.float32(temperature))
     if top_p < 1:
         nucleus = _nucleus(weights, top_p)
         kept, weights = kept[nucleus], weights[nucleus]

@@ -17,7 +17,7 @@ import numpy as np
 
 from leangen import phonemes as grapheme
 from leangen.errors import RequestError
-from leangen.families.sampling import check, is_real, is_text, is_whole
+from leangen.families.sampling import check, is_real, is_whole
 from leangen.records import Media, Output, Step
 from leangen.session import Session
 
@@ -80,8 +80,8 @@ class Request:
         check(
             self,
             length_scale=(self.length_scale != 0, "more than 0"),
-            text=(self.text is None or is_text(self.text), "text"),
-            phonemes=(self.phonemes is None or is_text(self.phonemes), "text"),
+            text=(isinstance(self.text, str | None), "text"),
+            phonemes=(isinstance(self.phonemes, str | None), "text"),
             speaker=(isinstance(self.speaker, int | str | None), "a number or a name"),
             seed=(is_whole(self.seed, 0), "a whole number, 0 or more"),
         )

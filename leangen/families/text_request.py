@@ -10,7 +10,7 @@ from typing import Any
 
 from leangen.errors import RequestError
 from leangen.families.grammar import KINDS
-from leangen.families.sampling import Sampling, check, is_text, is_whole
+from leangen.families.sampling import Sampling, check, is_whole
 
 INPUTS = ("prompt", "messages", "tokens")
 TEXTS = (*INPUTS, *KINDS, "tools")
@@ -69,7 +69,6 @@ class Request(Sampling):
             )
         if not isinstance(self.prompt, str | None):
             raise RequestError(f"prompt is of type {type(self.prompt).__name__}, expected a string")
-        check(self, prompt=(self.prompt is None or is_text(self.prompt), "text in UTF-8"))
         if self.messages is not None:
             _check_messages(self.messages)
         _check_constraint(self)
@@ -159,5 +158,5 @@ def _check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
                 f"message role is {message['role']!r}, expected one of {', '.join(ROLES)}"
             )
         calls = message["content"] is None and "tool_calls" in message
-        if not is_text(message["content"]) and not calls:
+        if not isinstance(message["content"], str) and not calls:
             raise RequestError("a message's content is not text, expected a string")

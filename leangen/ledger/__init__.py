@@ -137,7 +137,7 @@ class Ledger:
             rows = db.execute(
                 f"SELECT document FROM receipts JOIN entries USING (entry) {condition}"
                 " ORDER BY started_at DESC, entry DESC LIMIT ?",
-                [*values, sys.maxsize if limit is None else limit],
+                [*values, sys.maxsize if limit is None else min(limit, sys.maxsize)],
             )
             return [json.loads(text) for (text,) in rows]
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable
 from dataclasses import asdict
 from datetime import date, timedelta
 
 from leangen import clock
-from leangen.console import print_json, say, table, with_u
+from leangen.console import counted, print_json, say, table, with_u
 from leangen.errors import RequestError
 from leangen.ledger import Ledger, exchange
 from leangen.records import joules
@@ -21,7 +22,12 @@ def run(ledger: Ledger, args: argparse.Namespace) -> int:
 
 def verify(ledger: Ledger, args: argparse.Namespace) -> int:
     """Check the chains and what is derived; 2 when something is wrong."""
-    result = ledger.verify(args.head)
+    wanted = None if args.head is None else args.head.strip().lower()
+    if wanted is not None and not re.fullmatch("[0-9a-f]{64}", wanted):
+        raise RequestError(
+            f"--head is {args.head!r}, expected the 64 hex digits that `leangen ledger head` prints"
+        )
+    result = ledger.verify(wanted)
     if args.json:
         print_json(asdict(result))
         return 2 if result.problems else 0
@@ -68,7 +74,7 @@ def export(ledger: Ledger, args: argparse.Namespace) -> int:
     if args.json:
         print_json({"path": str(args.output), "receipts": count})
     else:
-        print(f"{count} receipts in {args.output}")
+        say(f"{count} receipts in {args.output}")
     if total > count:
         say(f"{total - count} older receipts were compacted to their sums: those are not in it")
     return 0
@@ -115,11 +121,11 @@ def sums(ledger: Ledger, args: argparse.Namespace) -> int:
                 *(row.group[name] or "" for name in by),
                 str(row.receipts),
                 str(row.unmeasured or ""),
-                f"{row.units:.4g} {row.unit}s",
+                counted(row.units, row.unit),
                 f"{row.duration_s:.1f} s",
                 with_u(joules(row.gross_uj), row.u_j, "J"),
                 row.source,
-                "" if row.per_unit_j is None else f"{row.per_unit_j:.3g} J",
+                "" if row.per_unit_j is None else with_u(row.per_unit_j, row.per_unit_u_j, "J"),
                 "" if row.carbon_g is None else f"{row.carbon_g:.2g}",
             ]
             for row in rows

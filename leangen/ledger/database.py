@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +22,8 @@ APPLICATION_ID = 0x6C67656E  # "lgen": tells a ledger from any other SQLite file
 VERSION = 2
 BUSY_S = 30.0
 MOST_DAMAGE = 20
+ROOM_BYTES = 1 << 20
+"""With less than this free, a disk is full: a log and its index begin with tens of kilobytes."""
 
 SCHEMA = """
 CREATE TABLE entries (
@@ -238,6 +241,15 @@ class SqliteFile:
         return StorageError(f"cannot use the ledger {self.path}: {detail}; choose another place")
 
 
+def _is_still(path: Path) -> bool:
+    """Whether all of the ledger is in its file, on a file system that nobody can write to."""
+    if os.name != "posix" or not path.exists():
+        return False
+    log = path.with_name(path.name + "-wal")
+    empty = not (log.exists() and log.stat().st_size)
+    return empty and bool(os.statvfs(path).f_flag & os.ST_RDONLY)
+
+
 def connect(path: Path) -> _Connection:
     """Open the ledger at `path`, made if there is none; statements commit one by one.
 
@@ -245,11 +257,20 @@ def connect(path: Path) -> _Connection:
     """
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    place, by_uri = str(path), False
+    if _is_still(path):  # SQLite would make its shared index beside it
+        place, by_uri = f"{path.resolve().as_uri()}?immutable=1", True
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
     # Only SQLite may open the file: on closing it, a process loses the locks of every connection
     # that it has there, and another process then removes the log that those go on writing to.
     db = sqlite3.connect(
-        path, timeout=BUSY_S, isolation_level=None, check_same_thread=False, factory=_Connection
+        place,
+        timeout=BUSY_S,
+        isolation_level=None,
+        check_same_thread=False,
+        factory=_Connection,
+        uri=by_uri,
     )
     try:
         _prepare(db, path)
@@ -324,10 +345,17 @@ def transaction(db: sqlite3.Connection, mode: str = "IMMEDIATE") -> Iterator[Non
         raise
 
 
+def _is_full(folder: Path) -> bool:
+    with suppress(OSError):
+        return shutil.disk_usage(folder).free < ROOM_BYTES
+    return False
+
+
 def explain(error: sqlite3.Error, path: Path) -> StorageError:
     """What SQLite raised, as the error that the user meets."""
     name = getattr(error, "sqlite_errorname", "")
-    if name == "SQLITE_FULL":
+    # Without room for its shared index, SQLite says no more than that reading or writing failed.
+    if name == "SQLITE_FULL" or name.startswith("SQLITE_IOERR") and _is_full(path.parent):
         return StorageError(
             f"disk full: the ledger {path} took no more, what it holds is intact; free some space "
             "(`leangen gc`, `leangen rm`) and try again"

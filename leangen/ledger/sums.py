@@ -57,6 +57,11 @@ class Sum:
         return self.gross_uj / 1e6 / self.units
 
     @property
+    def per_unit_u_j(self) -> float | None:
+        """Its uncertainty, k=2: the units are counted exactly."""
+        return None if self.u_j is None or not self.units else self.u_j / self.units
+
+    @property
     def idle_share(self) -> float | None:
         """Idle over gross energy, of the receipts where both are known."""
         return (
@@ -76,6 +81,7 @@ class Sum:
             "gross_j": joules(self.gross_uj),
             "u_j": self.u_j,
             "per_unit_j": self.per_unit_j,
+            "per_unit_u_j": self.per_unit_u_j,
             "idle_j": joules(self.idle_uj),
             "idle_u_j": self.idle_u_j,
             "idle_share": self.idle_share,

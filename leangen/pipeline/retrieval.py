@@ -22,7 +22,7 @@ from leangen.bundle import sha256_file
 from leangen.engine import Engine
 from leangen.errors import RequestError, needs
 from leangen.families.language import tokenizer
-from leangen.families.sampling import check, is_text, is_whole
+from leangen.families.sampling import check, is_whole
 from leangen.files import atomic_folder, default_home
 from leangen.pipeline.ports import TEXT, Ports
 from leangen.records import Media, Output, Step
@@ -47,7 +47,7 @@ class Request:
     """Passages to give, nearest first; fewer where there are fewer."""
 
     def __post_init__(self) -> None:
-        if not is_text(self.question) or not self.question.strip():
+        if not isinstance(self.question, str) or not self.question.strip():
             raise RequestError(f"question is {self.question!r}, expected text")
         check(self, count=(is_whole(self.count, 1), "a whole number, 1 or more"))
         if not isinstance(self.documents, str | Path) or not Path(self.documents).is_dir():

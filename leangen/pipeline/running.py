@@ -143,14 +143,20 @@ class PipelineStream(Iterator[Step]):
     @property
     def result(self) -> PipelineResult:
         """The last output and all receipts, which are then on the disk if there is a ledger."""
+        made = self.made
+        for ticket in self._tickets:
+            if ticket is not None:
+                ticket.wait()
+        return made
+
+    @property
+    def made(self) -> PipelineResult:
+        """The last output and all receipts, whether the ledger takes them or not."""
         last = self._legs[-1].output if self._legs else None
         if last is None or self.receipt is None:
             raise RequestError(
                 "the stream is not finished: take all its steps, then ask for result"
             )
-        for ticket in self._tickets:
-            if ticket is not None:
-                ticket.wait()
         parts = {
             leg.name: Result(leg.output, receipt)
             for leg, receipt in zip(self._legs, self.receipt.parts, strict=True)
