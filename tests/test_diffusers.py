@@ -7,13 +7,25 @@ from collections import Counter
 import numpy as np
 import onnx
 import pytest
-from diffusers_models import PIPELINES, bare, change, diffusers, optimum, saved, torch
+from diffusers_models import (
+    PIPELINES,
+    bare,
+    change,
+    diffusers,
+    optimum,
+    saved,
+    stable,
+    torch,
+    unet,
+    unet2d,
+)
 
 from leangen import exporters, lowering, quality
 from leangen.bundle import Bundle
 from leangen.engine import Engine
 from leangen.errors import RequestError, SourceError, UnsupportedError
 from leangen.exporters import diffusers_folder
+from leangen.exporters import diffusers_schedulers as schedulers
 from leangen.exporters.diffusers_pipelines import PIPELINES as KNOWN
 from leangen.families import diffusion, step_choice
 from leangen.files import default_home
@@ -118,6 +130,9 @@ def test_what_cannot_be_exported_is_named(tmp_path):
     change(config, layers_per_block=1)
     change(folder / "scheduler" / "scheduler_config.json", beta_schedule="laplace")
     refused(UnsupportedError, "noise schedule 'laplace' is unknown: expected one of linear")
+    for steps in (0, "1000", None):
+        change(folder / "scheduler" / "scheduler_config.json", num_train_timesteps=steps)
+        refused(SourceError, rf"num_train_timesteps {steps!r}, expected a number above 0")
     change(folder / "scheduler" / "scheduler_config.json", _class_name="DDIMSchedulerX")
     refused(UnsupportedError, r"DDIMSchedulerX.*the nearest is DDIMScheduler")
     change(index, unet=["pipeline_of_mine", "MyUNet"])
@@ -128,6 +143,32 @@ def test_what_cannot_be_exported_is_named(tmp_path):
     refused(UnsupportedError, "has no unet")
     change(index, _class_name="StableDiffusion4Pipeline")
     refused(UnsupportedError, r"the nearest is StableDiffusion\w*Pipeline")
+
+
+def test_a_component_of_another_kind_of_pipeline_is_named(tmp_path):
+    unet2d(class_embed_type="timestep").save_pretrained(tmp_path / "labelled")
+    with pytest.raises(UnsupportedError, match=r"unet of .* cannot be called .*class_labels"):
+        exporters.export(tmp_path / "labelled", tmp_path / "out")
+    options = {"addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 80}
+    model = unet(addition_embed_type="text_time", cross_attention_dim=(32, 32), **options)
+    stable(unet=model).save_pretrained(tmp_path / "sized")
+    with pytest.raises(UnsupportedError, match=r"unet of .* takes pooled, which a StableDiff"):
+        exporters.export(tmp_path / "sized", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_of_a_scheduler_that_are_not_followed_are_told(tmp_path):
+    folder = saved("ddpm", tmp_path / "saved")
+    change(folder / "scheduler" / "scheduler_config.json", variance_type="fixed_large")
+    reasons = exporters.export(folder, tmp_path / "out").config["reasons"]
+    assert reasons == {
+        "variance_type": "variance_type 'fixed_large' of DDPMScheduler is not followed"
+    }
+    told = schedulers.describe({"_class_name": "DPMSolverMultistepScheduler", "solver_order": 3})
+    assert list(told["reasons"]) == ["solver_order"]
+    for kind in schedulers.SAMPLERS:  # of their own settings only stand-ins have a word to say
+        told = schedulers.describe({"_class_name": kind})
+        assert list(told["reasons"]) in ([], ["sampler"])
 
 
 def test_pickles_are_read_as_weights_or_not_at_all(tmp_path):

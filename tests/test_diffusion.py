@@ -102,9 +102,9 @@ def test_a_sample_is_the_same_whatever_the_count(tmp_path):
 @pytest.mark.parametrize(
     "options, text",
     [
-        ({"count": 0}, "count is 0, expected 1 or more"),
+        ({"count": 0}, "count is 0, expected a whole number, 1 or more"),
         ({"seed": -1}, "seed is -1"),
-        ({"steps": 0}, "steps is 0, expected 1 or more"),
+        ({"steps": 0}, "steps is 0, expected a whole number, 1 to 10000"),
         ({"sampler": "plms"}, "sampler 'plms' is unknown"),
         ({"guidance": float("nan")}, "guidance is nan, expected a number"),
         ({"guidance_rescale": 1.5}, "guidance_rescale is 1.5, expected 0 to 1"),

@@ -8,8 +8,10 @@ import sys
 import pytest
 from gguf_fixtures import Tiny
 from test_language import generate, make
+from tokenizers import Tokenizer, decoders, models
 
 from leangen.errors import RequestError
+from leangen.families.grammar import Vocabulary
 from leangen.families.language import Request
 
 pytest.importorskip("llguidance", reason="the grammar extra is not installed")
@@ -73,6 +75,7 @@ def test_too_few_tokens_cut_the_text(session):
         ({"regex": "[ab"}, "regex cannot be followed: .*unclosed|regex cannot be followed"),
         ({"lark": "start: foo"}, 'lark cannot be followed: .*unknown name: "foo"'),
         ({"json_schema": {"type": "nonsense"}}, "json_schema cannot be followed"),
+        ({"json_schema": {"minimum": 10**20}}, "json_schema cannot be followed"),
         ({"json_schema": "{nonsense"}, "json_schema is not a JSON object"),
         ({"json_schema": {"type": {1}}}, "json_schema is not a JSON object"),
         ({"regex": 3}, "regex is of type int"),
@@ -83,6 +86,13 @@ def test_too_few_tokens_cut_the_text(session):
 def test_grammars_that_make_no_sense_are_refused(session, options, message):
     with pytest.raises(RequestError, match=message):
         generate(session, "a", **options)
+
+
+def test_a_tokenizer_that_llguidance_does_not_read_is_refused():
+    tokenizer = Tokenizer(models.WordLevel({"C": 0, "N": 1, "[end]": 2}, "N"))
+    tokenizer.decoder = decoders.Fuse()
+    with pytest.raises(RequestError, match="llguidance cannot read this model's tokenizer"):
+        Vocabulary(tokenizer, 3, [2])
 
 
 def test_the_receipt_says_which_kind_and_not_what():

@@ -188,6 +188,7 @@ def test_an_image_goes_from_part_to_part(load):
             "takes no part's output as seed: it takes prompt",
         ),
         (TWO_PAINTERS.format(other="painter", filters="|sharpen 1 2"), "no filter 'sharpen'"),
+        (TWO_PAINTERS.format(other="painter", filters="| "), "no filter ''"),
         (TWO_PAINTERS.format(other="painter", filters="|resize 4"), "expected resize HEIGHT WIDTH"),
         (TWO_PAINTERS.format(other="painter", filters="|range 0 1"), "its range is not known"),
         (TWO_PAINTERS.format(other="painter", filters="|range 1 1"), "LOW HIGH, low below high"),
@@ -203,6 +204,7 @@ def test_an_image_goes_from_part_to_part(load):
         ("[parts.x]\nrequest = {}", "parts.x has no model"),
         ('[parts.input]\nmodel = "./language"', "a part cannot be called 'input'"),
         ('[parts.x]\nmodel = "./language"\ntemperature = 1', "options of a part's model go into"),
+        ('[parts.x]\nmodel = "./language"\nbundle = 5', "parts.x.bundle is 5, expected 'sha256:"),
         ('inputs = 3\n[parts.x]\nmodel = "./language"', "inputs is 3, expected a table"),
     ],
 )
@@ -251,7 +253,7 @@ def test_filters_change_what_they_say():
 
 def test_a_part_that_fails_leaves_the_others_accounted(load):
     made = load(TWO_WRITERS.replace("a{first.text}", "{input.start}{input.start}"))
-    with pytest.raises(RequestError, match="context"):
+    with pytest.raises(RequestError, match=r"^made: parts\.second: the prompt .* context"):
         made.generate("ab " * 40)
     (row,) = made.book.summary(("model",))
     assert row.receipts == 1

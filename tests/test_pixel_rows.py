@@ -68,7 +68,7 @@ def test_a_picture_keeps_its_top(rows, strength, kept):
         ({"conditions": {"label": "shoe"}}, "expected a number or one of its names, such as sock"),
         ({"image": np.zeros((5, 5))}, r"image has shape \[5, 5, 1\], expected \[5, 6, 1\]"),
         ({"strength": 2.0}, "strength is 2.0, expected a share, 0 to 1"),
-        ({"count": 0}, "count is 0, expected 1 or more"),
+        ({"count": 0}, "count is 0, expected a whole number, 1 or more"),
     ],
 )
 def test_requests_that_make_no_sense(rows, options, told):

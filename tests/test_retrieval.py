@@ -66,10 +66,13 @@ def test_only_what_is_new_is_embedded(retriever, documents):
 
 
 def test_a_damaged_index_is_made_again(retriever, documents, home):
-    run(retriever, question="w3 w1", documents=documents)
+    right = run(retriever, question="w3 w1", documents=documents)[1]
     for path in (home / "indexes").rglob("*.*"):
-        path.write_bytes(b"\x00" * 9)
-    assert run(retriever, question="w3 w1", documents=documents)[0] == ["index", "search"]
+        whole = path.read_bytes()
+        for damaged in (b"\x00" * 9, b"5", whole[:-1] + b"\xff", whole[: len(whole) // 2]):
+            path.write_bytes(damaged)
+            kinds, output = run(retriever, question="w3 w1", documents=documents)
+            assert (kinds, output.text) == (["index", "search"], right.text)
 
 
 def test_a_passage_longer_than_the_model_reads_is_halved(retriever, tmp_path):
@@ -93,6 +96,8 @@ def test_no_passage_is_too_long_and_no_word_is_lost(tmp_path):
     [
         ({"question": " "}, "question is ' ', expected text"),
         ({"question": "a", "count": 0}, "count is 0"),
+        ({"question": "a", "count": "three"}, "count is 'three', expected a whole number"),
+        ({"question": "a", "documents": 5}, "documents is '5', expected a folder"),
         ({"question": "a", "documents": "nowhere"}, "documents is 'nowhere', expected a folder"),
         ({}, "retrieve lacks 'question'"),
     ],

@@ -12,6 +12,7 @@ import numpy as np
 
 from leangen.bundle import Bundle
 from leangen.calibrate import Recorder
+from leangen.errors import SourceError
 from leangen.exporters.difference import Difference
 from leangen.families import denoising, diffusion, latents
 from leangen.session import Session
@@ -128,7 +129,14 @@ def _drawn(
     given = _arguments(config, request)
     given["latents"] = first / float(getattr(scheduler, "init_noise_sigma", 1.0))
     taken = inspect.signature(pipeline.__call__).parameters
-    picture = pipeline(**{name: value for name, value in given.items() if name in taken})[0]
+    try:
+        picture = pipeline(**{name: value for name, value in given.items() if name in taken})[0]
+    except Exception as error:  # of torch, diffusers or transformers
+        said = (str(error).splitlines() or [""])[0]
+        raise SourceError(
+            f"diffusers itself cannot draw with {saved.path} ({type(error).__name__}: {said}): "
+            "there is nothing to compare with; leave --check out"
+        ) from error
     return 2 * np.moveaxis(np.asarray(picture), -1, 1) - 1
 
 

@@ -147,6 +147,7 @@ def unet2d_condition(model: nn.Module, use: Use) -> dict[str, Form]:
     config: Any = model.config
     inputs = denoiser_inputs(model, use, sized=True)
     width = config.encoder_hid_dim or config.cross_attention_dim
+    width = width if isinstance(width, int) else width[0]  # of each level, of one text
     inputs["text"] = Input((use.length, width))
     if config.num_class_embeds or config.class_embed_type == "timestep":
         name = "noise_level" if use.beside else "class"

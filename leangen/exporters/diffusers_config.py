@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from leangen.bundle import Draft
-from leangen.errors import DependencyError, SourceError
+from leangen.errors import DependencyError, SourceError, UnsupportedError
 from leangen.exporters import diffusers_schedulers as schedulers
 from leangen.exporters.diffusers_pipelines import Upscale
 
@@ -50,6 +50,12 @@ def describe(
         config["upscale"] = _upscale(saved, pipeline.upscale, form)
     elif "masked_image" in form.inputs:
         config["inpainting"] = {"mask": "mask", "image": "masked_image"}
+    fed = {"sample", found["noise_level"]["input"], "guidance", "image", "mask", "masked_image"}
+    if unfed := form.inputs.keys() - fed - config["conditions"].keys() - pipeline.feeds.keys():
+        raise UnsupportedError(
+            f"{pipeline.denoiser} of {saved.path} takes {', '.join(sorted(unfed))}, which a "
+            f"{saved.kind} does not give it: its config.json is of another kind of pipeline"
+        )
     return config
 
 

@@ -6,11 +6,12 @@ import difflib
 import json
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from leangen.bundle import Draft, sha256_file
-from leangen.errors import DependencyError, SourceError, UnsupportedError
+from leangen.errors import DependencyError, LeangenError, SourceError, UnsupportedError
 from leangen.exporters.diffusers_pipelines import BARE, PIPELINES, Pipeline
 
 if TYPE_CHECKING:
@@ -193,16 +194,31 @@ class Component:
                 name: each.example(2, full=False, generator=generator)
                 for name, each in form.inputs.items()
             }
-            torch_graph.write(
-                Called(module, form),
-                examples,
-                form.outputs,
-                weights,
-                draft.folder,
-                role,
-                open_axes=form.open_axes(),
-            )
+            with self._called():
+                torch_graph.write(
+                    Called(module, form),
+                    examples,
+                    form.outputs,
+                    weights,
+                    draft.folder,
+                    role,
+                    open_axes=form.open_axes(),
+                )
             draft.graphs[role] = f"{role}.onnx"
+
+    @contextmanager
+    def _called(self) -> Iterator[None]:
+        """Around the component's own code; whatever it raises becomes one UnsupportedError."""
+        try:
+            yield
+        except LeangenError:
+            raise
+        except Exception as error:  # of torch, diffusers or transformers
+            said = (str(error).splitlines() or [""])[0]
+            raise UnsupportedError(
+                f"{self.name} of {self.saved.path} cannot be called as a {self.saved.kind} is "
+                f"({type(error).__name__}: {said}): its config.json is of another kind of pipeline"
+            ) from error
 
     def hashes(self) -> dict[str, str]:
         """The SHA-256 of its weights' files, by their names."""

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from leangen.errors import UnsupportedError
+from leangen.errors import SourceError, UnsupportedError
 from leangen.samplers import schedules
 
 SAMPLERS = {
@@ -47,6 +47,14 @@ _PREDICTIONS = {
     "v_prediction": "v",
     "flow_prediction": "flow",
 }
+_NOT_FOLLOWED = (
+    *("variance_type", "set_alpha_to_one", "final_sigmas_type", "sigma_min", "sigma_max"),
+    *("solver_order", "solver_type", "predict_x0", "disable_corrector", "lower_order_final"),
+    *("euler_at_final", "lambda_min_clipped", "use_lu_lambdas", "use_exponential_sigmas"),
+    *("use_beta_sigmas", "interpolation_type", "timestep_type", "timestep_scaling"),
+    *("shift_terminal", "invert_sigmas", "stochastic_sampling", "base_shift", "max_shift"),
+)
+"""Settings of samplers and their steps that leangen's have not; none belongs to the model."""
 PLAIN: Mapping[str, Any] = {"_class_name": "DDPMScheduler"}
 """What a model that was saved without a scheduler is taken to be trained with."""
 
@@ -64,13 +72,21 @@ def describe(config: Mapping[str, Any]) -> dict[str, Any]:
         raise UnsupportedError(
             f"scheduler {kind} is unknown: expected one of {', '.join(SAMPLERS)}{nearest}"
         )
-    config = _defaults(kind) | dict(config)
-    reasons = {}
+    usual = _defaults(kind)
+    config = usual | dict(config)
+    _check_numbers(kind, config)
+    reasons = {
+        key: f"{key} {config[key]!r} of {kind} is not followed"
+        for key in _NOT_FOLLOWED
+        if key in usual and config[key] != usual[key]
+    }
     if kind in _STAND_INS:
         reasons["sampler"] = f"{SAMPLERS[kind]} for {kind}: {_STAND_INS[kind]}"
     found = {"sampler": SAMPLERS[kind]}
     if str(config.get("algorithm_type", "")).startswith("sde"):
         found["sampler"] = "dpmpp_2m_sde"
+    if str(config.get("algorithm_type", "")).endswith("dpmsolver"):
+        reasons["algorithm_type"] = f"{found['sampler']} for {config['algorithm_type']} of {kind}"
     if kind == "CMStochasticIterativeScheduler":
         level = {"kind": "sigma", "min": config["sigma_min"], "max": config["sigma_max"]}
         return found | {
@@ -93,13 +109,25 @@ def describe(config: Mapping[str, Any]) -> dict[str, Any]:
             f"{', '.join(_PREDICTIONS)}"
         )
     if str(config.get("variance_type", "")).startswith("learned"):
-        reasons["variance"] = "the variances that the model learned are not used"
+        reasons["variance_type"] = "the variances that the model learned are not used"
     return found | {
         "noise_level": _trained_level(kind, config),
         "prediction": prediction,
         "clip": _clip(config),
         "reasons": reasons,
     }
+
+
+def _check_numbers(kind: str, config: Mapping[str, Any]) -> None:
+    """SourceError for a number of the noise's that is none."""
+    for key, kinds in (
+        ("num_train_timesteps", (int,)),
+        ("beta_start", (int, float)),
+        ("beta_end", (int, float)),
+    ):
+        value = config.get(key, 1)
+        if type(value) not in kinds or not value > 0:
+            raise SourceError(f"{kind} has {key} {value!r}, expected a number above 0")
 
 
 def _flow_level(config: Mapping[str, Any], reasons: dict[str, str]) -> dict[str, Any]:

@@ -14,7 +14,6 @@ A bundle of this task has the graphs `sample` (latent -> x) and `log_prob` (x ->
 from __future__ import annotations
 
 import csv
-import math
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ import numpy as np
 
 from leangen.errors import RequestError
 from leangen.families import imaging
+from leangen.families.sampling import check, is_real, is_whole
 from leangen.records import Media, Output, Step
 from leangen.session import Session
 
@@ -59,8 +59,12 @@ class Request:
     Dhariwal, arXiv:1807.03039)."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < math.inf:
-            raise RequestError(f"temperature is {self.temperature}, expected 0 or more")
+        check(
+            self,
+            temperature=(is_real(self.temperature) and self.temperature >= 0, "0 or more"),
+            count=(self.count is None or is_whole(self.count, 1), "a whole number, 1 or more"),
+            seed=(is_whole(self.seed, 0), "a whole number, 0 or more"),
+        )
         if self.data is not None and self.temperature != 1:
             raise RequestError("temperature is for draws: leave it out where data is scored")
         if (self.count is None) == (self.data is None):
@@ -68,10 +72,6 @@ class Request:
                 "expected either count (rows to draw) or data (rows to score), "
                 f"given {'both' if self.data is not None else 'neither'}"
             )
-        if self.count is not None and (self.count != int(self.count) or self.count < 1):
-            raise RequestError(f"count is {self.count!r}, expected a whole number, 1 or more")
-        if self.seed < 0:
-            raise RequestError(f"seed is {self.seed}, expected 0 or more")
 
     def describe(self) -> Mapping[str, Any]:
         """The options, for the receipt."""

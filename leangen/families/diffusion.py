@@ -25,7 +25,6 @@ Text as a condition is `families.prompting`'s, latents and images as conditions 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -36,11 +35,13 @@ from leangen import samplers
 from leangen.errors import RequestError
 from leangen.families import denoising, imaging, latents, prompting, step_choice
 from leangen.families.conditioning import Given
+from leangen.families.sampling import check, is_real, is_whole
 from leangen.records import Media, Output, Step
 from leangen.samplers import Array
 from leangen.session import Session
 
 UNIT = "sample"
+MOST_STEPS = 10_000
 MEDIA: Media = "image"
 INPUTS = ("prompt",)
 EXAMPLE: Mapping[str, Any] = {}
@@ -80,19 +81,28 @@ class Request:
     """What of the image to paint anew: an array [h, w], 1 where to and 0 elsewhere, or a path."""
 
     def __post_init__(self) -> None:
-        imaging.check_count(self.count, self.seed)
-        if self.steps is not None and (not isinstance(self.steps, int) or self.steps < 1):
-            raise RequestError(f"steps is {self.steps}, expected 1 or more")
-        if self.reuse is not None and self.reuse < 1:
-            raise RequestError(f"reuse is {self.reuse}, expected 1 (at every step) or more")
-        if self.sampler is not None:
-            samplers.get(self.sampler)
-        if self.guidance is not None and not math.isfinite(self.guidance):
-            raise RequestError(f"guidance is {self.guidance}, expected a number")
-        if not 0 <= self.guidance_rescale <= 1:
-            raise RequestError(f"guidance_rescale is {self.guidance_rescale}, expected 0 to 1")
-        if self.strength is not None and not 0 < self.strength <= 1:
-            raise RequestError(f"strength is {self.strength}, expected more than 0, up to 1")
+        imaging.check_common(self)
+        steps, reuse, guidance = self.steps, self.reuse, self.guidance
+        rescale, strength, named = self.guidance_rescale, self.strength, self.sampler
+        check(
+            self,
+            prompt=(isinstance(self.prompt, str | None), "text"),
+            negative_prompt=(isinstance(self.negative_prompt, str | None), "text"),
+            steps=(
+                steps is None or (is_whole(steps, 1) and steps <= MOST_STEPS),
+                f"a whole number, 1 to {MOST_STEPS}",
+            ),
+            sampler=(named is None or isinstance(named, str), "a name"),
+            reuse=(reuse is None or is_whole(reuse, 1), "1 (at every step) or more"),
+            guidance=(guidance is None or is_real(guidance), "a number"),
+            guidance_rescale=(is_real(rescale) and 0 <= rescale <= 1, "0 to 1"),
+            strength=(
+                strength is None or (is_real(strength) and 0 < strength <= 1),
+                "more than 0, up to 1",
+            ),
+        )
+        if named is not None:
+            samplers.get(named)
         for name in ("strength", "mask"):
             if getattr(self, name) is not None and self.image is None:
                 raise RequestError(f"{name} is given without an image: give the image it is for")

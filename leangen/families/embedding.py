@@ -17,6 +17,7 @@ import numpy as np
 from leangen.errors import RequestError
 from leangen.families import finished
 from leangen.families.language import tokenizer
+from leangen.families.sampling import check, is_whole
 from leangen.records import Media, Output, Step
 from leangen.session import Session
 
@@ -48,7 +49,11 @@ class Request:
                 "expected either prompt (texts) or tokens (their ids), given "
                 f"{'both' if self.tokens is not None else 'neither'}"
             )
-        texts = [self.prompt] if isinstance(self.prompt, str) else self.prompt or self.tokens
+        check(self, seed=(is_whole(self.seed, 0), "a whole number, 0 or more"))
+        given = self.tokens if self.prompt is None else self.prompt
+        texts = [given] if isinstance(given, str) and given else given
+        if not isinstance(texts, list | tuple | str):
+            raise RequestError(f"{type(texts).__name__} is given, expected a string or a list")
         if not texts:
             raise RequestError("there is no text to embed: give at least one")
         if self.prompt is not None and not all(isinstance(text, str) for text in texts):

@@ -26,7 +26,13 @@ class Vocabulary:
         self.llguidance = _library()
         if not ends:
             raise RequestError("this model has no end token, which constrained text needs")
-        self.tokenizer = self.llguidance.LLTokenizer(tokenizer.to_str(), size, list(ends))
+        try:
+            self.tokenizer = self.llguidance.LLTokenizer(tokenizer.to_str(), size, list(ends))
+        except ValueError as error:
+            raise RequestError(
+                f"llguidance cannot read this model's tokenizer ({error}): its text cannot be "
+                "constrained"
+            ) from error
 
 
 class Grammar:
@@ -37,11 +43,15 @@ class Grammar:
 
     def __init__(self, vocabulary: Vocabulary, kind: str, source: str | Mapping[str, Any]) -> None:
         matcher = vocabulary.llguidance.LLMatcher
-        compiled = {
+        compilers = {
             "json_schema": matcher.grammar_from_json_schema,
             "regex": matcher.grammar_from_regex,
             "lark": matcher.grammar_from_lark,
-        }[kind](source)
+        }
+        try:
+            compiled = compilers[kind](source)
+        except ValueError as error:
+            raise RequestError(f"{kind} cannot be followed: {error}") from error
         self._kind = kind
         self._matcher = matcher(vocabulary.tokenizer, compiled, log_level=0)
         self._check()

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from leangen.errors import RequestError
+from leangen.families.sampling import check, is_real, is_whole
 
 Array = np.ndarray[Any, Any]
 
@@ -23,12 +24,14 @@ _LENGTH_OFF = 0.05
 """How far a vector's length may be off: low precision moves it a little."""
 
 
-def check_count(count: int, seed: int) -> None:
-    """RequestError unless there is at least one sample and the seed is not negative."""
-    if count < 1:
-        raise RequestError(f"count is {count}, expected 1 or more")
-    if seed < 0:
-        raise RequestError(f"seed is {seed}, expected 0 or more")
+def check_common(request: Any) -> None:
+    """RequestError unless there is at least one sample, a seed, and conditions have names."""
+    check(
+        request,
+        count=(is_whole(request.count, 1), "a whole number, 1 or more"),
+        seed=(is_whole(request.seed, 0), "a whole number, 0 or more"),
+        conditions=(isinstance(request.conditions, Mapping), "a mapping of names to values"),
+    )
 
 
 def generator(seed: int, index: int) -> np.random.Generator:
@@ -110,7 +113,7 @@ def _condition(name: str, entry: Mapping[str, Any], value: Any) -> Any:
 
 def _check_number(name: str, entry: Mapping[str, Any], value: Any) -> None:
     low, high = entry.get("min"), entry.get("max")
-    if not isinstance(value, int | float) or not np.isfinite(value):
+    if not is_real(value):
         raise RequestError(f"condition {name} is {value!r}, expected a number")
     if (low is not None and value < low) or (high is not None and value > high):
         ends = [end for end in (low, high) if end is not None]

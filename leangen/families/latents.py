@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -91,7 +90,8 @@ def each(config: Mapping[str, Any], request: Request) -> Iterator[Request]:
     image = request.image
     several = "upscale" in config and isinstance(image, np.ndarray) and image.ndim == 4
     if not several or len(image) == 1:
-        yield from repeat(request, request.count)
+        for _ in range(request.count):
+            yield request
         return
     if request.count not in (1, len(image)):
         raise RequestError(

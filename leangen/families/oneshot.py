@@ -48,7 +48,7 @@ class Request:
     one, smooth noise of the seed: for benchmarks."""
 
     def __post_init__(self) -> None:
-        imaging.check_count(self.count, self.seed)
+        imaging.check_common(self)
 
     def describe(self) -> dict[str, Any]:
         """The options as plain JSON types."""

@@ -29,7 +29,7 @@ class Request:
     """The share of an image's rows that is drawn anew."""
 
     def __post_init__(self) -> None:
-        imaging.check_count(self.count, self.seed)
+        imaging.check_common(self)
         self.sampling(0)
         share = is_real(self.strength) and 0 <= self.strength <= 1
         check(self, strength=(share, "a share, 0 to 1"))

@@ -8,7 +8,6 @@ defaults `noise_scale`, `noise_w`, `length_scale`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
@@ -18,6 +17,7 @@ import numpy as np
 
 from leangen import phonemes as grapheme
 from leangen.errors import RequestError
+from leangen.families.sampling import check, is_real, is_whole
 from leangen.records import Media, Output, Step
 from leangen.session import Session
 
@@ -75,14 +75,21 @@ class Request:
             )
         for name in ("noise_scale", "noise_w", "length_scale"):
             value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value >= 0):
-                raise RequestError(f"{name} is {value}, expected a finite number, 0 or more")
-        if self.length_scale == 0:
-            raise RequestError("length_scale is 0, expected more than 0")
-        if self.seed < 0:
-            raise RequestError(f"seed is {self.seed}, expected 0 or more")
+            fits = value is None or (is_real(value) and value >= 0)
+            check(self, **{name: (fits, "a finite number, 0 or more")})
+        check(
+            self,
+            length_scale=(self.length_scale != 0, "more than 0"),
+            text=(isinstance(self.text, str | None), "text"),
+            phonemes=(isinstance(self.phonemes, str | None), "text"),
+            speaker=(isinstance(self.speaker, int | str | None), "a number or a name"),
+            seed=(is_whole(self.seed, 0), "a whole number, 0 or more"),
+        )
         for name in ("phoneme_ids", "durations"):
-            bad = [v for v in getattr(self, name) or () if not isinstance(v, Integral) or v < 0]
+            ids = () if getattr(self, name) is None else getattr(self, name)
+            several = isinstance(ids, list | tuple) or np.ndim(ids) == 1
+            check(self, **{name: (several, "a list of whole numbers, 0 or more")})
+            bad = [v for v in ids if not isinstance(v, Integral) or v < 0]
             if bad:
                 raise RequestError(f"{name} hold {bad[0]!r}, expected whole numbers, 0 or more")
 

@@ -65,18 +65,19 @@ class Request:
 
     def __post_init__(self) -> None:
         Sampling(temperature=self.temperature, seed=self.seed)
-        if self.beams != 1 and self.temperature:
-            raise RequestError("beam search takes no temperature: drop it, or beams")
         check(
             self,
             sample_rate_hz=(is_whole(self.sample_rate_hz, 1), "a rate in Hz, 1 or more"),
             max_new_tokens=(is_whole(self.max_new_tokens, 1), "a whole number, 1 or more"),
-            task=(self.task in TASKS, " or ".join(TASKS)),
+            language=(isinstance(self.language, str | None), "a language's code, such as en"),
+            task=(isinstance(self.task, str) and self.task in TASKS, " or ".join(TASKS)),
             beams=(
                 is_whole(self.beams, 1) and self.beams <= MOST_BEAMS,
                 f"a whole number, 1 (off) to {MOST_BEAMS}",
             ),
         )
+        if self.beams > 1 and self.temperature:
+            raise RequestError("beam search takes no temperature: drop it, or beams")
 
     def describe(self) -> dict[str, Any]:
         """The options as plain JSON types."""

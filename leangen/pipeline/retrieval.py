@@ -18,9 +18,11 @@ from typing import Any
 
 import numpy as np
 
+from leangen.bundle import sha256_file
 from leangen.engine import Engine
 from leangen.errors import RequestError, needs
 from leangen.families.language import tokenizer
+from leangen.families.sampling import check, is_whole
 from leangen.files import atomic_folder, default_home
 from leangen.pipeline.ports import TEXT, Ports
 from leangen.records import Media, Output, Step
@@ -47,9 +49,8 @@ class Request:
     def __post_init__(self) -> None:
         if not isinstance(self.question, str) or not self.question.strip():
             raise RequestError(f"question is {self.question!r}, expected text")
-        if self.count < 1:
-            raise RequestError(f"count is {self.count}, expected 1 or more")
-        if not Path(self.documents).is_dir():
+        check(self, count=(is_whole(self.count, 1), "a whole number, 1 or more"))
+        if not isinstance(self.documents, str | Path) or not Path(self.documents).is_dir():
             raise RequestError(f"documents is {str(self.documents)!r}, expected a folder")
 
     def describe(self) -> Mapping[str, Any]:
@@ -199,15 +200,21 @@ def _index(vectors: Array) -> Any:
 def _stored(folder: Path) -> dict[str, Array]:
     """The vectors that are kept, by passage id; none where nothing whole is."""
     try:
-        ids = json.loads((folder / "passages.json").read_bytes())
-        index = _usearch().Index.restore(folder / "vectors.usearch")
+        kept = json.loads((folder / "passages.json").read_bytes())
+        if kept["vectors"] != sha256_file(folder / "vectors.usearch"):
+            return {}
+        ids, index = kept["ids"], _usearch().Index.restore(folder / "vectors.usearch")
         vectors = index.get(np.arange(len(ids)))
-    except (OSError, ValueError, RuntimeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError):
         return {}
     return dict(zip(ids, vectors, strict=True))
 
 
 def _store(folder: Path, found: Sequence[Passage], index: Any) -> None:
     with atomic_folder(folder, replace=True) as staging:
-        (staging / "passages.json").write_text(json.dumps([passage.id for passage in found]))
         index.save(staging / "vectors.usearch")
+        kept = {
+            "ids": [passage.id for passage in found],
+            "vectors": sha256_file(staging / "vectors.usearch"),
+        }
+        (staging / "passages.json").write_text(json.dumps(kept))

@@ -9,7 +9,7 @@ from typing import Any
 
 from leangen import clock, energy, meters
 from leangen.engine import Result, close_at_exit
-from leangen.errors import RequestError
+from leangen.errors import LeangenError, RequestError
 from leangen.ledger import Ticket
 from leangen.pipeline import accounts, ports, template
 from leangen.pipeline.accounts import Leg
@@ -200,6 +200,8 @@ class PipelineStream(Iterator[Step]):
                         )
                 finally:
                     running.close()
+        except LeangenError as error:
+            raise type(error)(f"{pipeline.name}: parts.{part.name}: {error}") from error
         finally:
             duration_ns = clock.monotonic_ns() - begin_ns
             windows = meters.end(window)

@@ -102,7 +102,10 @@ def _part(path: Path, name: str, entry: Any) -> Part:
     request = entry.get("retrieve", entry.get("request", {}))
     if not isinstance(request, dict):
         raise RequestError(f"{path}: parts.{name}.request is {request!r}, expected a table")
-    return Part(name, model, request, entry.get("bundle"), "retrieve" in entry)
+    digest = entry.get("bundle")
+    if not isinstance(digest, str | None):
+        raise RequestError(f"{path}: parts.{name}.bundle is {digest!r}, expected 'sha256:...'")
+    return Part(name, model, request, digest, "retrieve" in entry)
 
 
 def _check_references(path: Path, spec: Spec) -> None:

@@ -69,7 +69,7 @@ def _reference(whole: str, inner: str) -> Reference:
         )
     filters = []
     for part in match[3].split("|")[1:]:
-        name, *numbers = part.split()
+        name, *numbers = part.split() or [""]
         if name not in FILTERS:
             raise RequestError(
                 f"{whole!r} has no filter {name!r}: expected one of {', '.join(FILTERS)}"
