@@ -194,6 +194,9 @@ def test_damaged_missing_and_pickled_files(tmp_path):
     with pytest.raises(SourceError, match="pickled weights only"):
         exporters.export(folder, tmp_path / "out")
     weights.write_bytes(content)
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(SourceError, match=r"tokenizer\.json is no tokenizer"):
+        exporters.export(folder, tmp_path / "out")
     (folder / "tokenizer.json").unlink()
     with pytest.raises(SourceError, match=r"no tokenizer\.json"):
         exporters.export(folder, tmp_path / "out")
@@ -201,6 +204,23 @@ def test_damaged_missing_and_pickled_files(tmp_path):
     with pytest.raises(SourceError, match=r"cannot read .*config\.json"):
         exporters.export(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_index_says_which_files_hold_the_weights(tmp_path):
+    folder = tmp_path / "saved"
+    model = checkpoint(folder, "llama", SMALL)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="100KB")
+    shards = sorted(folder.glob("model-*.safetensors"))
+    other = {name: torch.zeros_like(value) for name, value in model.state_dict().items()}
+    save_file(other, folder / "other.safetensors")  # as checkpoints have it in a second layout
+    session = Session(exporters.export(folder, tmp_path / "out"), threads=1)
+    with torch.no_grad():
+        expected = model(torch.tensor([[3, 1, 4]])).logits[0].numpy()
+    np.testing.assert_allclose(language.logits(session, [3, 1, 4]), expected, atol=1e-4)
+    shards[1].unlink()
+    with pytest.raises(SourceError, match=f"lacks {shards[1].name}, by its model.safetensors.ind"):
+        exporters.export(folder, tmp_path / "no")
 
 
 def test_half_precision_and_names_without_their_prefix(tmp_path):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from leangen.bundle import sha256_file
 from leangen.errors import SourceError, UnsupportedError, needs
@@ -17,6 +18,7 @@ from leangen.exporters.checkpoint import Checkpoint, Layout, Rows
 from leangen.exporters.gguf_blocks import Floats
 
 CONFIG, TOKENIZER, TEMPLATE = "config.json", "tokenizer.json", "chat_template.jinja"
+WEIGHTS = "model.safetensors"
 FLOATS = ("F32", "F16", "BF16", "F64")
 """Types of weights in safetensors that are whole in themselves."""
 
@@ -41,9 +43,7 @@ def open_tensors(path: Path) -> tuple[list[Path], dict[str, Any]]:
     with needs("safetensors", "ml_dtypes", message=message):
         import ml_dtypes  # noqa: F401  gives NumPy bfloat16
         from safetensors import SafetensorError, safe_open
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        raise SourceError(_no_weights(path))
+    files = _weight_files(path)
     tensors: dict[str, Any] = {}
     for file in files:
         try:
@@ -54,6 +54,23 @@ def open_tensors(path: Path) -> tuple[list[Path], dict[str, Any]]:
             ) from error
         tensors.update(dict.fromkeys(cast(Any, opened).keys(), opened))
     return files, tensors
+
+
+def _weight_files(path: Path) -> list[Path]:
+    """Those that transformers would read; others may lie beside them, in another's layout."""
+    whole, index = path / WEIGHTS, path / f"{WEIGHTS}.index.json"
+    if whole.is_file():
+        return [whole]
+    if index.is_file():
+        names = sorted({str(name) for name in (read_json(index).get("weight_map") or {}).values()})
+        if names and all((path / name).is_file() for name in names):
+            return [path / name for name in names]
+        missing = ", ".join(name for name in names if not (path / name).is_file()) or "weights"
+        raise SourceError(f"{path} lacks {missing}, by its {index.name}: download it again")
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise SourceError(_no_weights(path))
+    return files
 
 
 class Tensors(Checkpoint):
@@ -141,6 +158,12 @@ def copy_tokenizer(
             f"{path} has no {TOKENIZER}: save it there with "
             "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
         )
+    try:
+        Tokenizer.from_file(str(path / TOKENIZER))
+    except Exception as error:  # tokenizers raises no other type
+        raise SourceError(
+            f"{path / TOKENIZER} is no tokenizer ({error}): download it again"
+        ) from error
     shutil.copyfile(path / TOKENIZER, folder / TOKENIZER)
     template: Any = None
     if (path / TEMPLATE).is_file():
