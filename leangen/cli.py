@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NoReturn
 
 from leangen import __version__, commands
@@ -17,13 +20,22 @@ Command = Callable[[argparse.Namespace], int]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; 0 done, 2 bad input or surroundings, 130 interrupted."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # what an encoding lacks is shown by its number
-            stream.reconfigure(errors="backslashreplace")
-    args = _parser().parse_args(argv)
-    command: Command = args.command
+    """Run one command; 0 done, 2 bad input or surroundings, 130 interrupted, 143 terminated."""
+    with _ended_by_signals():
+        return _run(argv)
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    for stream, errors in (
+        (sys.stdin, "replace"),
+        (sys.stdout, "backslashreplace"),  # what an encoding lacks is shown by its number
+        (sys.stderr, "backslashreplace"),
+    ):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
     try:
+        args = _parser().parse_args(argv)
+        command: Command = args.command
         if getattr(args, "on_every_machine", False):
             from leangen import cluster
 
@@ -47,6 +59,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(f"leangen: error: {where}: {error.strerror or error}")
         _drop_output()
         return 2
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """SIGTERM, and SIGHUP of a closed terminal, end a command as Ctrl-C does.
+
+    What was begun is then tidied away, and what a generation spent goes to the ledger.
+    """
+
+    def end(number: int, frame: object) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    caught = []
+    if threading.current_thread() is threading.main_thread():
+        numbers = (getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP"))
+        caught = [n for n in numbers if n is not None and signal.getsignal(n) is signal.SIG_DFL]
+    for number in caught:  # what nohup ignores stays ignored
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in caught:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _drop_output() -> None:

@@ -101,6 +101,17 @@ def counted(count: float, kind: str) -> str:
     return f"{told} {kind}{'' if told == '1' else 's'}"
 
 
+def seconds(duration_s: float) -> str:
+    """A duration, in milliseconds where seconds would be all noughts.
+
+    >>> seconds(0.00421), seconds(0.27), seconds(273.06)
+    ('4.2 ms', '0.27 s', '273.1 s')
+    """
+    if duration_s < 0.095:
+        return f"{duration_s * 1e3:.2g} ms"
+    return f"{duration_s:.{2 if duration_s < 100 else 1}f} s"
+
+
 _MOST_DIGITS = 7
 """After the point; figures that need more are written with a power of ten."""
 

@@ -81,6 +81,8 @@ def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
         os.chmod(staging, 0o755)
         yield staging
         fsync_tree(staging)
+        if not replace:
+            check_free(target)  # another process may have been quicker
         if target.exists():
             # rename(2) replaces only empty folders, so the old one steps aside first.
             aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))

@@ -15,7 +15,7 @@ from typing import Any
 from leangen import clock
 from leangen.carbon import JOULES_PER_KWH, SECONDS_PER_DAY, brains
 from leangen.charts import si
-from leangen.console import counted, figure, human_bytes, table, with_u
+from leangen.console import counted, figure, human_bytes, seconds, table, with_u
 from leangen.errors import RequestError
 from leangen.ledger import Ledger, Sum, total
 from leangen.records import Receipt, joules
@@ -73,9 +73,9 @@ def summary(receipt: Receipt) -> str:
     """One line: units, seconds, joules with their error bar and how they were got, carbon."""
     energy, latency, units = receipt.energy, receipt.latency, receipt.units
     parts = [
-        f"{counted(units.count, units.kind)} in {latency.total_s:.2f} s",
+        f"{counted(units.count, units.kind)} in {seconds(latency.total_s)}",
         *(f"{count} {name}" for name, count in units.counts.items() if count),
-        f"first after {latency.ttft_s:.2f} s" if latency.ttft_s is not None else "",
+        f"first after {seconds(latency.ttft_s)}" if latency.ttft_s is not None else "",
         f"{with_u(energy.gross_j, energy.u_j, 'J')} ({energy.source})",
         f"{with_u(energy.per_unit_j, energy.per_unit_u_j, 'J')}/{units.kind}"
         if energy.per_unit_j is not None
@@ -107,7 +107,7 @@ def _work(receipt: Receipt) -> str:
     energy, units = receipt.energy, receipt.units
     return " · ".join(
         [
-            f"{counted(units.count, units.kind)} in {receipt.latency.total_s:.2f} s",
+            f"{counted(units.count, units.kind)} in {seconds(receipt.latency.total_s)}",
             with_u(energy.gross_j, energy.u_j, "J"),
         ]
     )
@@ -212,7 +212,7 @@ def print_overview(view: Overview) -> None:
             [
                 row.source,
                 str(row.receipts),
-                _seconds(row),
+                seconds(row.duration_s),
                 energy_text(row),
                 idle_text(row),
                 carbon_text(row),
@@ -225,7 +225,12 @@ def print_overview(view: Overview) -> None:
         (*view.by, "runs", "units", "time", "energy", "per unit", "idle", "gCO2e", "source"),
         [
             [str(row.group[name] or "") for name in view.by]
-            + [str(row.receipts), counted(row.units, row.unit), _seconds(row), energy_text(row)]
+            + [
+                str(row.receipts),
+                counted(row.units, row.unit),
+                seconds(row.duration_s),
+                energy_text(row),
+            ]
             + [per_unit_text(row), idle_text(row), carbon_text(row), row.source]
             for row in view.groups
         ],
@@ -274,10 +279,6 @@ def per_unit_text(row: Sum) -> str:
     if row.per_unit_j is None:
         return ""
     return si(row.per_unit_j, (row.u_j or 0.0) / row.units, "J")
-
-
-def _seconds(row: Sum) -> str:
-    return f"{row.duration_s:.1f} s"
 
 
 def idle_text(row: Sum) -> str:
@@ -331,7 +332,7 @@ def ledger_tables(sums: Sequence[Sum], entries: Sequence[Mapping[str, Any]]) -> 
                 f"{row.group['model']}:{row.group['scheme']}",
                 str(row.receipts),
                 counted(row.units, row.unit),
-                f"{row.duration_s:.1f} s",
+                seconds(row.duration_s),
                 with_u(joules(row.gross_uj), row.u_j, "J"),
                 row.source,
                 "" if row.carbon_g is None else f"{row.carbon_g:.2g}",
@@ -347,7 +348,7 @@ def ledger_tables(sums: Sequence[Sum], entries: Sequence[Mapping[str, Any]]) -> 
                 receipt["started_at"],
                 f"{receipt['model']}:{receipt['scheme']}",
                 counted(receipt["units"]["count"], receipt["units"]["kind"]),
-                f"{receipt['latency']['total_s']:.2f} s",
+                seconds(receipt["latency"]["total_s"]),
                 with_u(receipt["energy"]["gross_j"], receipt["energy"]["u_j"], "J"),
                 receipt["energy"]["source"],
                 receipt["tag"] or "",

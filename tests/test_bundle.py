@@ -88,6 +88,16 @@ def test_two_at_once_leave_each_other_alone(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
+def test_of_two_at_once_the_first_to_end_stays(tmp_path):
+    exists = pytest.raises(StorageError, match="exists already")
+    with exists, atomic_folder(tmp_path / "a") as first:
+        with atomic_folder(tmp_path / "a") as second:
+            (second / "x").write_text("2")
+        (first / "x").write_text("1")
+    assert (tmp_path / "a/x").read_text() == "2"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
 def test_a_manifest_that_names_a_missing_graph_is_not_put_in_place(tmp_path):
     with pytest.raises(BundleError, match="names 'gone.onnx'"):
         make(tmp_path / "toy", graphs={"model": "gone.onnx"})

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import signal
 import sys
 
 import pytest
@@ -147,3 +148,38 @@ def test_what_was_made_is_handed_over_where_the_ledger_cannot_keep_it(capsys, tm
     captured = capsys.readouterr()
     assert json.loads(captured.out)["path"] == str(out) and out.is_file()
     assert "leangen: error: cannot use the ledger" in captured.err
+
+
+@pytest.mark.parametrize("name, code", [("SIGTERM", 143), ("SIGHUP", 129)])
+def test_signals_that_end_a_program_let_it_tidy_up(monkeypatch, name, code):
+    number = getattr(signal, name, None)
+    if number is None or signal.getsignal(number) is not signal.SIG_DFL:
+        pytest.skip(f"{name} is not there, or somebody else's")
+    tidied = []
+
+    def work(self, *args, **options):
+        try:
+            signal.raise_signal(number)
+        finally:
+            tidied.append(name)
+
+    monkeypatch.setattr("leangen.store.Store.__init__", work)
+    with pytest.raises(SystemExit) as stop:
+        main(["du"])
+    assert (stop.value.code, tidied) == (code, [name])
+    assert signal.getsignal(number) is signal.SIG_DFL
+
+
+def test_ctrl_c_at_the_very_start_is_no_traceback(capsys, monkeypatch):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("leangen.cli._parser", interrupted)
+    assert main(["du"]) == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_input_that_is_not_utf8_can_be_read(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xffa"), encoding="utf-8"))
+    assert main(["du"]) == 0
+    assert sys.stdin.read() == "\ufffda"

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from datetime import date, timedelta
 
 from leangen import clock
-from leangen.console import counted, print_json, say, table, with_u
+from leangen.console import counted, print_json, say, seconds, table, with_u
 from leangen.errors import RequestError
 from leangen.ledger import Ledger, exchange
 from leangen.records import joules
@@ -122,7 +122,7 @@ def sums(ledger: Ledger, args: argparse.Namespace) -> int:
                 str(row.receipts),
                 str(row.unmeasured or ""),
                 counted(row.units, row.unit),
-                f"{row.duration_s:.1f} s",
+                seconds(row.duration_s),
                 with_u(joules(row.gross_uj), row.u_j, "J"),
                 row.source,
                 "" if row.per_unit_j is None else with_u(row.per_unit_j, row.per_unit_u_j, "J"),
