@@ -1,5 +1,6 @@
 """Installing: where the kernels can be built a library comes out, elsewhere the reason."""
 
+import _ctypes
 import importlib.util
 import os
 import platform
@@ -128,6 +129,10 @@ def test_a_library_that_was_never_built_is_told_from_one_that_failed(tmp_path):
     source = ROOT / "kernels" / "leangen_kernels" / "__init__.py"
     (tmp_path / "leangen_kernels" / "__init__.py").write_text(source.read_text())
     assert "it was not built; `pip install` builds it" in status(tmp_path)
+    library = tmp_path / "leangen_kernels" / "libleangen_kernels.so"
+    for foreign in (b"no library", Path(_ctypes.__file__).read_bytes()):
+        library.write_bytes(foreign)
+        assert "None the kernel library does not load: " in status(tmp_path)
 
 
 def status(folder):

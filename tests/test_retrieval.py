@@ -83,6 +83,14 @@ def test_a_passage_longer_than_the_model_reads_is_halved(retriever, tmp_path):
     assert sum(lengths) == 90 and max(lengths) <= 48
 
 
+def test_a_text_without_spaces_is_halved_too(retriever, tmp_path):
+    (tmp_path / "dense").mkdir()
+    text = "-".join(f"w{i % 31}" for i in range(90))
+    (tmp_path / "dense" / "long.txt").write_text(text)
+    _, output = run(retriever, question="w1", documents=tmp_path / "dense", count=99)
+    assert sorted(output.text.replace("\n\n", "")) == sorted(text)
+
+
 def test_no_passage_is_too_long_and_no_word_is_lost(tmp_path):
     text = "One two three. " * 90 + "word " * 250 + "\n\nAnd a last\nline."
     (tmp_path / "long.txt").write_text(text)

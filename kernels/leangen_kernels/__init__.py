@@ -44,9 +44,9 @@ def status() -> tuple[str | None, str]:
 def _chosen() -> tuple[str | None, str]:
     try:
         native = ctypes.CDLL(str(_LIBRARY))
-    except OSError as error:
+        native.leangen_kernels_variant.restype = ctypes.c_char_p
+    except (OSError, AttributeError) as error:
         return None, f"the kernel library does not load: {error}"
-    native.leangen_kernels_variant.restype = ctypes.c_char_p
     reason = ctypes.c_char_p()
     variant = native.leangen_kernels_variant(ctypes.byref(reason))
     return variant and variant.decode(), (reason.value or b"").decode()

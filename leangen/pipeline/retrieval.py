@@ -124,14 +124,16 @@ class Retriever:
     def _fitting(self, passage: Passage) -> list[Passage]:
         """The passage, in halves where it has more tokens than the model reads."""
         tokens = len(tokenizer(self.engine.session).encode(passage.text).ids)
-        words = passage.text.split()
-        if tokens <= self.engine.bundle.config["context_length"] or len(words) < 2:
+        if tokens <= self.engine.bundle.config["context_length"] or len(passage.text) < 2:
             return [passage]
-        middle = len(words) // 2
+        pieces, between = passage.text.split(), " "
+        if len(pieces) < 2:  # not every language puts spaces between words
+            pieces, between = list(passage.text), ""
+        middle = len(pieces) // 2
         return [
             part
-            for half in (words[:middle], words[middle:])
-            for part in self._fitting(Passage(passage.source, " ".join(half)))
+            for half in (pieces[:middle], pieces[middle:])
+            for part in self._fitting(Passage(passage.source, between.join(half)))
         ]
 
     def _embed(self, texts: Sequence[str]) -> tuple[Array, float]:
