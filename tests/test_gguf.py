@@ -82,9 +82,20 @@ def test_variants_that_would_compute_wrongly_are_refused(tmp_path, more, what):
     refused(tmp_path, Tiny(metadata=more), UnsupportedError, what)
 
 
-def test_metadata_of_a_wrong_type_is_refused(tmp_path):
-    more = {"llama.block_count": "two"}
-    refused(tmp_path, Tiny(metadata=more), SourceError, "wrong type or value")
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("llama.block_count", "two"),
+        ("llama.attention.sliding_window", "wide"),
+        ("llama.rope.freq_base", 0),
+        ("llama.rope.dimension_count", 5),
+        ("split.count", "one"),
+        ("tokenizer.ggml.bos_token_id", "first"),
+        ("tokenizer.ggml.token_type", 1),
+    ],
+)
+def test_metadata_of_a_wrong_type_is_refused(tmp_path, key, value):
+    refused(tmp_path, Tiny(metadata={key: value}), SourceError, "wrong type or value")
 
 
 def test_an_unsupported_quantization_names_it_and_the_supported_ones(tmp_path, monkeypatch):

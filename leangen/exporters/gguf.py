@@ -53,13 +53,14 @@ def export(
         draft.scheme = form
         draft.graphs["model"] = "model.onnx"
         nodes = llm_graph.write(draft.folder, config, checkpoint)
-        draft.config = {
-            "architecture": file.architecture,
-            "context_length": config.context,
-            **config.stated,
-            **gguf_tokenizer.write(draft.folder, file.metadata),
-            **properties.from_metadata(file.metadata, config.vocab),
-        }
+        with file.understood():
+            draft.config = {
+                "architecture": file.architecture,
+                "context_length": config.context,
+                **config.stated,
+                **gguf_tokenizer.write(draft.folder, file.metadata),
+                **properties.from_metadata(file.metadata, config.vocab),
+            }
         stored_as = sorted({tensor.tensor_type.name for tensor in file.tensors.values()})
         draft.source = {
             **(source or _default_source(path, file.metadata)),

@@ -6,6 +6,8 @@ Specification: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +68,16 @@ class GgufFile:
     def hyper(self, key: str, default: Any = None) -> Any:
         """A value of the architecture: `hyper("block_count")` is `llama.block_count`."""
         return self.value(f"{self.architecture}.{key}", default)
+
+    @contextmanager
+    def understood(self) -> Iterator[None]:
+        """Around the reading of metadata, each value of which may be anything."""
+        try:
+            yield
+        except (TypeError, ValueError, ZeroDivisionError) as error:
+            raise SourceError(
+                f"{self.path} has metadata of a wrong type or value ({error}): convert it again"
+            ) from error
 
     def has(self, tensor: str) -> bool:
         """Whether there is a tensor of that name."""
@@ -136,13 +148,9 @@ def read_layout(file: GgufFile) -> Layout:
     for key in ("attention.head_count", "attention.head_count_kv"):
         if isinstance(file.hyper(key, 0), list):
             raise _unsupported(file, "head counts that differ from layer to layer")
-    try:
+    with file.understood():
         layout = ARCHITECTURES[file.architecture](file)
-    except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise SourceError(
-            f"{file.path} has metadata of a wrong type or value ({error}): convert it again"
-        ) from error
-    _check_supported(file, layout)
+        _check_supported(file, layout)
     return layout
 
 
@@ -153,6 +161,13 @@ def _check_supported(file: GgufFile, layout: Layout) -> None:
     if config.head_dim % 16 or config.heads % config.kv_heads:
         heads = f"{config.heads} heads of {config.head_dim} on {config.kv_heads} key heads"
         raise _unsupported(file, heads)
+    rotated = int(layout.rotated * config.head_dim)
+    if rotated % 2 or not 0 < rotated <= config.head_dim:
+        raise ValueError(f"{rotated} of {config.head_dim} numbers of a head are rotated")
+    for parameters in layout.ropes.values():
+        for key in ("rope_theta", "factor"):
+            if not parameters.get(key, 1) > 0:
+                raise ValueError(f"{key} is {parameters[key]}, expected a number above 0")
     if file.metadata.get("split.count", 1) > 1:
         raise UnsupportedError(
             f"{file.path} is one of {file.metadata['split.count']} parts of a model: "
