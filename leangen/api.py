@@ -41,7 +41,7 @@ def load_model(
     kernels: Kernels = "auto",
     device: str = "cpu",
     kv: KeysValues | None = None,
-    home: Path | None = None,
+    home: str | Path | None = None,
     ledger: bool = True,
     region: str | None = None,
     intensity: float | str | Path | None = None,
@@ -83,7 +83,7 @@ def load_model(
     """
     devices.choose(device)  # what is missing there is said before anything is fetched
     footprint = carbon.footprint(region, intensity=intensity, embodied=embodied)
-    store = Store(home)
+    store = Store(None if home is None else Path(home))
     bundle = store.resolve(str(ref), notify=say, progress=progress)
     session = Session(
         bundle, threads=threads, activations=activations, kernels=kernels, kv=kv, device=device

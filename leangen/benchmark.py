@@ -101,11 +101,11 @@ def plan(receipt: Receipt, precision: float) -> dict[str, Any]:
 
 def told(model: str, planned: Mapping[str, Any]) -> str:
     """The plan as a line for people."""
-    systematic = planned["class_relative_u"]
+    systematic, edges = planned["class_relative_u"], 100 * planned["edges_relative_u"]
     return (
         f"{model}: for ±{planned['wanted_relative_u']:.3g} by edges, "
         f"{planned['repeats_per_window']} x {planned['duration_s'] * 1e3:.3g} ms in one window "
-        f"(tick {planned['tick_s'] * 1e3:.3g} ms), which gives ±{planned['edges_relative_u']:.2%}"
+        f"(tick {planned['tick_s'] * 1e3:.3g} ms), which gives ±{edges:.2g}%"
         + (f"; the sensor's class adds ±{systematic:.0%} to all alike" if systematic else "")
     )
 
@@ -164,7 +164,7 @@ def run(
         print_json({"rows": rows, "before": before, "after": after, "notes": notes})
         return 0
     table(COLUMNS, [cells(row) for row in rows])
-    for note in sorted({f"energy {r['energy_source']}: {r['energy_reason']}" for r in rows}):
+    for note in sorted({f"energy: {r['energy_reason'] or r['energy_source']}" for r in rows}):
         say(note)
     for note in notes:
         say(f"note: {note}")

@@ -66,6 +66,9 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str =
     for row in rows:
         drawn.add_row(*row)
     console = Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False)
+    # On a narrow terminal lines run on, where else words would be cut or columns vanish.
+    least = console.measure(drawn, options=console.options.update(width=1000)).minimum
+    console.width = max(console.width, least)
     console.print(drawn)
 
 

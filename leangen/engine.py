@@ -231,6 +231,8 @@ class Engine:
         self.family = families.of(session.bundle)
         self.ledger = ledger
         self.footprint = footprint or carbon.footprint()
+        if not isinstance(tag, str | None):
+            raise RequestError(f"tag is {tag!r}, expected text")
         _check_text("tag", tag)
         self.tag = tag
         self.guard = guard
@@ -277,6 +279,10 @@ class Engine:
                     f"its options are {', '.join(fields)}"
                 )
             options[self.family.INPUTS[0]] = prompt
+        options = {  # a loop over np.arange gives NumPy's numbers, which JSON does not know
+            name: value.item() if isinstance(value, np.generic) else value
+            for name, value in options.items()
+        }
         for name, value in options.items():
             _check_text(name, value)
         settle = getattr(self.family, "settle", None)

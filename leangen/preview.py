@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from typing import Any, TextIO
 
@@ -34,8 +35,16 @@ def drawn(picture: Array, columns: int = WIDTH) -> list[str]:
     ]
 
 
+def _is_plain() -> bool:
+    """Whether colours are not wanted (no-color.org) or not understood."""
+    return bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
+
+
 class Preview:
-    """One picture or line that is shown again in its place; nothing where `out` is no terminal."""
+    """One picture or line that is shown again in its place; nothing where `out` is no terminal.
+
+    Pictures are of colours: none is shown where `NO_COLOR` is set.
+    """
 
     def __init__(self, out: TextIO) -> None:
         self._out = out
@@ -43,7 +52,7 @@ class Preview:
 
     def show(self, picture: Array) -> None:
         """Draw an image [h, w, c] over the one before."""
-        if not self._out.isatty():
+        if not self._out.isatty() or _is_plain():
             return
         lines = drawn(picture, min(WIDTH, shutil.get_terminal_size().columns))
         back = f"\x1b[{self._lines}A" if self._lines else ""

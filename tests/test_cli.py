@@ -10,6 +10,7 @@ import pytest
 import tiny_bundles
 
 from leangen.cli import main
+from leangen.console import table
 
 
 def fails(capsys, *argv):
@@ -183,3 +184,15 @@ def test_input_that_is_not_utf8_can_be_read(monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xffa"), encoding="utf-8"))
     assert main(["du"]) == 0
     assert sys.stdin.read() == "\ufffda"
+
+
+def test_a_table_loses_nothing_on_a_narrow_terminal(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setenv("COLUMNS", "10")
+    monkeypatch.setattr(sys, "stdout", out := Terminal())
+    table(["model", "runs", "energy"], [["galaxy-flow:fp32", "12", "0.0152 ± 0.0091 J"]])
+    words = re.sub(r"\x1b\[[0-9;]*m", "", out.getvalue()).split()
+    assert {"12", "0.0152", "0.0091", "energy"} <= set(words)

@@ -1,5 +1,6 @@
 """Laws of every family: a generation comes back whole, with a receipt that adds up."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -200,6 +201,8 @@ def test_text_that_utf8_cannot_hold_is_refused_before_any_work(bundle, tmp_path)
                     engine.stream(**{name: "a\udcffb"})
         with pytest.raises(RequestError, match="tag has"):
             Engine(engine.session, tag="\udcff")
+        with pytest.raises(RequestError, match="tag is 5, expected text"):
+            Engine(engine.session, tag=5)
         assert ledger.entries() == []
 
 
@@ -207,3 +210,12 @@ def test_text_that_utf8_cannot_hold_is_refused_before_any_work(bundle, tmp_path)
 def test_thread_counts_that_make_no_sense_are_refused(bundle, threads):
     with pytest.raises(RequestError, match="threads is .*, expected a whole number, 1 to 1024"):
         Session(bundle, threads=threads)
+
+
+def test_numpys_numbers_are_taken_as_pythons(engine):
+    options = options_of(engine)
+    if "seed" not in {field.name for field in dataclasses.fields(engine.family.Request)}:
+        pytest.skip("draws nothing")
+    options = {**options, "seed": 3}
+    plain = engine.generate(**options)
+    assert same(engine.generate(**{**options, "seed": np.int64(3)}), plain)

@@ -118,6 +118,9 @@ def test_calibrate_against_nothing_or_too_shortly_is_refused(monkeypatch, tmp_pa
         calibrate.calibrate(world.selection, 0.001, load=world.load)
     with pytest.raises(RequestError, match="nothing to calibrate against: no counter"):
         calibrate.calibrate(meters.select(tmp_path), 1.0)
+    for seconds in (float("nan"), float("inf"), 1e9):
+        with pytest.raises(RequestError, match="--seconds is .*, expected at most 3600"):
+            calibrate.calibrate(world.selection, seconds, load=world.load)
 
 
 def test_a_fit_that_makes_no_sense_is_refused(monkeypatch):

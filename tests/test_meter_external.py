@@ -79,7 +79,19 @@ def test_a_counter_that_falls_is_a_reset():
 
 @pytest.mark.parametrize(
     "line",
-    ["", "nonsense", "2", "2 x W", "2 nan W", "2 inf W", "nan 5 W", "0.5 5 W", "2 5 V", "2 5 J"],
+    [
+        "",
+        "nonsense",
+        "2",
+        "2 x W",
+        "2 nan W",
+        "2 inf W",
+        "nan 5 W",
+        "0.5 5 W",
+        "2 5 V",
+        "2 5 J",
+        "2 -5 W",
+    ],
 )
 def test_lines_that_make_no_sense_are_skipped(line):
     series = fed(f"0 10 W\n1 10 W\n{line}\n3 10 W\n")
@@ -236,6 +248,7 @@ def test_the_same_spec_is_opened_once(tmp_path):
         ("file:/no/such/file#unit=BTU", "unit 'BTU', expected one of W, mW"),
         ("exec:sleep 9#unit=W", "no three samples within 0.2 s"),
         ("file:/dev/null#u=7", "u=7, expected a fraction"),
+        ("file:/dev/null", "not a regular file: use --meter 'exec:cat /dev/null'"),
     ],
 )
 def test_a_meter_that_gives_nothing_is_refused_with_a_reason(spec, message):

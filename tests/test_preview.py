@@ -12,6 +12,12 @@ from leangen.preview import Preview, drawn
 from leangen.session import Session
 
 
+@pytest.fixture(autouse=True)
+def colours_are_known(monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+
+
 class Terminal(io.StringIO):
     def isatty(self):
         return True
@@ -59,6 +65,14 @@ def test_a_denoiser_shows_what_it_has_so_far(tmp_path):
 
 def test_a_pipe_gets_nothing():
     out = io.StringIO()
+    Preview(out).show(np.zeros((4, 4, 1), np.float32))
+    assert out.getvalue() == ""
+
+
+@pytest.mark.parametrize("name, value", [("NO_COLOR", "1"), ("TERM", "dumb")])
+def test_where_no_colours_are_wanted_no_picture_is_drawn(monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    out = Terminal()
     Preview(out).show(np.zeros((4, 4, 1), np.float32))
     assert out.getvalue() == ""
 

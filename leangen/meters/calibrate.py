@@ -19,6 +19,8 @@ from leangen.meters.meter import Selection
 from leangen.meters.window import begin, end
 
 ROUNDS = 3
+LONGEST_S = 3600.0
+"""A window; a fit that takes most of a day is a slip."""
 Load = Callable[[int], AbstractContextManager[None]]
 """Keeps that many cores busy while its context is open."""
 
@@ -41,6 +43,8 @@ def calibrate(selection: Selection, seconds: float, *, load: Load | None = None)
             f"--seconds {seconds:g} is too short for {slowest.name}, which moves every "
             f"{slowest.tick.seconds:g} s: give at least {5 * slowest.tick.seconds:g}"
         )
+    if not seconds <= LONGEST_S:
+        raise RequestError(f"--seconds is {seconds:g}, expected at most {LONGEST_S:g}")
     load = load or busy
     cpus = usable_cpus()
     most = max(1, int(cpus))

@@ -130,6 +130,11 @@ class _File:
 
     def __init__(self, path: str) -> None:
         self._path = path
+        if os.path.exists(path) and not os.path.isfile(path):  # reading it would wait for ever
+            raise RequestError(
+                f"--meter file:{path} is not a regular file: use --meter 'exec:cat {path}' for a "
+                "device or a pipe"
+            )
         try:
             size = os.path.getsize(path)
             with open(path, "rb") as file:

@@ -40,7 +40,9 @@ class Series:
     def complaint(self) -> str:
         """What was expected and what came, for an error."""
         came = f"; the last nonsense was {self.example!r}" if self.example else ""
-        return f"expected lines `TIME VALUE UNIT` with a unit such as W or J{came}"
+        return (
+            f"expected lines `TIME VALUE UNIT` with a unit such as W or J, no power below 0{came}"
+        )
 
     def header(self, line: str) -> None:
         """Take what a comment line, or the end of SPEC, says of the meter."""
@@ -80,6 +82,8 @@ class Series:
             return False
         if self._last is not None and time_s <= self._last[0]:
             return False  # its clock did not go forward
+        if unit in POWERS_W and value < 0:
+            return False  # wired the wrong way round, or no power that is used here
         scaled = value * (POWERS_W | ENERGIES_J)[unit]
         if self._last is not None:
             self._advance(time_s - self._last[0], self._last[1], scaled)
