@@ -73,8 +73,8 @@ def read_wav(path: Path | BinaryIO) -> tuple[Array, int]:
         raise RequestError(f"there is no {path}: give the path of a WAV file") from None
     except (OSError, EOFError, RuntimeError, wave.Error) as error:  # RuntimeError: a chunk's length
         raise RequestError(
-            f"cannot read {name} as PCM WAV ({error or 'cut or damaged'}): convert it, for example with "
-            "`ffmpeg -i FILE -ac 1 -ar 16000 -c:a pcm_s16le out.wav`"
+            f"cannot read {name} as PCM WAV ({str(error) or 'cut or damaged'}): convert it, for "
+            "example with `ffmpeg -i FILE -ac 1 -ar 16000 -c:a pcm_s16le out.wav`"
         ) from error
     data = data[: len(data) // (channels * width) * channels * width]  # a cut file ends anywhere
     if width == 1:  # unsigned, by the format
