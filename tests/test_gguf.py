@@ -82,6 +82,13 @@ def test_variants_that_would_compute_wrongly_are_refused(tmp_path, more, what):
     refused(tmp_path, Tiny(metadata=more), UnsupportedError, what)
 
 
+def test_a_share_of_a_head_that_floats_round_down_is_rotated_whole(tmp_path):
+    tiny = Tiny(head_dim=176, heads=2, kv_heads=1, metadata={"llama.rope.dimension_count": 30})
+    file = gguf_checkpoint.GgufFile(write(tmp_path / "a.gguf", tiny))
+    frequencies = gguf_checkpoint.Checkpoint(file, keep_blocks=False).inverse_frequencies("rope")
+    assert np.count_nonzero(frequencies) == 15
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [

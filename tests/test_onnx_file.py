@@ -106,6 +106,12 @@ def test_inputs_that_are_not_understood_are_named(tmp_path):
         ({"prediction": "v"}, "prediction 'v' does not fit"),
         ({"sampler": "plms"}, "sampler 'plms' is unknown"),
         ({"colour": 1}, "option 'colour' does not fit"),
+        ({"steps": 0}, "option steps is 0, expected a whole number above 0"),
+        ({"steps": "few"}, "option steps is 'few', expected a whole number"),
+        ({"range": [1]}, r"option range is \[1\], expected the lowest and the highest value"),
+        ({"shape": "x"}, "option shape is 'x', expected sizes without the batch"),
+        ({"conditions": 7}, "option conditions is 7, expected values by the name of an input"),
+        ({"conditions": {"label": {}}}, "conditions name label, expected inputs of the model"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(tmp_path, options, text):

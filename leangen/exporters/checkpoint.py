@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ class Layout:
     """Rows at the start of the table of positions that no token uses (OPT)."""
     unbiased: frozenset[str] = frozenset()
     """What has no bias, by our name without `layers.I.` or `experts.E.`."""
-    rotated: float = 1.0
+    rotated: float | Fraction = 1.0
     """The share of each head that is rotated."""
     neighbours: bool = False
     """Rows of q and k that are rotated together stand beside each other (GGUF's llama)."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from fractions import Fraction
 from typing import Any, Protocol
 
 from leangen.exporters.checkpoint import Layout
@@ -84,7 +85,7 @@ def _llama(file: Metadata, **special: Any) -> Layout:
         config=DecoderConfig(**config | special),
         names=names,
         neighbours=True,
-        rotated=file.hyper("rope.dimension_count", head_dim) / head_dim,
+        rotated=Fraction(int(file.hyper("rope.dimension_count", head_dim)), head_dim),
         ropes={"rope": parameters},
     )
 

@@ -8,7 +8,8 @@ options, or from the defaults that are documented in `export`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,7 @@ def export(
     make = {"diffusion": _diffusion_config, "autoregressive": _rows_config}.get(
         family, _oneshot_config
     )
+    check_options(options)
     config = make(path, inputs, graph.model.graph.output[0].name, options)
     if options:
         raise UnsupportedError(
@@ -92,6 +94,50 @@ def export(
         draft.config = config
         draft.source = dict(source or {"kind": "file", "file": path.name})
     return open_bundle(out)
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """UnsupportedError for an option whose value is not of its kind; None is the default."""
+    for name, value in options.items():
+        fits, expected = _OPTIONS.get(name, (_anything, ""))
+        if value is not None and not fits(value):
+            raise UnsupportedError(f"option {name} is {value!r}, expected {expected}")
+
+
+def _anything(value: Any) -> bool:
+    return True
+
+
+def _whole(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _sizes(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(map(_whole, value))
+
+
+def _ends(value: Any) -> bool:
+    pair = isinstance(value, list | tuple) and len(value) == 2 and all(map(_number, value))
+    return pair and value[0] < value[1]
+
+
+def _entries(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(v, Mapping) for v in value.values())
+
+
+_OPTIONS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "shape": (_sizes, "sizes without the batch, such as [3, 64, 64]"),
+    "range": (_ends, "the lowest and the highest value, such as [-1, 1]"),
+    "conditions": (_entries, 'values by the name of an input, such as {"label": {"max": 9}}'),
+    **dict.fromkeys(("steps", "height", "levels"), (_whole, "a whole number above 0")),
+    **dict.fromkeys(
+        ("guidance", "sigma_min", "sigma_max", "scale", "shift"), (_number, "a number")
+    ),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +221,7 @@ def _diffusion_config(
             f"prediction {prediction!r} does not fit {path}: expected one of {', '.join(fitting)}"
         )
     one_step = in_sigma and prediction == "sample"
-    steps = int(options.pop("steps", 1 if one_step else 20))
+    steps = options.pop("steps", None) or (1 if one_step else 20)
     sampler = options.pop("sampler", "consistency" if steps == 1 else "euler")
     try:
         samplers.get(sampler)
@@ -270,8 +316,13 @@ def _common(
     path: Path, inputs: Mapping[str, _Input], used: set[str], options: dict[str, Any]
 ) -> dict[str, Any]:
     """Conditions, range, rendering. A float condition of unknown range goes from 0 to 1."""
-    given = options.pop("conditions", {})
+    given = options.pop("conditions", None) or {}
     conditions = {}
+    if strange := given.keys() - (inputs.keys() - used):
+        raise UnsupportedError(
+            f"conditions name {', '.join(sorted(strange))}, expected inputs of the model: "
+            f"{', '.join(inputs.keys() - used) or 'it has none but its sample'}"
+        )
     for name, value in inputs.items():
         if name in used:
             continue

@@ -320,9 +320,10 @@ def _check_opens(folder: Path, graphs: Iterable[str]) -> None:
 def _export_flow(
     made: Made, out: Path, name: str, source: Mapping[str, Any], replace: bool
 ) -> Bundle:
-    from leangen.exporters import torch_flow
+    from leangen.exporters import onnx_file, torch_flow
 
     options, example = dict(made.options), made.examples[0]
+    onnx_file.check_options(options)
     if len(made.examples) > 1:
         raise UnsupportedError(
             f"a flow with {len(made.examples)} inputs: conditional flows are not exported; give a "

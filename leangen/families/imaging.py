@@ -171,7 +171,8 @@ def picture(value: Any, shape: Sequence[int], limits: Sequence[float] | None) ->
 
     `value` is an array [h, w, c] (or [1, h, w, c], as outputs are) of the model's own values, or
     the path of a .npy file of one or of a picture, whose black and white become `limits`. Raises
-    RequestError for a file that cannot be read and for another shape: nothing is resized.
+    RequestError for a file that cannot be read, for another shape, as nothing is resized, and for
+    values far from `limits`: other models' samples may overshoot, but 0 to 255 is not -1 to 1.
     """
     channels, *size = shape
     what = "image"
@@ -185,6 +186,12 @@ def picture(value: Any, shape: Sequence[int], limits: Sequence[float] | None) ->
         raise RequestError(
             f"{what} has shape {list(image.shape)}, expected {[*size, channels]}: "
             "resize it to height, width and channels of the model's samples"
+        )
+    low, high = limits or (-np.inf, np.inf)
+    if image.min() < 2 * low - high or image.max() > 2 * high - low:
+        raise RequestError(
+            f"{what} goes from {image.min():g} to {image.max():g}, expected the model's values, "
+            f"{low:g} (black) to {high:g} (white), or a picture's file"
         )
     return np.moveaxis(image, -1, 0)[None].copy()
 
@@ -227,8 +234,9 @@ def pixels(path: Path, channels: int) -> Array:
                 grey = np.asarray(opened, np.float32)[..., None] / 65535
                 return np.repeat(grey, channels, axis=-1)
             values = np.asarray(opened.convert("L" if channels == 1 else "RGB"), np.float32) / 255
-    except OSError as error:  # Pillow's UnidentifiedImageError is one
-        raise RequestError(f"cannot read {path} as a picture: {error.strerror or error}") from error
+    except Exception as error:  # Pillow raises many unrelated types for damaged and huge ones
+        detail = getattr(error, "strerror", None) or error
+        raise RequestError(f"cannot read {path} as a picture: {detail}") from error
     return values.reshape(*values.shape[:2], channels)
 
 
@@ -249,7 +257,7 @@ def _read(what: str, path: Path, channels: int, limits: Sequence[float] | None) 
             values: Array = np.load(path, allow_pickle=False)
         except OSError as error:
             raise RequestError(f"cannot read {what} {path}: {error.strerror or error}") from error
-        except ValueError as error:  # damaged or pickled
+        except (ValueError, EOFError) as error:  # damaged or pickled
             raise RequestError(f"cannot read {what} {path} as .npy: {error}") from error
         return values
     if limits is None:

@@ -112,7 +112,7 @@ def _given(latent: Any, shape: tuple[int, ...]) -> list[Array]:
         values = np.asarray(latent, np.float32)
     except OSError as error:
         raise RequestError(f"cannot read latent {latent}: {error.strerror or error}") from error
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, EOFError) as error:
         raise RequestError(f"latent is no array of numbers ({error})") from None
     one, flat = shape[1:], (int(np.prod(shape)),)
     fits = values.shape in (one, flat) or values.shape[1:] in (one, flat)
