@@ -67,12 +67,14 @@ def read_wav(path: Path | BinaryIO) -> tuple[Array, int]:
         with wave.open(str(path) if isinstance(path, Path) else path, "rb") as file:
             channels, width = file.getnchannels(), file.getsampwidth()
             rate_hz, data = file.getframerate(), file.readframes(file.getnframes())
+        if width > 4 or rate_hz < 1:
+            raise wave.Error(f"{8 * width} bits a sample, {rate_hz} samples a second")
     except FileNotFoundError:
         raise RequestError(f"there is no {path}: give the path of a WAV file") from None
-    except (OSError, EOFError, wave.Error) as error:
+    except (OSError, EOFError, RuntimeError, wave.Error) as error:  # RuntimeError: a chunk's length
         raise RequestError(
-            f"cannot read {name} as PCM WAV ({error}): convert it, for example with "
-            "`ffmpeg -i FILE -ac 1 -ar 16000 -c:a pcm_s16le out.wav`"
+            f"cannot read {name} as PCM WAV ({str(error) or 'cut or damaged'}): convert it, for "
+            "example with `ffmpeg -i FILE -ac 1 -ar 16000 -c:a pcm_s16le out.wav`"
         ) from error
     data = data[: len(data) // (channels * width) * channels * width]  # a cut file ends anywhere
     if width == 1:  # unsigned, by the format

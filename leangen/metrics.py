@@ -184,7 +184,7 @@ def start(ledger: Ledger, listen: str) -> tuple[Any, Any]:
 
 
 def serve(ledger: Ledger, listen: str) -> None:
-    """Serve the metrics at `HOST:PORT` until interrupted; errors as in `start`."""
+    """Serve the metrics at `HOST:PORT` until Ctrl-C or SIGTERM; errors as in `start`."""
     server, thread = start(ledger, listen)
     host, port = server.server_address[:2]
     try:
@@ -192,7 +192,7 @@ def serve(ledger: Ledger, listen: str) -> None:
             say("note: whoever can reach this address can read them, there is no password")
         say(f"metrics at http://{host}:{port}/metrics, Ctrl-C ends")
         thread.join()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):  # a service is stopped by SIGTERM, which is no failure
         say("")
     finally:
         server.shutdown()

@@ -1,5 +1,7 @@
 """The diffusion family end to end, on tiny models whose answers are known."""
 
+import struct
+
 import numpy as np
 import onnx
 import pytest
@@ -282,7 +284,10 @@ def test_images_and_masks_that_do_not_fit_are_refused(tmp_path):
     (tmp_path / "bad.png").write_bytes(b"no picture")
     (tmp_path / "bad.npy").write_bytes(b"no array")
     (tmp_path / "empty.npy").write_bytes(b"")
-    Image.new("1", (30_000, 30_000)).save(tmp_path / "huge.png")
+    Image.new("L", (16, 16)).save(tmp_path / "huge.bmp")
+    whole = (tmp_path / "huge.bmp").read_bytes()
+    told = whole[:18] + struct.pack("<ii", 30_000, 30_000) + whole[26:]
+    (tmp_path / "huge.bmp").write_bytes(told)
     Image.fromarray(np.zeros((16, 16), np.uint8)).save(tmp_path / "p.png")
     image = ramp()
     for options, text in [
@@ -299,7 +304,7 @@ def test_images_and_masks_that_do_not_fit_are_refused(tmp_path):
         ({"image": str(tmp_path / "p.png"), "strength": 0.5}, "does not say which values"),
         ({"image": str(tmp_path / "empty.npy"), "strength": 0.5}, "cannot read image .* as .npy"),
         ({"image": image, "mask": str(tmp_path / "bad.png")}, "cannot read .*bad.png as a picture"),
-        ({"image": image, "mask": str(tmp_path / "huge.png")}, "cannot read .*huge.png as a pict"),
+        ({"image": image, "mask": str(tmp_path / "huge.bmp")}, "cannot read .*huge.bmp as a pict"),
         ({"image": image, "strength": 0.01}, "less than one step: expected 0.05 or more"),
     ]:
         with pytest.raises(RequestError, match=text):

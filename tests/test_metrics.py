@@ -162,7 +162,8 @@ def test_the_command_prints_them(capsys):
     assert found["leangen_generations_total", "int4", "measured", "smollm2-135m"] == 1
 
 
-def test_serving_ends_when_interrupted(tmp_path):
+@pytest.mark.parametrize("ended_by", [signal.SIGINT, signal.SIGTERM])
+def test_serving_ends_when_interrupted(tmp_path, ended_by):
     script = (  # a test that runs in the background would hand down an ignored SIGINT
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from leangen.cli import main; sys.exit(main(['metrics', '--listen', '127.0.0.1:0']))"
@@ -172,7 +173,7 @@ def test_serving_ends_when_interrupted(tmp_path):
         try:
             line = server.stderr.readline()
             assert "metrics at http://127.0.0.1:" in line
-            server.send_signal(signal.SIGINT)
+            server.send_signal(ended_by)
             _, rest = server.communicate(timeout=30)
             assert (server.returncode, "Traceback" in rest) == (0, False), rest
         finally:

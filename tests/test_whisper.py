@@ -103,6 +103,18 @@ def test_what_is_no_wav_is_refused(tmp_path, session):
         run(session, audio=path)
 
 
+@pytest.mark.parametrize("at", range(44))
+def test_a_wav_with_any_byte_of_its_head_changed_is_read_or_refused(tmp_path, at):
+    whole = audio.wav_bytes(np.linspace(-1, 1, 50), 8_000)
+    for byte in (0, 1, 12, 127, 255):
+        (tmp_path / "a.wav").write_bytes(whole[:at] + bytes([byte]) + whole[at + 1 :])
+        try:
+            samples, rate_hz = audio.read_wav(tmp_path / "a.wav")
+        except RequestError:
+            continue
+        assert rate_hz > 0 and np.abs(samples).max(initial=0) <= 1
+
+
 def test_long_sound_is_cut_where_it_is_quiet_and_all_of_it_is_heard(session):
     window = session.bundle.config["window_samples"]
     sound, quiet = noise(5), window - window // 12
