@@ -166,7 +166,11 @@ def test_real_pictures_are_cut_into_tiles(tmp_path):
     assert [tile.mean() for tile in tiles] == [-1, 1], "16 bits a pixel too, as the model's values"
     np.save(tmp_path / "first.npy", np.zeros((2, 3, 8, 9)))
     assert spectrum.load(tmp_path / "first.npy", (8, 8, 3)).shape == (2, 8, 8, 3)
+    (tmp_path / "empty.npy").write_bytes(b"")
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "b.npz").read_bytes()[:-30])
     for path, shape, message in (
+        (tmp_path / "empty.npy", (8, 8, 1), "cannot read"),
+        (tmp_path / "cut.npz", (8, 8, 1), "cannot read"),
         (tmp_path / "a.npy", (64, 64, 1), "no picture of 64 x 64"),
         (tmp_path / "a.npy", (8, 8, 3), "1 channels, the model draws 3"),
         (tmp_path / "missing.npy", (8, 8, 1), "cannot read"),

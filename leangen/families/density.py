@@ -240,7 +240,7 @@ def _read(path: Path, columns: Sequence[str]) -> Any:
                 return _pick(list(csv.reader(file)), columns)
     except OSError as error:
         raise RequestError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, EOFError) as error:  # a damaged or pickled .npy, a .csv that is not text
+    except (ValueError, EOFError, csv.Error) as error:  # a .npy damaged or pickled, a .csv no text
         raise RequestError(f"cannot read {path} as {path.suffix[1:]}: {error}") from error
     raise RequestError(f"data is {path}, expected a .npy or .csv file")
 

@@ -6,6 +6,7 @@ data may have any unit. The distance is the RMS difference in dB over the radial
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -101,7 +102,7 @@ def _pictures(path: Path, channels: int, limits: Sequence[float]) -> list[Array]
             raise RequestError(f"data is {path}, expected a folder of images, a .npy or a .npz")
     except OSError as error:
         raise RequestError(f"cannot read {path}: {error.strerror or error}") from error
-    except ValueError as error:
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
         raise RequestError(f"cannot read {path}: {error}") from error
     found: list[Array] = []
     for array in arrays:
