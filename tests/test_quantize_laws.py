@@ -388,10 +388,13 @@ def test_a_folder_that_exists_is_left_alone_unless_it_may_be_replaced(bundle, tm
     out = tmp_path / "out"
     out.mkdir()
     (out / "precious").write_text("data")
-    with pytest.raises(StorageError, match="exists already"):
-        quantize(bundle("oneshot"), "int8", out)
-    assert [path.name for path in out.iterdir()] == ["precious"]
-    assert quantize(bundle("oneshot"), "int8", out, replace=True).scheme == "int8"
+    for replace, said in ((False, "exists already"), (True, "--force replaces nothing else")):
+        with pytest.raises(StorageError, match=said):
+            quantize(bundle("oneshot"), "int8", out, replace=replace)
+        assert [path.name for path in out.iterdir()] == ["precious"]
+    (out / "precious").unlink()
+    quantize(bundle("oneshot"), "int8", out)
+    assert quantize(bundle("oneshot"), "int4", out, replace=True).scheme == "int4"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
