@@ -198,6 +198,11 @@ def test_what_cannot_be_exported_is_refused(folder, tmp_path):
     config.write_text(json.dumps(CONFIG | {"num_hidden_layers": 3}))
     with pytest.raises(SourceError, match=r"lacks encoder\.layer\.2"):
         exporter.export(folder, out)
+    for key, value in (("num_hidden_layers", None), ("hidden_size", "x"), ("layer_norm_eps", [])):
+        config.write_text(json.dumps(CONFIG | {key: value}))
+        with pytest.raises(SourceError, match=f"has {key} .*, expected a"):
+            exporter.export(folder, out)
+    config.write_text(json.dumps(CONFIG))
     (folder / "model.safetensors").write_bytes(b"no weights")
     with pytest.raises(SourceError, match="damaged"):
         exporter.export(folder, out)

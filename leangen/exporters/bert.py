@@ -31,7 +31,7 @@ def write(folder: Path, config: Mapping[str, Any], tensor: Callable[[str], Array
     positions = config.get("position_embedding_type", "absolute")
     if positions != "absolute":
         raise UnsupportedError(f"the model has {positions} positions, expected absolute: {remedy}")
-    if config["hidden_act"] not in ACTIVATIONS:
+    if str(config["hidden_act"]) not in ACTIVATIONS:
         raise UnsupportedError(
             f"the model's activation is {config['hidden_act']!r}, expected one of "
             f"{', '.join(ACTIVATIONS)}: {remedy}"

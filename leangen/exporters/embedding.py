@@ -19,6 +19,7 @@ from leangen.bundle import Bundle, create, open_bundle, sha256_file
 from leangen.errors import BundleError, SourceError, UnsupportedError, needs
 from leangen.exporters import bert
 from leangen.exporters.onnx_writer import Array
+from leangen.exporters.transformers_folder import check_numbers
 from leangen.families.embedding import POOLING
 from leangen.graph_edit import Graph
 
@@ -150,6 +151,7 @@ def _write_bert(folder: Path, out: Path) -> dict[str, Any]:
     with needs("safetensors", message=message):
         from safetensors import SafetensorError, safe_open
     config = _json(folder / CONFIG)
+    check_numbers(folder, config)
     try:
         with safe_open(folder / WEIGHTS, framework="np") as file:
             stored = set(file.keys())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -143,6 +144,50 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise SourceError(f"{path} is not a JSON object: download it again")
     return content
+
+
+def check_numbers(path: Path, json: Mapping[str, Any]) -> None:
+    """SourceError where a size or a number of `config.json` is none."""
+    for key, value in json.items():
+        whole = type(value) is int and value > 0
+        if key in _SIZES and not whole and not (value is None and key in _OPTIONAL):
+            raise SourceError(
+                f"{path / CONFIG} has {key} {value!r}, expected a whole number above 0"
+            )
+        if key in _NUMBERS and not (positive(value) or (value is None and key in _OPTIONAL)):
+            raise SourceError(f"{path / CONFIG} has {key} {value!r}, expected a number above 0")
+
+
+def positive(value: Any) -> bool:
+    """Whether it is a finite number above 0."""
+    return type(value) in (int, float) and 0 < value < math.inf
+
+
+_SIZES = frozenset(
+    (
+        *("num_hidden_layers", "hidden_size", "vocab_size", "max_position_embeddings"),
+        *("num_attention_heads", "num_key_value_heads", "head_dim", "sliding_window"),
+        *("num_experts", "num_local_experts", "num_experts_per_tok", "decoder_sparse_step"),
+        *("n_layer", "n_embd", "n_head", "n_positions", "no_rope_layer_interval"),
+        *("d_model", "d_kv", "num_heads", "num_layers", "num_decoder_layers", "num_mel_bins"),
+        *("encoder_layers", "decoder_layers", "max_source_positions", "max_target_positions"),
+        *("encoder_attention_heads", "decoder_attention_heads", "sliding_window_pattern"),
+        *("relative_attention_num_buckets", "relative_attention_max_distance"),
+    )
+)
+_NUMBERS = frozenset(
+    (
+        *("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "query_pre_attn_scalar"),
+        *("attn_logit_softcapping", "final_logit_softcapping"),
+    )
+)
+_OPTIONAL = frozenset(
+    (
+        *("num_key_value_heads", "head_dim", "sliding_window", "num_decoder_layers"),
+        *("attn_logit_softcapping", "final_logit_softcapping"),
+    )
+)
+"""What may be null."""
 
 
 def copy_tokenizer(

@@ -7,7 +7,6 @@ model's. Weights are taken one at a time.
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,9 +21,11 @@ from leangen.exporters.encoder_decoders import ENCODER_DECODERS
 from leangen.exporters.transformers_folder import (
     CONFIG,
     Tensors,
+    check_numbers,
     copy_tokenizer,
     default_source,
     folder_of,
+    positive,
     read_json,
 )
 
@@ -110,7 +111,7 @@ def checked_layout(path: Path, describe: Callable[[], Layout]) -> Layout:
             f"{path} is quantized ({method}), expected weights in full or half precision: "
             "give the model before it was quantized, and quantize it with leangen"
         )
-    _check_numbers(path, config)
+    check_numbers(path, config)
     try:
         layout = describe()
     except KeyError as error:
@@ -147,18 +148,6 @@ def _problems(json: Json, layout: Layout, config: DecoderConfig) -> list[str]:
     return found
 
 
-def _check_numbers(path: Path, json: Json) -> None:
-    """SourceError where a size or a number of `config.json` is none."""
-    for key, value in json.items():
-        whole = type(value) is int and value > 0
-        if key in _SIZES and not whole and not (value is None and key in _OPTIONAL):
-            raise SourceError(
-                f"{path / CONFIG} has {key} {value!r}, expected a whole number above 0"
-            )
-        if key in _NUMBERS and not (_positive(value) or (value is None and key in _OPTIONAL)):
-            raise SourceError(f"{path / CONFIG} has {key} {value!r}, expected a number above 0")
-
-
 def _check_rope(path: Path, parameters: Json) -> None:
     """UnsupportedError for a kind of rotation that no graph has, SourceError for no numbers."""
     kind = str(parameters["rope_type"])
@@ -168,42 +157,13 @@ def _check_rope(path: Path, parameters: Json) -> None:
             "it yet"
         )
     for key in ("rope_theta", *_ROPES[kind]):
-        if not _positive(parameters.get(key)):
+        if not positive(parameters.get(key)):
             raise SourceError(
                 f"{path / CONFIG} has {key} {parameters.get(key)!r} for its rotation, expected a "
                 "number above 0"
             )
 
 
-def _positive(value: Any) -> bool:
-    return type(value) in (int, float) and 0 < value < math.inf
-
-
-_SIZES = frozenset(
-    (
-        *("num_hidden_layers", "hidden_size", "vocab_size", "max_position_embeddings"),
-        *("num_attention_heads", "num_key_value_heads", "head_dim", "sliding_window"),
-        *("num_experts", "num_local_experts", "num_experts_per_tok", "decoder_sparse_step"),
-        *("n_layer", "n_embd", "n_head", "n_positions", "no_rope_layer_interval"),
-        *("d_model", "d_kv", "num_heads", "num_layers", "num_decoder_layers", "num_mel_bins"),
-        *("encoder_layers", "decoder_layers", "max_source_positions", "max_target_positions"),
-        *("encoder_attention_heads", "decoder_attention_heads", "sliding_window_pattern"),
-        *("relative_attention_num_buckets", "relative_attention_max_distance"),
-    )
-)
-_NUMBERS = frozenset(
-    (
-        *("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "query_pre_attn_scalar"),
-        *("attn_logit_softcapping", "final_logit_softcapping"),
-    )
-)
-_OPTIONAL = frozenset(
-    (
-        *("num_key_value_heads", "head_dim", "sliding_window", "num_decoder_layers"),
-        *("attn_logit_softcapping", "final_logit_softcapping"),
-    )
-)
-"""What may be null."""
 _ROPES: Mapping[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
