@@ -5,12 +5,17 @@ import json
 import re
 import signal
 import sys
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import tiny_bundles
+from receipt_fakes import receipt
 
 from leangen.cli import main
 from leangen.console import table
+from leangen.engine import Result
+from leangen.records import Output, Step
 
 
 def fails(capsys, *argv):
@@ -196,3 +201,14 @@ def test_a_table_loses_nothing_on_a_narrow_terminal(monkeypatch):
     table(["model", "runs", "energy"], [["galaxy-flow:fp32", "12", "0.0152 ± 0.0091 J"]])
     words = re.sub(r"\x1b\[[0-9;]*m", "", out.getvalue()).split()
     assert {"12", "0.0152", "0.0091", "energy"} <= set(words)
+
+
+def test_a_path_stands_on_a_line_of_its_own_after_streamed_text(capsys, monkeypatch, tmp_path):
+    class Stream(list):
+        result = Result(Output(array=np.zeros((2, 1)), media="table"), receipt("a"))
+
+    steps = Stream([Step(kind="decode", units=1, text="Hello.")])
+    engine = SimpleNamespace(name="talk", media="table", stream=lambda *_, **__: steps)
+    monkeypatch.setattr("leangen.load", lambda *_, **__: engine, raising=False)
+    assert main(["generate", "talk", "-o", str(tmp_path / "a.csv")]) == 0
+    assert capsys.readouterr().out.splitlines() == ["Hello.", str(tmp_path / "a.csv")]

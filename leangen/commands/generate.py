@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
         kind = engine.media if args.data is None else "table"  # of scores
         media.suffix_for(kind, args.output)  # before the work, not after it
     stream = engine.stream(prompt, **options)
-    sample, seen, made_s = 0, Preview(sys.stderr), 0.0
+    sample, seen, made_s, written = 0, Preview(sys.stderr), 0.0, False
     sound = isinstance(engine, lg.Engine) and engine.family.UNIT == "audio-second"
     for step in stream:
         if step.picture is not None:
@@ -54,9 +54,11 @@ def run(args: argparse.Namespace) -> int:
             seen.tell(f"{made_s:.2f} s of sound")
         if not args.json:
             print("\n---\n" * (step.sample - sample) + step.text, end="", flush=True)
-            sample = step.sample
+            sample, written = step.sample, written or bool(step.text)
     if sound:
         seen.tell("")
+    if written:
+        print()
     unkept = None
     try:
         result = stream.result
@@ -82,8 +84,6 @@ def _hand_over(result: Any, engine: Any, args: argparse.Namespace) -> None:
     if args.json:
         print_json(_document(result, saved))
         return
-    if result.text is not None:
-        print()
     for reply in result.output.extra.get("samples", ()):
         if reply.properties:
             print(properties.told(reply.properties))
