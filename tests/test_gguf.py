@@ -9,6 +9,7 @@ from gguf_fixtures import Tiny, write
 
 from leangen import exporters
 from leangen.bundle import open_bundle, verify
+from leangen.cli import main
 from leangen.errors import SourceError, StorageError, UnsupportedError
 from leangen.exporters import gguf, gguf_checkpoint
 
@@ -142,6 +143,14 @@ def test_the_manifest_tells_what_the_bundle_is(tmp_path):
     assert fp32.source["kind"] == "test"
     assert open_bundle(fp32.path) == fp32
     json.dumps(dict(bundle.config))
+
+
+def test_what_cannot_be_checked_is_refused_before_it_is_exported(tmp_path, capsys):
+    path, out = write(tmp_path / "a.gguf", Tiny()), tmp_path / "out"
+    assert main(["export", str(path), "-o", str(out), "--check"]) == 2
+    assert "torch, which does not run a.gguf" in capsys.readouterr().err and not out.exists()
+    assert main(["export", "hf:some/model", "-o", str(out)]) == 2
+    assert "`leangen pull hf:some/model` fetches" in capsys.readouterr().err
 
 
 def test_the_registry_finds_the_exporter(tmp_path):

@@ -71,6 +71,8 @@ def run(args: argparse.Namespace) -> int:
     given = {name: getattr(args, name) for name in ("form", "family", "weights")}
     options = {name: value for name, value in given.items() if value is not None}
     options |= dict(args.options)
+    if args.check:
+        exporters.must_check(args.source)
     bundle = exporters.export(
         args.source, args.output, name=args.name, replace=args.force, **options
     )

@@ -50,6 +50,8 @@ def find(path: Path) -> ModuleType:
         module = import_module(module_name)
         if (path.exists() or kind == "torch") and module.accepts(path):
             return module
+    if str(path).startswith("hf:"):
+        raise SourceError(f"{path} is no path: `leangen pull {path}` fetches and exports it")
     if not path.exists():
         raise SourceError(f"there is no {path}: give the path of a model to export")
     raise SourceError(
@@ -79,6 +81,14 @@ def export(
     return cast(Bundle, module.export(path, out, name=name, replace=replace, **options))
 
 
+def must_check(path: Path) -> None:
+    """RequestError where there is nothing of torch's to compare an export of `path` with."""
+    if not hasattr(find(path), "check"):
+        raise RequestError(
+            f"--check compares with torch, which does not run {path.name}: leave it out"
+        )
+
+
 def check(path: Path, bundle: Bundle, **options: object) -> list[Difference]:
     """Compare `bundle` with torch's result for the source at `path` that it was exported from.
 
@@ -86,10 +96,7 @@ def check(path: Path, bundle: Bundle, **options: object) -> list[Difference]:
     Raises RequestError for sources that torch does not run.
     """
     module = find(path)
-    if not hasattr(module, "check"):
-        raise RequestError(
-            f"--check compares with torch, which does not run {path.name}: leave it out"
-        )
+    must_check(path)
     taken = signature(module.check).parameters
     used = options if "options" in taken else {k: v for k, v in options.items() if k in taken}
     return cast("list[Difference]", module.check(path, bundle, **used))

@@ -94,7 +94,7 @@ def _pictures(path: Path, channels: int, limits: Sequence[float]) -> list[Array]
         return [low + imaging.pixels(name, channels) * (high - low) for name in names]
     try:
         if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as archive:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
                 arrays = [archive[name] for name in archive.files]
         elif path.suffix == ".npy":
             arrays = [np.load(path, allow_pickle=False)]
