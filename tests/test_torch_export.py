@@ -293,7 +293,7 @@ def test_factories_that_cannot_be_used(tmp_path, where, error, text):
     assert not (tmp_path / "bundle").exists()
 
 
-def test_weights_are_safetensors_that_fit(tmp_path):
+def test_weights_are_safetensors_or_a_pickled_state_dict_that_fit(tmp_path):
     safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
     module, _ = torch_models.plain_coupling()
     state = module.state_dict()
@@ -302,13 +302,13 @@ def test_weights_are_safetensors_that_fit(tmp_path):
     torch.save(state, pickled)
     safetensors.save_file({"turn": torch.ones(2, 2), "other": torch.ones(1)}, wrong)
     factory = source("plain_coupling")
-    bundle = exporters.export(factory, tmp_path / "bundle", weights=good)
-    assert bundle.source["weights"] == "w.safetensors"
     x = torch_models.rows()
-    got = Session(bundle).run("log_prob", {"x": x.numpy()}, ["latent"])[0]
-    np.testing.assert_allclose(got, module(x)[0].detach().numpy(), atol=1e-4)
+    for weights in (good, pickled):
+        bundle = exporters.export(factory, tmp_path / weights.suffix, weights=weights)
+        assert bundle.source["weights"] == weights.name
+        got = Session(bundle).run("log_prob", {"x": x.numpy()}, ["latent"])[0]
+        np.testing.assert_allclose(got, module(x)[0].detach().numpy(), atol=1e-4)
     for path, text in (
-        (pickled, "pickled checkpoints .* are not read"),
         (wrong, r"net\.0\.weight is missing.* 3 more"),
         (tmp_path / "none.safetensors", "there is no file"),
     ):

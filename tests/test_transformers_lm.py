@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -182,7 +183,59 @@ def test_what_cannot_be_exported_is_named(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_damaged_missing_and_pickled_files(tmp_path):
+@pytest.mark.parametrize("form", ["now", "before torch 1.6", "shards", "bfloat16"])
+def test_pickled_weights_are_those_of_safetensors(form, tmp_path):
+    saved, pickled = tmp_path / "saved", tmp_path / "pickled"
+    model = checkpoint(saved, "llama", SMALL)
+    if form == "bfloat16":
+        model.bfloat16().save_pretrained(saved)
+    shutil.copytree(saved, pickled)
+    (pickled / "model.safetensors").unlink()
+    state = model.state_dict()
+    if form == "shards":
+        names = list(state)
+        where = {name: f"pytorch_model-{i % 2}.bin" for i, name in enumerate(names)}
+        for file in set(where.values()):
+            torch.save({n: state[n] for n in names if where[n] == file}, pickled / file)
+        index = pickled / "pytorch_model.bin.index.json"
+        index.write_text(json.dumps({"weight_map": where}))
+    else:
+        now = form != "before torch 1.6"
+        torch.save(state, pickled / "pytorch_model.bin", _use_new_zipfile_serialization=now)
+    expected = exporters.export(saved, tmp_path / "a")
+    bundle = exporters.export(pickled, tmp_path / "b")
+    names = set(expected.files) | set(bundle.files)
+    assert {name: bundle.files[name] for name in names} == expected.files
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ("code of a pickle ran",)
+
+
+def test_a_pickle_that_is_more_than_tensors_is_refused_and_not_run(tmp_path, capsys):
+    folder = tmp_path / "saved"
+    model = checkpoint(folder, "llama", SMALL)
+    (folder / "model.safetensors").unlink()
+    weights = folder / "pytorch_model.bin"
+    for content, text in [
+        ({**model.state_dict(), "evil": Evil()}, "torch refuses to load it as weights only"),
+        ({"state": model.state_dict()}, "holds more than tensors by name"),
+        ([], "holds more than tensors by name"),
+    ]:
+        torch.save(content, weights)
+        with pytest.raises(SourceError, match=text):
+            exporters.export(folder, tmp_path / "out")
+    torch.save(model.state_dict(), weights)
+    whole = weights.read_bytes()
+    for size in (0, 9, len(whole) // 2, len(whole) - 9):
+        weights.write_bytes(whole[:size])
+        with pytest.raises(SourceError, match="torch refuses to load it"):
+            exporters.export(folder, tmp_path / "out")
+    assert "ran" not in capsys.readouterr().out
+
+
+def test_damaged_and_missing_files(tmp_path):
     folder = tmp_path / "saved"
     checkpoint(folder, "llama", SMALL)
     weights = folder / "model.safetensors"
@@ -190,8 +243,8 @@ def test_damaged_missing_and_pickled_files(tmp_path):
     weights.write_bytes(content[: len(content) // 2])
     with pytest.raises(SourceError, match="truncated or damaged"):
         exporters.export(folder, tmp_path / "out")
-    weights.rename(folder / "pytorch_model.bin")
-    with pytest.raises(SourceError, match="pickled weights only"):
+    weights.unlink()
+    with pytest.raises(SourceError, match=r"neither \*\.safetensors nor pytorch_model\.bin"):
         exporters.export(folder, tmp_path / "out")
     weights.write_bytes(content)
     (folder / "tokenizer.json").write_text("{}")

@@ -37,7 +37,7 @@ def declare(add: Callable[..., argparse.ArgumentParser]) -> None:
         action="store_true",
         help="transformers, diffusers, torch modules: compare with torch; exit 2 if it differs",
     )
-    sub.add_argument("--weights", type=Path, metavar="FILE", help="torch module: its .safetensors")
+    sub.add_argument("--weights", type=Path, metavar="FILE", help="torch module: its weights")
     sub.add_argument(
         "--option",
         dest="options",

@@ -27,7 +27,8 @@ The mapping's other entries, and `--option NAME=VALUE`, are options of that kind
 levels).
 
 Importing the user's own module runs it: name only what you trust. Nothing else is imported: no code
-that lies in a folder of weights, and no pickle. `--weights` reads safetensors.
+that lies in a folder of weights, and none of a pickle. `--weights` reads safetensors, and what
+`torch.save` wrote of a state dict.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ import onnxruntime as ort
 
 from leangen.bundle import Bundle, create, open_bundle, sha256_file
 from leangen.errors import LeangenError, SourceError, UnsupportedError, needs
+from leangen.exporters import pickled
 
 if TYPE_CHECKING:
     import torch
@@ -78,7 +80,7 @@ def export(
 ) -> Bundle:
     """Write the bundle of the module that the factory makes; see the top of this file.
 
-    `weights` are safetensors to load into it. torch's random numbers start from seed 0 before the
+    `weights` are a state dict to load into it. torch's random numbers start from seed 0 before the
     factory is called. Raises SourceError for a factory or weights that cannot be used,
     UnsupportedError for a module that cannot be exported, DependencyError without torch.
     """
@@ -250,23 +252,13 @@ def _read(returned: Any, path: Path, torch: Any) -> tuple[Any, Any, dict[str, An
 
 
 def _load(module: torch.nn.Module, weights: Path) -> None:
-    """Load safetensors; SourceError that lists what is missing or does not fit."""
-    message = "--weights needs safetensors: `pip install 'leangen[export]'`"
-    with needs("safetensors", message=message):
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-    remedy = "save them with safetensors.torch.save_file(module.state_dict(), ...)"
+    """Load a state dict; SourceError that lists what is missing or does not fit."""
     if not weights.is_file():
-        raise SourceError(f"there is no file {weights}: give the module's weights as safetensors")
-    if weights.suffix != ".safetensors":
         raise SourceError(
-            f"{weights} is no .safetensors file; pickled checkpoints (.pt, .pth, .bin, .ckpt) are "
-            f"not read, as loading one can run code: {remedy}"
+            f"there is no file {weights}: give the module's weights, as safetensors or as "
+            "torch.save wrote its state_dict()"
         )
-    try:
-        state = load_file(weights)
-    except SafetensorError as error:
-        raise SourceError(f"{weights} is not whole ({error}): {remedy}") from None
+    state = _safetensors(weights) if weights.suffix == ".safetensors" else pickled.load(weights)
     wanted = module.state_dict()
     problems = [f"{name} is missing" for name in wanted if name not in state]
     problems += [f"{name} is not the module's" for name in state if name not in wanted]
@@ -279,6 +271,21 @@ def _load(module: torch.nn.Module, weights: Path) -> None:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise SourceError(f"{weights} does not fit the module: {'; '.join(problems[:5])}{more}")
     module.load_state_dict(state)
+
+
+def _safetensors(weights: Path) -> dict[str, torch.Tensor]:
+    message = "--weights needs safetensors: `pip install 'leangen[export]'`"
+    with needs("safetensors", message=message):
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    try:
+        state: dict[str, torch.Tensor] = load_file(weights)
+        return state
+    except SafetensorError as error:
+        raise SourceError(
+            f"{weights} is not whole ({error}): save it again with "
+            "safetensors.torch.save_file(module.state_dict(), ...)"
+        ) from None
 
 
 def _export_images(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 
 from leangen.errors import SourceError
+from leangen.exporters import pickled
 
 Array = np.ndarray[Any, Any]
 _MOST_NAMED = 8
@@ -93,19 +93,7 @@ class StoredTensors:
             self._read[name] = partial(opened.get_tensor, name)
 
     def _open_pickle(self, file: Path) -> None:
-        try:
-            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-            raise SourceError(
-                f"{file} is pickled and torch refuses to load it as weights only "
-                f"({str(error).splitlines()[0]}): load it where you trust it and save it with "
-                "save_pretrained, which writes safetensors"
-            ) from error
-        if not isinstance(state, dict) or not all(map(torch.is_tensor, state.values())):
-            raise SourceError(
-                f"{file} holds more than tensors by name: load it where you trust it and save it "
-                "with save_pretrained, which writes safetensors"
-            )
+        state = pickled.load(file)
         for name, tensor in state.items():
             self._shapes[name] = tuple(tensor.shape)
             self._read[name] = partial(state.__getitem__, name)

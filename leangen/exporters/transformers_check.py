@@ -90,7 +90,7 @@ def _model(path: Path, kind: str) -> tuple[Any, Any]:
         import torch
         import transformers
     model: Any = getattr(transformers, kind).from_pretrained(
-        path, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+        path, dtype=torch.float32, trust_remote_code=False
     )
     return model, torch
 

@@ -1,4 +1,7 @@
-"""What transformers saves of a model: its config, its weights in safetensors, its tokenizer."""
+"""What transformers saves of a model: its config, its weights, its tokenizer.
+
+Weights are in safetensors, or in pickles that hold tensors alone, which torch reads.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +11,19 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from leangen.bundle import sha256_file
 from leangen.errors import SourceError, UnsupportedError, needs
+from leangen.exporters import pickled
 from leangen.exporters.checkpoint import Checkpoint, Layout, Rows
 from leangen.exporters.gguf_blocks import Floats
 
 CONFIG, TOKENIZER, TEMPLATE = "config.json", "tokenizer.json", "chat_template.jinja"
-WEIGHTS = "model.safetensors"
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 FLOATS = ("F32", "F16", "BF16", "F64")
 """Types of weights in safetensors that are whole in themselves."""
 
@@ -39,43 +43,54 @@ def model_type(path: Path) -> str | None:
 
 
 def open_tensors(path: Path) -> tuple[list[Path], dict[str, Any]]:
-    """The safetensors files of a folder, and by tensor the opened file that has it."""
-    message = f"{path} holds safetensors: `pip install safetensors`"
-    with needs("safetensors", "ml_dtypes", message=message):
-        import ml_dtypes  # noqa: F401  gives NumPy bfloat16
-        from safetensors import SafetensorError, safe_open
+    """The files with a folder's weights, and by tensor the opened file that has it."""
     files = _weight_files(path)
     tensors: dict[str, Any] = {}
     for file in files:
-        try:
-            opened = safe_open(file, framework="np")
-        except (SafetensorError, OSError) as error:
-            raise SourceError(
-                f"{file} is truncated or damaged ({error}): download it again"
-            ) from error
-        tensors.update(dict.fromkeys(cast(Any, opened).keys(), opened))
+        opened = _open(file) if file.suffix == ".safetensors" else pickled.Opened(file)
+        tensors.update(dict.fromkeys(opened.keys(), opened))
     return files, tensors
+
+
+def _open(file: Path) -> Any:
+    message = f"{file} holds safetensors: `pip install safetensors`"
+    with needs("safetensors", "ml_dtypes", message=message):
+        import ml_dtypes  # noqa: F401  gives NumPy bfloat16
+        from safetensors import SafetensorError, safe_open
+    try:
+        return safe_open(file, framework="np")
+    except (SafetensorError, OSError) as error:
+        raise SourceError(f"{file} is truncated or damaged ({error}): download it again") from error
 
 
 def _weight_files(path: Path) -> list[Path]:
     """Those that transformers would read; others may lie beside them, in another's layout."""
-    whole, index = path / WEIGHTS, path / f"{WEIGHTS}.index.json"
-    if whole.is_file():
-        return [whole]
-    if index.is_file():
-        names = sorted({str(name) for name in (read_json(index).get("weight_map") or {}).values()})
-        if names and all((path / name).is_file() for name in names):
-            return [path / name for name in names]
-        missing = ", ".join(name for name in names if not (path / name).is_file()) or "weights"
-        raise SourceError(f"{path} lacks {missing}, by its {index.name}: download it again")
+    for name in WEIGHTS:
+        whole, index = path / name, path / f"{name}.index.json"
+        if whole.is_file():
+            return [whole]
+        if index.is_file():
+            return _indexed(path, index)
     files = sorted(path.glob("*.safetensors"))
     if not files:
-        raise SourceError(_no_weights(path))
+        raise SourceError(
+            f"{path} holds neither *.safetensors nor {WEIGHTS[1]}: expected a folder that "
+            "save_pretrained wrote"
+        )
     return files
 
 
+def _indexed(path: Path, index: Path) -> list[Path]:
+    names = sorted({str(name) for name in (read_json(index).get("weight_map") or {}).values()})
+    missing = [name for name in names if not (path / name).is_file()]
+    if missing or not names:
+        what = ", ".join(missing) or "weights"
+        raise SourceError(f"{path} lacks {what}, by its {index.name}: download it again")
+    return [path / name for name in names]
+
+
 class Tensors(Checkpoint):
-    """The weights in a folder's safetensors files."""
+    """The weights in a folder's files."""
 
     def __init__(self, path: Path, layout: Layout) -> None:
         super().__init__(layout)
@@ -121,16 +136,6 @@ class Tensors(Checkpoint):
 
     def _floats(self, tensor: str, rows: Rows) -> Floats:
         return np.asarray(rows, np.float32)
-
-
-def _no_weights(path: Path) -> str:
-    pickled = sorted(file.name for file in (*path.glob("*.bin"), *path.glob("*.pt")))
-    if pickled:
-        return (
-            f"{path} holds pickled weights only ({pickled[0]}), which could run code when read: "
-            "load it where you trust it and save it with save_pretrained, which writes safetensors"
-        )
-    return f"{path} holds no *.safetensors: expected a folder that save_pretrained wrote"
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """A folder that transformers saved a causal language model in, to a language bundle.
 
-It reads `config.json`, `*.safetensors` and `tokenizer.json` itself: no torch, and no code of the
-model's. Weights are taken one at a time.
+It reads `config.json`, `*.safetensors` and `tokenizer.json` itself: no torch (but for weights that
+are pickled), and no code of the model's. Weights are taken one at a time.
 """
 
 from __future__ import annotations
