@@ -34,14 +34,22 @@ def load(file: Path) -> dict[str, torch.Tensor]:
     try:
         mapped = zipfile.is_zipfile(file)
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+    except Exception as error:  # what is damaged or no pickle at all fails in any way
         raise SourceError(
             f"{file} is pickled and torch refuses to load it as weights only "
-            f"({(str(error).splitlines() or ['it ends early'])[0]}): {_REMEDY}"
+            f"({_told(error)}): {_REMEDY}"
         ) from error
     if not isinstance(state, dict) or not all(map(_is_plain, state.values())):
         raise SourceError(f"{file} holds more than tensors by name: {_REMEDY}")
     return {str(name): tensor.detach() for name, tensor in state.items()}
+
+
+def _told(error: Exception) -> str:
+    """What was wrong, without torch's advice to load it all the same."""
+    if not isinstance(error, pickle.UnpicklingError | RuntimeError | OSError):
+        return "it is damaged, or nothing that torch.save wrote"
+    said = str(error).rpartition("WeightsUnpickler error:")[2].strip()
+    return said.partition("\n")[0].partition(". ")[0]
 
 
 def _is_plain(value: Any) -> bool:
