@@ -125,7 +125,8 @@ def test_temperature_is_the_spread_of_a_normal_latent(tmp_path):
 def test_temperature_where_there_is_none(session):
     with pytest.raises(RequestError, match="this flow's latent is uniform, which has none"):
         run(session, count=2, temperature=0.7)
-    with pytest.raises(RequestError, match="temperature is -1, expected 0 or more"):
-        density.Request(count=2, temperature=-1)
+    for temperature in (-1, 1e30):
+        with pytest.raises(RequestError, match="temperature is .*, expected 0 to 1000"):
+            density.Request(count=2, temperature=temperature)
     with pytest.raises(RequestError, match="temperature is for draws"):
         density.Request(data=[[0.0]], temperature=0.5)

@@ -88,6 +88,7 @@ def test_speakers(duet):
         ({"text": "a", "phonemes": "a"}, "text and phonemes given"),
         ({"phonemes": "a", "noise_scale": -1}, "noise_scale is -1"),
         ({"phonemes": "a", "noise_w": float("nan")}, "noise_w is nan"),
+        ({"phonemes": "a", "noise_scale": 1e20}, "noise_scale is 1e.20, expected 0 to 100"),
         ({"phonemes": "a", "length_scale": 0}, "length_scale is 0"),
         ({"phonemes": "a", "seed": -1}, "seed is -1"),
         ({"phonemes": ""}, "nothing to say"),

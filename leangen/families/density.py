@@ -39,6 +39,9 @@ BATCH = 8192
 BATCH_VALUES = 2**18
 """Values of all rows of a step: wide rows go in smaller steps."""
 
+HOTTEST = 1000
+"""Temperature: what flows compute of far hotter draws is no number."""
+
 CALIBRATION_ROWS = 2048
 CALIBRATION_VALUES = 2**17
 
@@ -61,7 +64,10 @@ class Request:
     def __post_init__(self) -> None:
         check(
             self,
-            temperature=(is_real(self.temperature) and self.temperature >= 0, "0 or more"),
+            temperature=(
+                is_real(self.temperature) and 0 <= self.temperature <= HOTTEST,
+                f"0 to {HOTTEST}",
+            ),
             count=(self.count is None or is_whole(self.count, 1), "a whole number, 1 or more"),
             seed=(is_whole(self.seed, 0), "a whole number, 0 or more"),
         )

@@ -28,6 +28,9 @@ EXAMPLE = {"phonemes": grapheme.DEMO_IPA}
 
 Array = np.ndarray[Any, Any]
 
+MOST_SCALE = 100
+"""Of noise, rhythm and slowness: at 100 a syllable takes ten seconds."""
+
 MAX_FRAMES = 10_000
 """Longest utterance: 2 minutes at 22,050 Hz, for which the decoder needs about 2 GB."""
 
@@ -75,8 +78,8 @@ class Request:
             )
         for name in ("noise_scale", "noise_w", "length_scale"):
             value = getattr(self, name)
-            fits = value is None or (is_real(value) and value >= 0)
-            check(self, **{name: (fits, "a finite number, 0 or more")})
+            fits = value is None or (is_real(value) and 0 <= value <= MOST_SCALE)
+            check(self, **{name: (fits, f"0 to {MOST_SCALE}")})
         check(
             self,
             length_scale=(self.length_scale != 0, "more than 0"),
