@@ -376,9 +376,9 @@ def test_on_a_file_of_onnxruntime_genais_builder(tmp_path):
     command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", tmp_path / "src"]
     command += ["-o", tmp_path / "out", "-p", "fp16", "-e", "cpu", "-c", tmp_path / "cache"]
     subprocess.run(command, check=True, capture_output=True)
-    (found,) = lint.lint(tmp_path / "out" / "model.onnx", "genai", progress=QUIET)
-    assert found.rule.name == "fp16-on-cpu"
-    assert found.cost is not None
+    found = lint.lint(tmp_path / "out" / "model.onnx", "genai", progress=QUIET)
+    [halves] = [f for f in found if f.rule.name == "fp16-on-cpu"]
+    assert halves.cost is not None
     lint.fix_file(tmp_path / "out" / "model.onnx", tmp_path / "mended.onnx")
     assert lint.lint(tmp_path / "mended.onnx", "genai", timed=False, progress=QUIET) == []
 
