@@ -47,7 +47,7 @@ def declare(add: Callable[..., argparse.ArgumentParser]) -> None:
         metavar="NAME=VALUE",
         help="torch module, plain ONNX: kind=velocity, steps=8, range=[-1,1] ...; may be repeated",
     )
-    sub.add_argument("--force", action="store_true", help="replace DIR")
+    sub.add_argument("--force", action="store_true", help="replace the bundle in DIR")
     sub.add_argument("--json", action="store_true")
 
 

@@ -41,7 +41,7 @@ def declare(add: Callable[..., argparse.ArgumentParser]) -> None:
         "model makes itself",
     )
     sub.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
-    sub.add_argument("--force", action="store_true", help="replace DIR")
+    sub.add_argument("--force", action="store_true", help="replace the bundle in DIR")
 
 
 def run(args: argparse.Namespace) -> int:

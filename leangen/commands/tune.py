@@ -51,7 +51,7 @@ def declare(add: Callable[..., argparse.ArgumentParser]) -> None:
         metavar="A,B",
         help="schemes or bundles to hold it against, e.g. int8,int4 (slower)",
     )
-    sub.add_argument("--force", action="store_true", help="replace FILE and DIR")
+    sub.add_argument("--force", action="store_true", help="replace FILE and the bundle in DIR")
     sub.add_argument("--meter", metavar="SPEC", help=METER_HELP)
     task_options(sub)
     json_and_threads(sub)
