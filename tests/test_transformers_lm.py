@@ -32,16 +32,22 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "options"), CASES)
-def test_logits_and_greedy_text_are_those_of_transformers(tmp_path, kind, options):
-    model = checkpoint(tmp_path / "saved", kind, options)
-    source = tmp_path / "saved" / "config.json"  # stands for its folder
-    session = Session(exporters.export(source, tmp_path / "bundle"), threads=1)
+def assert_same_logits(session, model):
+    """Of random tokens, which it returns."""
     tokens = np.random.default_rng().integers(0, VOCAB, 60).tolist()
     with torch.no_grad():
         expected = model.double()(torch.tensor([tokens])).logits[0].numpy()
     got = language.logits(session, tokens)
     np.testing.assert_allclose(got, expected, atol=1e-4 * max(1, np.abs(expected).max()))
+    return tokens
+
+
+@pytest.mark.parametrize(("kind", "options"), CASES)
+def test_logits_and_greedy_text_are_those_of_transformers(tmp_path, kind, options):
+    model = checkpoint(tmp_path / "saved", kind, options)
+    source = tmp_path / "saved" / "config.json"  # stands for its folder
+    session = Session(exporters.export(source, tmp_path / "bundle"), threads=1)
+    tokens = assert_same_logits(session, model)
 
     prompt = tokens[:20]
     run = language.run(session, language.Request(tokens=prompt, max_new_tokens=64, ignore_eos=True))
@@ -76,11 +82,7 @@ def test_what_a_config_leaves_out_is_what_transformers_takes(tmp_path, kind):
     file = tmp_path / "saved" / "config.json"
     file.write_text(json.dumps(options | {"model_type": kind, "rope_parameters": None}))
     session = Session(exporters.export(file, tmp_path / "bundle"), threads=1)
-    tokens = np.random.default_rng().integers(0, VOCAB, 60).tolist()
-    with torch.no_grad():
-        expected = model.double()(torch.tensor([tokens])).logits[0].numpy()
-    got = language.logits(session, tokens)
-    np.testing.assert_allclose(got, expected, atol=1e-4 * max(1, np.abs(expected).max()))
+    assert_same_logits(session, model)
 
 
 ROPE = {"rope_type": "linear", "factor": 2.0}
