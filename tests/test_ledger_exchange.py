@@ -54,6 +54,18 @@ def test_the_csv_is_flat_and_unknown_is_empty(ledger, tmp_path):
     assert rows[1]["source"] == "unavailable"
 
 
+def test_a_receipt_may_be_long_and_the_process_s_csv_is_as_it_was(tmp_path):
+    before = csv.field_size_limit()
+    with Ledger(tmp_path / "long.db") as ledger, Ledger(tmp_path / "again.db") as again:
+        ledger.append(receipt(tag="x" * (before + 1)))
+        export(ledger, tmp_path / "long.csv", "csv")
+        assert load(again, tmp_path / "long.csv").added == 1
+        assert again.summary() == ledger.summary()
+        with pytest.raises(SourceError):
+            load(again, tmp_path / "long.db")
+    assert csv.field_size_limit() == before
+
+
 def test_an_empty_ledger_exports_an_empty_file(tmp_path):
     with Ledger(tmp_path / "none.db") as ledger:
         assert export(ledger, tmp_path / "out.csv", "csv") == 0

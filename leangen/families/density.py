@@ -243,7 +243,7 @@ def _read(path: Path, columns: Sequence[str]) -> Any:
             return np.load(path, allow_pickle=False)
         if path.suffix == ".csv":
             with path.open(newline="", encoding="utf-8") as file:
-                return _pick(list(csv.reader(file)), columns)
+                return _pick(list(csv.reader(file, strict=True)), columns)
     except OSError as error:
         raise RequestError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, EOFError, csv.Error) as error:  # a .npy damaged or pickled, a .csv no text

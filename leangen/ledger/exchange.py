@@ -12,6 +12,7 @@ import io
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -84,11 +85,21 @@ def load(ledger: Ledger, path: Path) -> Merged:
     is not such a file, StorageError for a conflict, DependencyError as `export` does.
     """
     try:
-        with path.open("rb") as file:
+        with path.open("rb") as file, _long_fields():
             receipts, partial = _read(file, path)
             return ledger.add(_checked(receipts, path), partial=partial)
     except OSError as error:
         raise SourceError(f"cannot read {path}: {error.strerror}") from error
+
+
+@contextmanager
+def _long_fields() -> Iterator[None]:
+    """A receipt is one field, whatever its length; the limit is the process's and is put back."""
+    before = csv.field_size_limit(LONGEST_FIELD)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
 
 
 def _checked(receipts: Receipts, path: Path) -> Iterator[dict[str, Any]]:
@@ -164,7 +175,6 @@ def _to_codecarbon(receipts: Receipts, file: BinaryIO) -> None:
 
 
 def _from_csv(file: BinaryIO, path: Path) -> tuple[Receipts, bool]:
-    csv.field_size_limit(LONGEST_FIELD)
     lines = (line.decode("utf-8" if at else "utf-8-sig") for at, line in enumerate(file))
     reader = csv.DictReader(lines, strict=True)
     try:
