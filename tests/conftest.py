@@ -6,12 +6,29 @@ import gc
 import os
 from pathlib import Path
 
+import draws
+import hypothesis
 import postgres_server
 import pytest
 
 # Matrices of tests are too small to share: NumPy's and torch's threads spent more on waiting.
 for library in ("OPENBLAS", "MKL", "OMP"):
     os.environ.setdefault(f"{library}_NUM_THREADS", "1")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config):
+    """Hypothesis draws from the same seed, and nothing is too slow for it on a busy machine."""
+    config.option.hypothesis_seed = str(draws.SEED)
+    hypothesis.settings.register_profile(
+        "leangen", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+    )
+    hypothesis.settings.load_profile("leangen")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    draws.begin(item.nodeid)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -45,6 +62,7 @@ def pytest_report_header():
     flags = info.read_text().split() if info.exists() else []
     wanted = ("avx2", "avx_vnni", "avx512_vnni", "asimddp")
     return [
+        f"random data: LEANGEN_TEST_SEED={draws.SEED} repeats it",
         f"onnxruntime {onnxruntime.__version__}, CPU: "
         + (" ".join(flag for flag in wanted if flag in flags) or "no known SIMD flag"),
         *(

@@ -7,6 +7,7 @@ A process runs one variant only, so the tests run this file once for each.
 
 from __future__ import annotations
 
+import draws
 import leangen_kernels
 import numpy as np
 import onnxruntime as ort
@@ -150,7 +151,7 @@ def check_attention(rng, heads, width, spatial, scale):
 
 def check_all() -> None:
     """Every operator on odd shapes and extremes."""
-    rng = np.random.default_rng()
+    rng = draws.rng()
     for shape in SHAPES:
         check_conv(rng, shape, 8, 32)
         check_conv(rng, shape, 4, 4)

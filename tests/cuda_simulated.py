@@ -6,6 +6,7 @@ import sys
 import time
 from typing import Any
 
+import draws
 import numpy as np
 from cuda_cases import CASES, Simulator
 from leangen_kernels.cuda.instructions import across
@@ -57,7 +58,7 @@ def main() -> int:
         if len(sys.argv) > 1 and not any(name.startswith(wanted) for wanted in sys.argv[1:]):
             continue
         begin = time.process_time()
-        problem = case(machine, np.random.default_rng())
+        problem = case(machine, draws.rng())
         print(f"{name}: {problem or 'ok'} ({time.process_time() - begin:.1f} s)", flush=True)
         failed += problem is not None
     for name, check in () if len(sys.argv) > 1 else LAST.items():

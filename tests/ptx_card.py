@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import draws
 import numpy as np
 import ptx
 from cuda_cases import Host, HostArray
@@ -182,7 +183,7 @@ class Card(Host):
 
 def _anything(kinds: dict[str, type], count: int) -> dict[str, Array]:
     """Registers that nobody has set."""
-    rng = np.random.default_rng()
+    rng = draws.rng()
     held = {}
     for kind in set(kinds.values()):
         names = [name for name, one in kinds.items() if one is kind]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 
+import draws
 import numpy as np
 import pytest
 import real_models
@@ -100,7 +101,7 @@ def test_logits_are_those_of_torchs_layers(tmp_path):
     model, path = saved(tmp_path / "saved")
     assert exporters.find(path) is annalog
     session = Session(exporters.export(path, tmp_path / "bundle"), threads=1)
-    rng = np.random.default_rng()
+    rng = draws.rng()
     source, target = (rng.integers(4, len(WORDS), n).tolist() for n in (23, 30))
     with torch.no_grad():
         expected = model(torch.tensor([source]), torch.tensor([target]))[0].numpy()

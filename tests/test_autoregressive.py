@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import autoregressive_fixtures
+import draws
 import numpy as np
 import pytest
 
@@ -57,7 +58,7 @@ def test_imagegpt_is_transformers(tmp_path):
     torch, model, clusters = imagegpt_folder(tmp_path / "saved")
     assert exporters.find(tmp_path / "saved") is imagegpt
     session = Session(exporters.export(tmp_path / "saved", tmp_path / "bundle"), threads=1)
-    tokens = np.random.default_rng().integers(0, 32, 36).tolist()
+    tokens = draws.rng().integers(0, 32, 36).tolist()
     with torch.no_grad():
         expected = model(torch.tensor([[32, *tokens[:-1]]])).logits[0].numpy()
     got = image_tokens.logits(session, tokens)
@@ -133,7 +134,7 @@ def test_wavenet_is_torchs_convolutions(tmp_path, kernel, dilations):
     (folder / "config.json").write_text(json.dumps({**said, "dilations": dilations}))
     assert exporters.find(folder) is wavenet
     session = Session(exporters.export(folder, tmp_path / "bundle"), threads=1)
-    tokens = np.random.default_rng().integers(0, 64, 120).tolist()
+    tokens = draws.rng().integers(0, 64, 120).tolist()
 
     def conv(name, x, dilation=1):
         weight, bias = weights[f"{name}.weight"], weights.get(f"{name}.bias")

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import conv_cases
+import draws
 import leangen_kernels
 import numpy as np
 import onnxruntime as ort
@@ -20,7 +21,7 @@ needs_kernels = pytest.mark.skipif(
 
 @pytest.fixture
 def rng():
-    return np.random.default_rng()
+    return draws.rng()
 
 
 @pytest.mark.parametrize("variant", here())

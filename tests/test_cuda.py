@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import draws
 import numpy as np
 import pytest
 from cuda_cases import CASES
@@ -47,7 +48,7 @@ def test_the_simulator_can_tell(simulated, check):
 @pytest.mark.parametrize("form", [f for f in layout.FORMS.values() if tiles.holds(f)])
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (16, 128), (33, 300)])
 def test_tiles_give_back_what_was_packed(form, n, k):
-    rng = np.random.default_rng()
+    rng = draws.rng()
     codes = rng.integers(0, 1 << form.bits, (n, k), dtype=np.uint8)
     numbers = rng.random((2, n, -(-k // 32))).astype(np.float16).astype(np.float32)
     given = (codes, numbers[0], numbers[1] if form.minimum else None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import draws
 import gguf
 import numpy as np
 import pytest
@@ -131,7 +132,7 @@ def test_a_gguf_computes_what_transformers_computes(tmp_path, model):
     reference = checkpoint(tmp_path / "saved", kind, options)
     path = write(tmp_path / "model.gguf", reference, model.partition("-")[0])
     session = Session(exporters.export(path, tmp_path / "bundle"), threads=1)
-    tokens = np.random.default_rng().integers(0, VOCAB, 60).tolist()
+    tokens = draws.rng().integers(0, VOCAB, 60).tolist()
     with torch.no_grad():
         expected = reference.double()(torch.tensor([tokens])).logits[0].numpy()
     got = language.logits(session, tokens)

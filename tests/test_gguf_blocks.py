@@ -1,5 +1,6 @@
 """Blocks carried over stand for exactly the weights that ggml's dequantizer gives."""
 
+import draws
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
@@ -13,7 +14,7 @@ FORMS = sorted(gguf_blocks.FORMS)
 
 @pytest.mark.parametrize("form", FORMS)
 def test_blocks_stand_for_the_same_weights(form):
-    data = random_blocks(np.random.default_rng(), (24, 1536), form)
+    data = random_blocks(draws.rng(), (24, 1536), form)
     expected = quants.dequantize(data, Type[form]).astype(np.float64)
     blocks = gguf_blocks.unpack(form, data)
     assert blocks.shape == expected.shape
@@ -24,7 +25,7 @@ def test_blocks_stand_for_the_same_weights(form):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_codes_use_the_declared_width(form):
-    blocks = gguf_blocks.unpack(form, random_blocks(np.random.default_rng(), (8, 512), form))
+    blocks = gguf_blocks.unpack(form, random_blocks(draws.rng(), (8, 512), form))
     n, k = blocks.shape
     assert blocks.codes.nbytes * 8 == n * k * blocks.bits
     assert blocks.codes.dtype == np.uint8
@@ -35,7 +36,7 @@ def test_codes_use_the_declared_width(form):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_stacking_stacks_rows(form):
-    rng = np.random.default_rng()
+    rng = draws.rng()
     data = [random_blocks(rng, (n, 512), form) for n in (8, 24)]
     together = gguf_blocks.stack([gguf_blocks.unpack(form, part) for part in data])
     alone = gguf_blocks.unpack(form, np.concatenate(data))

@@ -71,7 +71,7 @@ def pairs(tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["gpt-2", "smollm"])
 @given(text=st.one_of(st.text(max_size=60), st.sampled_from(CORPUS)))
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_same_tokens_as_hugging_face(pairs, name, text):
     original, ours = pairs[name]
     assert ours.encode(text).ids == original.encode(text).ids
@@ -123,7 +123,7 @@ WORDS = ["▁", *"abcdeh ".strip(), "▁a", "ab", "▁ab", "abc", "bc", "de", "c
 
 
 @given(text=st.text(alphabet="abcdeh ", min_size=1, max_size=40))
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_sentencepiece_merges_by_score(tmp_path_factory, text):
     byte_tokens = [f"<0x{i:02X}>" for i in range(256)]
     tokens = ["<unk>", "<s>", "</s>", *byte_tokens, *WORDS]

@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import draws
 import numpy as np
 import pytest
 from kernels_machines import Emulated, Here, here
@@ -18,7 +19,7 @@ def machine(request):
 
 @pytest.fixture
 def rng():
-    return np.random.default_rng()
+    return draws.rng()
 
 
 def activations(machine, kernel, x, tile, center, block=32):

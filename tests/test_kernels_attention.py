@@ -1,5 +1,6 @@
 """The operator `Attention` against its twin and against ONNX Runtime's GroupQueryAttention."""
 
+import draws
 import leangen_kernels
 import numpy as np
 import onnxruntime as ort
@@ -81,7 +82,7 @@ def plain_order(keys, cache="fp32"):
 
 @pytest.fixture
 def rng():
-    return np.random.default_rng()
+    return draws.rng()
 
 
 @pytest.mark.parametrize("cache", cache_layout.CACHES)

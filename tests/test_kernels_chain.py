@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 
+import draws
 import leangen_kernels
 import numpy as np
 import onnx
@@ -116,7 +117,7 @@ def feeds(rng, cache, batch, new, past):
 
 @pytest.fixture
 def rng():
-    return np.random.default_rng()
+    return draws.rng()
 
 
 @pytest.mark.parametrize("activations", ["int8", "fp32"])

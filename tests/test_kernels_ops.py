@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 
+import draws
 import leangen_kernels
 import numpy as np
 import onnx
@@ -65,7 +66,7 @@ def session(proto, threads=2):
 
 @pytest.fixture
 def rng():
-    return np.random.default_rng()
+    return draws.rng()
 
 
 def close(y, expected, places=1e-5):

@@ -241,7 +241,7 @@ def test_the_description_has_the_options_and_not_the_prompt():
     text=st.text(alphabet="abe é🦆\n", min_size=1, max_size=30),
     stop=st.lists(st.text(alphabet="abé🦆", min_size=1, max_size=3), max_size=2),
 )
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_streamed_text_is_the_text_up_to_the_first_stop(session, text, stop):
     tokenizer = language.tokenizer(session)
     stream = TextStream(tokenizer, ids(session, "hello"), stop)
@@ -268,7 +268,7 @@ WORDS = [word.encode() for word in ("é", "🦆", "ab", "hello", "\ufffd", "漢"
     pieces=st.lists(st.binary(min_size=1, max_size=3) | st.sampled_from(WORDS), max_size=12),
     stop=st.lists(st.text(alphabet="abé🦆\ufffd", min_size=1, max_size=3), max_size=2),
 )
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 def test_any_bytes_stream_as_they_decode(session, pieces, stop):
     """Tokens of single bytes, of which many are no UTF-8: half characters wait, none is lost."""
     tokenizer = language.tokenizer(session)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from gguf_fixtures import Tiny
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from test_language import generate, make
 
@@ -99,7 +99,6 @@ def naive(tokens, room):
 
 
 @given(st.lists(st.integers(0, 3), max_size=40), st.integers(0, 12), st.integers(1, 20))
-@settings(deadline=None)
 def test_a_guess_is_what_followed_last_time(tokens, room, cut):
     lookup = PromptLookup(tokens[:cut], most=12)
     lookup.extend(tokens[cut:])

@@ -150,7 +150,7 @@ def distribution(logits, prompt, **options):
     min_p=st.sampled_from([0.0, 0.02, 0.1, 0.5]),
     repetition_penalty=st.sampled_from([1.0, 1.3, 0.8]),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_draws_follow_their_distribution(seed, **options):
     """Over evenly spread draws, each token comes up as often as its probability says."""
     rng = np.random.default_rng(seed)

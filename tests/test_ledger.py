@@ -180,7 +180,7 @@ def test_own_time_adds_up_to_the_union(spans, seed):
     assert own_time(shuffled) == pytest.approx(own)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     spans=st.lists(st.tuples(st.integers(0, 30), st.integers(1, 15)), min_size=1, max_size=8),
 )

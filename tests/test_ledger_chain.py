@@ -132,7 +132,7 @@ def test_any_changed_or_deleted_cell_is_found(rich, tmp_path):
     assert tried > 400
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_any_changed_byte_of_a_receipt_is_found(tmp_path_factory, data):
     path = tmp_path_factory.mktemp("ledger") / "ledger.db"

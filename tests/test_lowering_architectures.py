@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+import draws
 import leangen_kernels
 import lowered_graphs
 import numpy as np
@@ -37,7 +38,7 @@ def lowered(folder, kind, scheme):
     """The operators of leangen's and of ORT's in the lowered graph, both counted."""
     checkpoint(folder / "saved", kind, VARIANTS[kind][0])
     bundle = quantize(exporters.export(folder / "saved", folder / "fp32"), scheme, folder / scheme)
-    tokens = np.random.default_rng().integers(0, VOCAB, 60).tolist()
+    tokens = draws.rng().integers(0, VOCAB, 60).tolist()
     got, expected = (
         language.logits(Session(bundle, threads=1, activations="fp32", kernels=kernels), tokens)
         for kernels in ("auto", "ort")

@@ -117,7 +117,7 @@ def test_a_coarse_counter_widens_by_its_resolution():
     cuts=st.lists(st.floats(0.05, 5), min_size=2, max_size=6),
     phase=st.floats(0, 1),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_windows_end_to_end_add_up_to_the_whole(power_w, cuts, phase):
     edges = [1.0]
     for cut in cuts:

@@ -1,5 +1,6 @@
 """What needs an NVIDIA card: `pytest -m gpu`; without one, skips say what is missing."""
 
+import draws
 import numpy as np
 import pytest
 import tiny_bundles
@@ -39,7 +40,7 @@ def device():
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_kernel_is_its_twin(card, case):
-    assert CASES[case](card, np.random.default_rng()) is None
+    assert CASES[case](card, draws.rng()) is None
 
 
 @pytest.mark.parametrize("family", tiny_bundles.BUILDERS)
@@ -75,7 +76,7 @@ def test_our_operators_make_the_same_logits_as_on_the_cpu(
     tmp_path, device, scheme, activations, kv
 ):
     bundle = decoder(tmp_path, scheme)
-    tokens = np.random.default_rng().integers(0, 250, 20).tolist()
+    tokens = draws.rng().integers(0, 250, 20).tolist()
     made = []
     for where in ("cpu", device):
         session = Session(bundle, device=where, activations=activations, kv=kv)

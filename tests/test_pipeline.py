@@ -358,7 +358,7 @@ def engine(folder):
     return Engine(Session(leangen_bundle(folder / "oneshot"), threads=1))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(case=runs())
 def test_shares_of_any_window_add_up(engine, case):
     durations, windows, marks = case

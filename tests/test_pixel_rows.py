@@ -3,6 +3,7 @@
 import json
 
 import autoregressive_fixtures
+import draws
 import numpy as np
 import pytest
 import tiny_bundles
@@ -28,7 +29,7 @@ def drawn(session, **options):
 
 def test_a_pixel_is_drawn_from_what_the_whole_picture_says_of_it(rows):
     """One pass over the finished picture gives the logits that each pixel was chosen from."""
-    seed = int(np.random.default_rng().integers(100))
+    seed = int(draws.rng().integers(100))
     tokens = pixel_rows.draw(rows, seed)
     logits = pixel_rows.logits(rows, tokens, seed)
     chooser = Chooser(pixel_rows.Request(seed=seed).sampling(0), ())
@@ -36,7 +37,7 @@ def test_a_pixel_is_drawn_from_what_the_whole_picture_says_of_it(rows):
 
 
 def test_no_pixel_depends_on_those_after_it(rows):
-    tokens = np.random.default_rng().integers(0, 8, 30)
+    tokens = draws.rng().integers(0, 8, 30)
     changed = tokens.copy()
     changed[14] = (changed[14] + 3) % 8
     before, after = (pixel_rows.logits(rows, each.tolist()) for each in (tokens, changed))
@@ -104,7 +105,7 @@ def test_a_label_in_front_of_the_pixels(tmp_path):
     (folder / "preprocessor_config.json").write_text(json.dumps(greys))
     assert exporters.find(folder) is imagegpt
     session = Session(exporters.export(folder, tmp_path / "bundle"), threads=1)
-    tokens = np.random.default_rng().integers(0, 32, 36).tolist()
+    tokens = draws.rng().integers(0, 32, 36).tolist()
     for name, start in (("a", 32), ("c", 34)):
         with torch.no_grad():
             expected = model(torch.tensor([[start, *tokens[:-1]]])).logits[0].numpy()

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import draws
 import fake_card
 import numpy as np
 import ptx
@@ -239,7 +240,7 @@ def test_banks_and_sectors_are_counted(stride):
 )
 def test_the_tensor_core_multiplies(shape, kinds, made):
     """Each lane's registers are filled as the manual's formulas for element i say."""
-    rng = np.random.default_rng()
+    rng = draws.rng()
     depth = int(shape.partition("k")[2])
     a, b = (
         rng.integers(0, 100, size).astype(kind)
@@ -307,7 +308,7 @@ def counted():
 @pytest.mark.parametrize("case", CASES)
 def test_what_was_compiled_is_its_twin(kernels, counted, case):
     one = Card(kernels)
-    assert CASES[case](one, np.random.default_rng()) is None
+    assert CASES[case](one, draws.rng()) is None
     for name, counts in one.counts.items():
         counted[name] = counts
         assert counts.shared_passes == counts.shared_accesses, f"{name}: banks"
@@ -332,7 +333,7 @@ def test_a_kernel_without_its_barriers_is_found_out(kernels, case):
 
     one = Card({name: without(kernel) for name, kernel in kernels.items()})
     with pytest.raises(Fault, match="what nothing has written|no barrier between"):
-        CASES[case](one, np.random.default_rng())
+        CASES[case](one, draws.rng())
 
 
 @pytest.mark.slow

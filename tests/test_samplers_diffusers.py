@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass, field
 
+import draws
 import numpy as np
 import pytest
 from perfect_denoiser import SHAPE, denoiser, predict, same_noise
@@ -142,7 +143,7 @@ def test_flow_matching_is_that_of_diffusers(name, scheduler, per_step, shift):
         sigmas = [*theirs.sigmas.tolist()[:-1:2], 0.0]
         levels = [Level(1 - sigma, sigma) for sigma in sigmas]
     x = noise()
-    *_, ours = samplers.get(name).sample(denoiser("flow"), x, levels, np.random.default_rng())
+    *_, ours = samplers.get(name).sample(denoiser("flow"), x, levels, draws.rng())
     their_x = torch.tensor(x)
     sigmas = theirs.sigmas.tolist()
     for place, timestep in enumerate(theirs.timesteps):
@@ -172,7 +173,7 @@ def test_heun_is_that_of_diffusers_in_its_variables():
     sigmas = theirs.sigmas.tolist()
     levels = [Level(1.0, sigma) for sigma in [*sigmas[:-1:2], 0.0]]
     x = noise(sigmas[0])
-    *_, ours = samplers.get("heun").sample(denoiser("epsilon"), x, levels, np.random.default_rng())
+    *_, ours = samplers.get("heun").sample(denoiser("epsilon"), x, levels, draws.rng())
     their_x = torch.tensor(x)
     for place, timestep in enumerate(theirs.timesteps):
         answer = predict("epsilon", their_x.numpy(), Level(1.0, sigmas[place]))

@@ -52,7 +52,7 @@ def per_block(values, size):
 
 
 @every_form
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(w=weights, block_size=blocks)
 def test_round_trip_is_within_the_bound(name, options, w, block_size):
     scheme = schemes.get(name)
@@ -66,7 +66,7 @@ def test_round_trip_is_within_the_bound(name, options, w, block_size):
 
 
 @every_form
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(w=weights, block_size=blocks)
 def test_quantizing_again_changes_nothing(name, options, w, block_size):
     scheme = schemes.get(name)

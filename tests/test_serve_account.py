@@ -96,7 +96,7 @@ def test_shares_sum_to_the_total_over_random_schedules(monkeypatch, seed):
     works=st.lists(st.integers(1, 10**9), min_size=1, max_size=8),
     energy_uj=st.integers(1, 10**12),
 )
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_a_stretch_goes_by_computing_time(works, energy_uj):
     with pytest.MonkeyPatch.context() as patch:
         world = World(patch)

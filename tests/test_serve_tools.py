@@ -141,7 +141,7 @@ def test_calls_are_read(form, text, names):
 
 
 @given(st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_stream_says_what_the_whole_text_says(data):
     form = data.draw(st.sampled_from([TAGGED, BARE]))
     pieces = st.sampled_from(

@@ -4,6 +4,7 @@ import sys
 import wave
 from pathlib import Path
 
+import draws
 import numpy as np
 import pytest
 
@@ -33,7 +34,7 @@ def test_what_is_exported_is_the_module(tmp_path):
     model = prompts_wavenet.WaveNet().half().float()
     prompts_wavenet.save(model, tmp_path / "saved")
     bundle = exporters.export(tmp_path / "saved", tmp_path / "bundle")
-    levels = np.random.default_rng().integers(0, 256, 400)
+    levels = draws.rng().integers(0, 256, 400)
     with torch.no_grad():
         expected = model(torch.from_numpy(levels)[None])[0].numpy()
     got = waveform.logits(Session(bundle, threads=1), levels.tolist())

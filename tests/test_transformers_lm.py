@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 
+import draws
 import numpy as np
 import pytest
 from transformers_models import (
@@ -34,7 +35,7 @@ CASES = [
 
 def assert_same_logits(session, model):
     """Of random tokens, which it returns."""
-    tokens = np.random.default_rng().integers(0, VOCAB, 60).tolist()
+    tokens = draws.rng().integers(0, VOCAB, 60).tolist()
     with torch.no_grad():
         expected = model.double()(torch.tensor([tokens])).logits[0].numpy()
     got = language.logits(session, tokens)
@@ -135,7 +136,7 @@ def test_older_keys_of_the_rotation_are_read(tmp_path):
     )
     file = tmp_path / "saved" / "config.json"
     config = json.loads(file.read_text())
-    tokens = np.random.default_rng().integers(0, VOCAB, 60).tolist()
+    tokens = draws.rng().integers(0, VOCAB, 60).tolist()
     with torch.no_grad():
         expected = model(torch.tensor([tokens])).logits[0].numpy()
     old = {"type": "linear", "factor": 2.0}

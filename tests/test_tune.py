@@ -48,7 +48,7 @@ def brute_force(table, budget):
     return found
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(tables, st.integers(0, 60))
 def test_the_integer_program_finds_the_least_cost(table, budget):
     pytest.importorskip("scipy")
@@ -60,7 +60,7 @@ def test_the_integer_program_finds_the_least_cost(table, budget):
         assert set(found.choices) == set(table)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(tables, st.integers(0, 60))
 def test_without_scipy_the_gap_is_true(table, budget):
     best, found = brute_force(table, budget), solve.relaxed(table, float(budget))

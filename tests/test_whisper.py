@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import wave
 
+import draws
 import numpy as np
 import pytest
 import real_models
@@ -68,7 +69,7 @@ def test_resampling_keeps_tones_and_takes_out_what_does_not_fit(from_hz, to_hz):
 
 def test_resampling_is_close_to_scipys():
     signal = pytest.importorskip("scipy.signal")
-    rng = np.random.default_rng()
+    rng = draws.rng()
     sound = np.convolve(rng.standard_normal(6000), np.hanning(24), "same").astype(np.float32) / 8
     expected = signal.resample_poly(sound, 320, 441)
     got = audio.resample(sound, 22_050, 16_000)

@@ -257,7 +257,7 @@ def test_between_looks_keeping_up_reads_one_clock_and_no_counter():
     law=st.sampled_from(sorted(pw.DESIGN | pw.HELD_OUT)),
     cut=st.floats(0.2, 0.8),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_window_split_in_two_adds_up_within_u(seed, law, cut):
     """Back to back, the counts add up exactly; the parts hold the whole within their own u."""
     rng = np.random.default_rng(seed)

@@ -1,0 +1,36 @@
+"""Random data of tests: fresh in every run, and the same again with LEANGEN_TEST_SEED=N.
+
+What a test draws depends on that number and the test's name, never on what ran before it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import secrets
+import sys
+
+import numpy as np
+
+SEED = int(os.environ.setdefault("LEANGEN_TEST_SEED", str(secrets.randbits(32))))
+"""Processes that a test starts, and other workers, find it in their environment."""
+
+_root = np.random.SeedSequence(SEED)
+
+
+def begin(name: str) -> None:
+    """From here on it is this test that draws, also with Python's, NumPy's and torch's own."""
+    global _root
+    digest = hashlib.sha256(f"{SEED} {name}".encode()).digest()
+    seed = int.from_bytes(digest[:4], "big")
+    _root = np.random.SeedSequence([SEED, seed])
+    random.seed(seed)
+    np.random.seed(seed)
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(seed)
+
+
+def rng() -> np.random.Generator:
+    """A generator of its own at each call."""
+    return np.random.default_rng(_root.spawn(1)[0])
