@@ -144,7 +144,7 @@ def test_more_steps_than_a_timestep_model_has_are_refused(tmp_path):
     onnx.save(model, path)
     bundle = onnx_file.export(path, tmp_path / "b")
     assert bundle.config["prediction"] == "epsilon" and bundle.config["steps"] == 20
-    with pytest.raises(RequestError, match="at most the 1000"):
+    with pytest.raises(RequestError, match="at most 1000 of the 1000"):
         next(diffusion.run(Session(bundle), diffusion.Request(steps=1001)))
 
 

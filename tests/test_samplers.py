@@ -242,12 +242,15 @@ def test_steps_visit_levels_of_falling_noise_and_end_clean(steps, spacing):
     assert len(ours) == steps + 1
     assert ours[-1] == CLEAN
     assert all(a.log_snr < b.log_snr for a, b in pairwise(ours))
-    if spacing != "karras":
+    if spacing not in ("even", "karras"):
         assert set(ours[:-1]) <= set(trained)
     if spacing != "leading":
         assert ours[0] == pytest.approx(trained[-1])
-    if spacing == "linspace" and steps > 1:
-        assert ours[-2] == trained[0]
+    if spacing in ("even", "linspace") and steps > 1:
+        assert ours[-2] == pytest.approx(trained[0])
+    if steps < 50:
+        more = schedules.spaced(trained, steps + 1, spacing)
+        assert schedules.spaced(trained, steps, spacing, inner=True) == [*more[:-2], CLEAN]
 
 
 def test_flow_levels_go_from_noise_to_the_sample_and_shift_keeps_both_ends():
@@ -257,6 +260,7 @@ def test_flow_levels_go_from_noise_to_the_sample_and_shift_keeps_both_ends():
         assert all(level.alpha + level.sigma == 1 for level in levels)
     assert [level.sigma for level in schedules.flow(4)] == [1, 0.75, 0.5, 0.25, 0]
     assert schedules.flow(2, 3.0)[1].sigma == pytest.approx(0.75)
+    assert [level.sigma for level in schedules.flow(3, lowest=0.5)] == [1, 0.75, 0.5, 0]
 
 
 def test_a_level_between_two_timesteps_lies_between_them():

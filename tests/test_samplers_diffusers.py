@@ -1,11 +1,11 @@
 """Every sampler and schedule against diffusers' scheduler, on the same noise, step by step."""
 
-import importlib
 import math
 from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
+from perfect_denoiser import SHAPE, denoiser, predict, same_noise
 
 from leangen import samplers
 from leangen.samplers import SAMPLERS, Level, schedules
@@ -13,41 +13,8 @@ from leangen.samplers import SAMPLERS, Level, schedules
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
-STEPS, SHAPE, SPREAD = 10, (4, 16), 0.3  # 999 / (STEPS - 1) is whole: so are the timesteps
+STEPS = 10  # 999 / (STEPS - 1) is whole: so are the timesteps
 LINEAR = {"kind": "linear", "timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02}
-
-
-def clean(x, level):
-    """E[x0 | x] for x0 from two Gaussians at -1 and 1, which no method solves exactly."""
-    alpha, sigma = level
-    variance = (alpha * SPREAD) ** 2 + sigma**2
-    keep = alpha * SPREAD**2 / variance
-    x = x.astype(np.float64)
-    return np.tanh(alpha * x / variance) * (1 - alpha * keep) + keep * x
-
-
-def predict(kind, x, level):
-    """What a perfect model of that kind answers."""
-    x0 = clean(x, level)
-    if kind == "sample":
-        return x0
-    noise = (x - level.alpha * x0) / level.sigma
-    answers = {
-        "epsilon": noise,
-        "v": level.alpha * noise - level.sigma * x0,
-        "flow": noise - x0,
-    }
-    return answers[kind]
-
-
-def denoiser(kind):
-    """That model, as the samplers see it."""
-
-    def denoise(x, level):
-        answer = predict(kind, x, level).astype(np.float32)
-        return schedules.clean(kind, answer, x, level)
-
-    return denoise
 
 
 @dataclass(frozen=True)
@@ -98,19 +65,6 @@ def visited(theirs):
     """The levels at its timesteps; it keeps them in float32."""
     alpha_bar = theirs.alphas_cumprod.double()[theirs.timesteps.long()].tolist()
     return [*(Level(math.sqrt(a), math.sqrt(1 - a)) for a in alpha_bar), samplers.CLEAN]
-
-
-def same_noise(monkeypatch, theirs):
-    """Their noise comes from the generator that ours will be given, another time."""
-    rng = np.random.default_rng(7)
-    module = importlib.import_module(type(theirs).__module__)
-
-    def drawn(shape, *args, dtype=None, **kwargs):
-        return torch.tensor(rng.standard_normal(tuple(shape), np.float32))
-
-    if hasattr(module, "randn_tensor"):
-        monkeypatch.setattr(module, "randn_tensor", drawn)
-    return np.random.default_rng(7)
 
 
 def noise(sigma=1.0):

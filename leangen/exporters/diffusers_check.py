@@ -110,10 +110,10 @@ def _asked(saved: Saved, session: Session) -> tuple[diffusion.Request, _Noise, A
     request = diffusion.trial(session, _SEED)
     kind = diffusers.DDPMPipeline if saved.bare else getattr(diffusers, saved.kind)
     takes_latents = "latents" in inspect.signature(kind.__call__).parameters
-    sigma = denoising.levels(config, config["steps"])[0].sigma
+    spread = denoising.pure_noise(config, denoising.levels(config, config["steps"])[0])
     shape = (1, *config["sample"]["shape"])
     first = torch.randn(shape, generator=torch.Generator().manual_seed(_SEED))
-    return request, _Noise(first if takes_latents else None, sigma), first * sigma
+    return request, _Noise(first if takes_latents else None, spread), first * spread
 
 
 def _drawn(
@@ -143,10 +143,10 @@ def _drawn(
 class _Noise:
     """Draws what the pipeline draws, in the same order, from torch's generator."""
 
-    def __init__(self, first: Any, sigma: float) -> None:
+    def __init__(self, first: Any, spread: float) -> None:
         import torch
 
-        self._first, self._sigma = first, sigma
+        self._first, self._spread = first, spread
         self._generator = torch.Generator().manual_seed(_SEED + 1)
         self._begun = False
 
@@ -158,8 +158,8 @@ class _Noise:
         if not begun and self._first is not None:
             return self._first.numpy().astype(dtype)
         drawn = torch.randn(shape, generator=self._generator).numpy().astype(dtype)
-        # where the pipeline draws it, pure noise is not scaled down to the first level's
-        return drawn if begun else drawn / np.float32(self._sigma)
+        # where the pipeline draws it, pure noise is not scaled to the first level's
+        return drawn if begun else drawn / np.float32(self._spread)
 
 
 def _scheduler(saved: Saved, bundle: Bundle) -> tuple[Any, dict[str, Any]]:
@@ -174,7 +174,8 @@ def _scheduler(saved: Saved, bundle: Bundle) -> tuple[Any, dict[str, Any]]:
         return getattr(diffusers, kind).from_config(config), {"steps": steps}
     if noise["kind"] == "flow":
         own = diffusers.FlowMatchEulerDiscreteScheduler(shift=noise["shift"])
-        return own, {"steps": STEPS, "sampler": "euler"}
+        noise = {**noise, "lowest": own.sigma_min}
+        return own, {"steps": STEPS, "sampler": "euler", "noise_level": noise}
     ancestral = saved.bare or saved.kind in ("DDPMPipeline", *_LEARNED_VARIANCE)
     options = {"variance_type": "fixed_small"} if ancestral else {"set_alpha_to_one": True}
     clip = bundle.config["clip"] or {"quantile": None}
@@ -186,7 +187,7 @@ def _scheduler(saved: Saved, bundle: Bundle) -> tuple[Any, dict[str, Any]]:
     return own, {
         "steps": STEPS,
         "sampler": "ddpm" if ancestral else "ddim",
-        "noise_level": {**noise, "spacing": "leading", "offset": 1},
+        "noise_level": {**noise, "spacing": "leading", "offset": 1, "inner": False},
     }
 
 
@@ -251,8 +252,6 @@ def _arguments(config: Mapping[str, Any], request: diffusion.Request) -> dict[st
         "class_labels": [conditions["class"]] if "class" in conditions else None,
         "batch_size": 1,
     }
-    if config["noise_level"]["kind"] == "flow":
-        given["sigmas"] = np.linspace(1, 1 / steps, steps).tolist()
     if request.image is not None:
         given["image"] = torch.tensor(np.moveaxis(request.image, -1, 0)[None])
         given["strength"] = 1.0

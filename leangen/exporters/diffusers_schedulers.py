@@ -35,6 +35,12 @@ _STAND_INS = {
     "LMSDiscreteScheduler": "a multistep solver of the diffusion ODE",
     "PNDMScheduler": "a multistep solver of the diffusion ODE",
 }
+_BETWEEN = (
+    *("EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler"),
+    *("KDPM2DiscreteScheduler",),
+)
+"""Schedulers that do not round their timesteps."""
+_MULTISTEP = ("dpmpp_2m", "dpmpp_2m_sde", "unipc")
 _BETAS = {
     "linear": "linear",
     "scaled_linear": "scaled_linear",
@@ -97,7 +103,7 @@ def describe(config: Mapping[str, Any]) -> dict[str, Any]:
         }
     if kind.startswith("FlowMatch") or config.get("use_flow_sigmas"):
         return found | {
-            "noise_level": _flow_level(config, reasons),
+            "noise_level": _flow_level(kind, config, reasons),
             "prediction": "flow",
             "clip": None,
             "reasons": reasons,
@@ -108,10 +114,12 @@ def describe(config: Mapping[str, Any]) -> dict[str, Any]:
             f"prediction {config['prediction_type']!r} is unknown: expected one of "
             f"{', '.join(_PREDICTIONS)}"
         )
+    if kind == "HeunDiscreteScheduler":
+        reasons["sampler"] = f"heun for {kind}: in the model's variables, not in sigma / alpha"
     if str(config.get("variance_type", "")).startswith("learned"):
         reasons["variance_type"] = "the variances that the model learned are not used"
     return found | {
-        "noise_level": _trained_level(kind, config),
+        "noise_level": _trained_level(kind, config, found["sampler"]),
         "prediction": prediction,
         "clip": _clip(config),
         "reasons": reasons,
@@ -130,19 +138,21 @@ def _check_numbers(kind: str, config: Mapping[str, Any]) -> None:
             raise SourceError(f"{kind} has {key} {value!r}, expected a number above 0")
 
 
-def _flow_level(config: Mapping[str, Any], reasons: dict[str, str]) -> dict[str, Any]:
+def _flow_level(kind: str, config: Mapping[str, Any], reasons: dict[str, str]) -> dict[str, Any]:
     if config.get("use_dynamic_shifting"):
         reasons["shift"] = "the shift does not depend on the size of the image"
-    return {
-        "kind": "flow",
-        "input": "timestep",
-        "scale": float(config["num_train_timesteps"]),
-        "shift": float(config.get("shift") or config.get("flow_shift") or 1.0),
-    }
+    scale = float(config["num_train_timesteps"])
+    shift = float(config.get("shift") or config.get("flow_shift") or 1.0)
+    level = {"kind": "flow", "input": "timestep", "scale": scale, "shift": shift}
+    if kind.startswith("FlowMatch"):
+        level["lowest"] = shift / (scale + shift - 1)  # the shift of 1 / scale; shifted once more
+    return level
 
 
-def _trained_level(kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
+def _trained_level(kind: str, config: Mapping[str, Any], sampler: str) -> dict[str, Any]:
     spacing = "karras" if config.get("use_karras_sigmas") else config.get("timestep_spacing")
+    if kind in _BETWEEN and spacing == "linspace":
+        spacing = "even"
     level: dict[str, Any] = {
         "kind": "timestep",
         "input": "timestep",
@@ -150,6 +160,8 @@ def _trained_level(kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
         "spacing": spacing or "linspace",
         "offset": config.get("steps_offset") or 0,
     }
+    if sampler in _MULTISTEP and spacing in ("linspace", "leading"):
+        level["inner"] = True
     if kind == "LCMScheduler":
         level |= {"spacing": "distilled", "distilled": config["original_inference_steps"]}
     return level

@@ -23,15 +23,17 @@ def levels(config: Mapping[str, Any], steps: int, strength: float | None = None)
     if noise["kind"] == "sigma":
         visited = schedules.karras(steps, noise["min"], noise["max"])
     elif noise["kind"] == "flow":
-        visited = schedules.flow(steps, noise.get("shift", 1.0))
+        visited = schedules.flow(steps, noise.get("shift", 1.0), noise.get("lowest"))
     else:
         trained, spacing = schedules.trained(noise["schedule"]), noise.get("spacing", "linspace")
         most = noise.get("distilled", len(trained)) if spacing == "distilled" else len(trained)
+        most -= bool(noise.get("inner"))
         if steps > most:
             raise RequestError(
-                f"steps is {steps}, expected at most the {most} this model was trained with"
+                f"steps is {steps}, expected at most {most} of the {len(trained)} noise levels "
+                "that this model was trained with"
             )
-        options = {key: noise[key] for key in ("offset", "distilled") if key in noise}
+        options = {key: noise[key] for key in ("offset", "distilled", "inner") if key in noise}
         visited = schedules.spaced(trained, steps, spacing, **options)
     if strength is None:
         return visited
@@ -42,6 +44,14 @@ def levels(config: Mapping[str, Any], steps: int, strength: float | None = None)
             f"expected {1 / steps:g} or more"
         )
     return visited[steps - kept :]
+
+
+def pure_noise(config: Mapping[str, Any], first: Level) -> float:
+    """The spread of noise that stands for a sample at the first level.
+
+    Of variance-preserving models, whose samples have unit variance at every level, that.
+    """
+    return 1.0 if config["noise_level"]["kind"] == "timestep" else first.sigma
 
 
 def denoiser(

@@ -4,9 +4,9 @@ The bundle has the graph `model`, and in its config
 
     sample       {"input", "output", "shape": [c, h, w]}
     noise_level  {"input", "kind", "shape", "dtype"}, and by kind: `sigma` "min" and "max";
-                 `timestep` "schedule" (see samplers.schedules.trained), "spacing", "offset" and
-                 "distilled" (samplers.schedules.spaced); `flow` "scale" (the input is scale * t),
-                 "shift"
+                 `timestep` "schedule" (see samplers.schedules.trained), "spacing", "offset",
+                 "distilled" and "inner" (samplers.schedules.spaced); `flow` "scale" (the input is
+                 scale * t), "shift", "lowest" (samplers.schedules.flow)
     prediction   `sample`, `epsilon`, `v` or `flow`: what the graph's output estimates
     clip         {"limit"}, perhaps "quantile": how estimates are kept in range, or null
     sampler, steps            the defaults
@@ -191,13 +191,15 @@ def _states(
     sampler = samplers.get(request.sampler or config["sampler"])
     levels = _levels(config, request)
     shape = tuple(config["sample"]["shape"])
-    x = rng.standard_normal((1, *shape), np.float32) * np.float32(levels[0].sigma)
+    x = rng.standard_normal((1, *shape), np.float32)
     conditions = dict(given.conditions)
     if "upscale" in config:
         conditions |= latents.upscaling_feeds(session, request.image, conditions, rng)
     denoise = denoising.denoiser(session, conditions, given.guided, reuse=request.reuse or 1)
-    if given.image is not None:
-        x = x + levels[0].alpha * given.image
+    if given.image is None:
+        x = x * np.float32(denoising.pure_noise(config, levels[0]))
+    else:
+        x = levels[0].alpha * given.image + np.float32(levels[0].sigma) * x
         if given.mask is not None:
             denoise = denoising.inpainting(denoise, given.image, given.mask)
     yield from sampler.sample(denoise, x, levels, rng)

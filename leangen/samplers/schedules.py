@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ from leangen.samplers import CLEAN, Array, Level
 Prediction = Literal["sample", "epsilon", "v", "flow"]
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 KINDS = ("linear", "scaled_linear", "cosine", "sigmoid")
-SPACINGS = ("linspace", "leading", "trailing", "karras", "distilled")
+SPACINGS = ("linspace", "even", "leading", "trailing", "karras", "distilled")
 
 
 def karras(steps: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> list[Level]:
@@ -26,12 +27,15 @@ def karras(steps: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> 
     return [Level(1.0, sigma) for sigma in (float(sigma_max), *ramp[1:].tolist())] + [CLEAN]
 
 
-def flow(steps: int, shift: float = 1.0) -> list[Level]:
+def flow(steps: int, shift: float = 1.0, lowest: float | None = None) -> list[Level]:
     """alpha = 1 - t, sigma = t from t = 1 to 0 in even steps, moved towards noise by `shift`.
 
-    Large images need more of their steps at high noise: arXiv 2403.03206, eq. 23.
+    Large images need more of their steps at high noise: arXiv 2403.03206, eq. 23. With `lowest`
+    the even steps end there, and one more goes to 0.
     """
     t = np.linspace(1, 0, steps + 1)
+    if lowest is not None:
+        t = np.append(np.linspace(1, lowest, steps), 0)
     t = shift * t / (1 + (shift - 1) * t)
     return [Level(1 - each, each) for each in t.tolist()]
 
@@ -73,21 +77,29 @@ def spaced(
     spacing: str = "linspace",
     offset: int = 0,
     distilled: int = 50,
+    inner: bool = False,
 ) -> list[Level]:
     """`steps` of the training levels, noise falling, then the clean sample.
 
-    `linspace` goes from the last to the first; `trailing` counts whole strides from the last,
-    `leading` from the first, `offset` further on (arXiv 2305.08891, table 2); `karras` spaces
-    sigma / alpha by `karras`, between timesteps too; `distilled` takes of the `distilled` trailing
-    levels that a latent consistency model was made at (arXiv 2310.04378). Raises UnsupportedError
-    for another spacing.
+    `linspace` goes from the last to the first, `even` between timesteps too; `trailing` counts
+    whole strides from the last, `leading` from the first, `offset` further on (arXiv 2305.08891,
+    table 2); `karras` spaces sigma / alpha by `karras`, between timesteps too; `distilled` takes of
+    the `distilled` trailing levels that a latent consistency model was made at (arXiv 2310.04378).
+    `inner` leaves out the last of one more level, of little noise: multistep solvers reach the
+    clean sample from further away. Raises UnsupportedError for another spacing.
     """
+    if inner:
+        return [*spaced(levels, steps + 1, spacing, offset, distilled)[:-2], CLEAN]
     last = len(levels) - 1
     if spacing == "karras":
         ratios = karras(steps, *(levels[end].sigma / levels[end].alpha for end in (0, last)))[:-1]
         lengths = [float(np.hypot(1, ratio.sigma)) for ratio in ratios]
         pairs = zip(ratios, lengths, strict=True)
         return [*(Level(1 / length, ratio.sigma / length) for ratio, length in pairs), CLEAN]
+    if spacing == "even":
+        angles = [math.atan2(level.sigma, level.alpha) for level in levels]
+        turned = np.interp(np.linspace(last, 0, steps), range(len(levels)), angles)
+        return [*(Level(math.cos(angle), math.sin(angle)) for angle in turned.tolist()), CLEAN]
     if spacing == "linspace":
         places = np.linspace(last, 0, steps) if steps > 1 else np.array([last])
     elif spacing == "trailing":
