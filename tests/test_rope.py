@@ -186,6 +186,8 @@ def test_a_context_can_be_shorter_and_not_longer_than_the_angles_hold(tmp_path, 
     bundle = exporters.export(folder, tmp_path / "less", context=7)
     assert bundle.config["reasons"]["context_length"].startswith("7 tokens were asked for, of 512")
     assert_same(Session(bundle, threads=1), model, 7)
+    arguments = ["export", str(folder), "-o", str(tmp_path / "one"), "--context", "1", "--check"]
+    assert main(arguments) == 0
     for name, context, most in (
         ("qwen2-yarn-within", 513, 512),
         ("qwen2-yarn-within", 0, 512),
@@ -211,6 +213,11 @@ MUCH = 10**400
         ("llama-yarn", {"factor": "4"}, "factor '4' for its rotation"),
         ("llama-yarn", {"factor": MUCH}, "no angles can be computed"),
         ("llama-yarn", {"rope_theta": 1.0}, "no angles can be computed"),
+        (
+            "llama-yarn",
+            {"partial_rotary_factor": 0.5},
+            "'yarn' for a part of each head, which a ll",
+        ),
         ("llama-yarn", {"beta_fast": -1}, "beta_fast -1 for its rotation"),
         ("llama-yarn", {"attention_factor": "big"}, "attention_factor 'big' for its"),
         ("llama-yarn", {"attention_factor": 0}, "attention_factor 0 for its rotation"),
@@ -244,6 +251,13 @@ def test_numbers_that_make_no_rotation_are_refused(tmp_path, saved, name, change
     with pytest.raises((SourceError, UnsupportedError), match=said) as caught:
         exporters.export(tmp_path, tmp_path / "out")
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 900
+
+
+def test_a_number_that_the_kind_of_rotation_does_not_take_is_not_looked_at():
+    parameters = {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": "x"}
+    assert rope.room(parameters, 128) == (128, 128)
+    far = {"rope_type": "yarn", "factor": 1e308, "original_max_position_embeddings": 4096}
+    assert rope.room(far, 128) == (128, 2**31 - 1)
 
 
 @pytest.mark.parametrize("original", [-1, "4096", None, 1])

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import reprlib
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -19,6 +18,8 @@ Parameters = Mapping[str, Any]
 Angles = np.ndarray[Any, np.dtype[np.float64]]
 Turned = tuple[Angles, float]
 """Radians per position of each pair, and the attention factor: of all cosines and sines."""
+_FAR = 2**31 - 1
+"""The last position that the graph's inputs can name."""
 _ORIGINAL = "original_max_position_embeddings"
 
 
@@ -59,7 +60,7 @@ def check(parameters: Parameters, rotated: int) -> None:
         _check_list(key, parameters.get(key), rotated // 2)
     try:
         with np.errstate(all="ignore"):
-            both = [frequencies(parameters, rotated, context) for context in (1, sys.maxsize)]
+            both = [frequencies(parameters, rotated, context) for context in (1, _FAR)]
     except (ZeroDivisionError, OverflowError, ValueError):
         both = []
     if not both or not all(np.isfinite([*turned, factor]).all() for turned, factor in both):
@@ -86,11 +87,10 @@ def room(parameters: Parameters, stated: int) -> tuple[int, int]:
 
     `stated` is the context that the model's description has.
     """
-    original = int(parameters.get(_ORIGINAL, stated))
     if parameters["rope_type"] == "longrope":
-        return max(1, min(original, stated)), stated
+        return max(1, min(int(parameters[_ORIGINAL]), stated)), stated
     if parameters["rope_type"] == "yarn":
-        return stated, max(stated, int(parameters["factor"] * original))
+        return stated, max(stated, int(min(parameters["factor"] * parameters[_ORIGINAL], _FAR)))
     return stated, stated
 
 

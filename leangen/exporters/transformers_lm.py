@@ -169,6 +169,11 @@ def _check_ropes(path: Path, layout: Layout) -> None:
                 f"{path} has rope of type {kind!r}, expected {', '.join(rope.KINDS)}: leangen "
                 "cannot run it yet"
             )
+        if kind != "default" and parameters.get("partial_rotary_factor", 1) != 1:
+            raise UnsupportedError(
+                f"{path} has rope of type {kind!r} for a part of each head, which a "
+                f"{read_json(path / CONFIG)['model_type']} does not turn in transformers either"
+            )
         try:
             rope.check(parameters, rotated)
         except ValueError as error:
