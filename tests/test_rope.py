@@ -162,7 +162,7 @@ def test_older_files_of_phi3_are_read(saved, kind):
 def test_the_bundle_says_why_its_context_is_what_it_is(tmp_path, saved, capsys):
     folder, _ = saved("phi3-longrope")
     bundle = exporters.export(folder, tmp_path / "short")
-    why = "longrope's short factors, which hold for up to 32 tokens; --context takes up to 128"
+    why = "longrope's short factors, which hold for up to 32 tokens; `leangen export --context N`"
     assert why in bundle.config["reasons"]["context_length"]
     with pytest.raises(RequestError, match=rf"the model's context 32 \({why}"):
         language.encode(Session(bundle, threads=1), language.Request(tokens=[3] * 32))

@@ -104,11 +104,11 @@ def reason(parameters: Parameters, context: int, most: int) -> str:
         )
     if kind == "longrope" and context < most:
         return (
-            f"longrope's short factors, which hold for up to {original} tokens; --context "
-            f"takes up to {most}, and then its long factors, at every length"
+            f"longrope's short factors, which hold for up to {original} tokens; "
+            f"`leangen export --context N` takes up to {most}, then with its long factors"
         )
     if kind == "yarn" and context < most:
-        return f"yarn's factor reaches {most} tokens: --context takes up to that"
+        return f"yarn's factor reaches {most} tokens: `leangen export --context N` takes them"
     return "dynamic scaling begins beyond it and is not run" if kind == "dynamic" else ""
 
 
