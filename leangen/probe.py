@@ -153,7 +153,8 @@ def _record(bundle: Bundle) -> Runs:
     decoder = DECODERS.get(families.key(bundle))
     feeds = {} if list(bundle.graphs) == [decoder] else _feeds(bundle)
     if decoder is not None:
-        tokens = np.arange(1, TOKENS + 1) * 7919 % bundle.config["vocab_size"]
+        count = min(TOKENS, bundle.config.get("context_length", TOKENS))
+        tokens = np.arange(1, count + 1) * 7919 % bundle.config["vocab_size"]
         feeds[decoder] = {"tokens": tokens}
     outputs = _computed(_plain(bundle, activations="fp32"), feeds)
     return {role: (feeds[role], outputs[role]) for role in outputs}

@@ -43,10 +43,8 @@ class Twin:
     def logits(self, tokens, *, nudge=0.0):
         """Logits [n, vocab] after each token; `nudge` is a relative error of the embeddings."""
         config = self.config
-        angles = np.outer(
-            np.arange(len(tokens)), self.weights.inverse_frequencies(config.rotation(0))
-        )
-        cosines, sines = np.cos(angles), np.sin(angles)
+        tables = self.weights.rotation(config.rotation(0))
+        cosines, sines = (table[: len(tokens)] for table in tables)
         later = np.triu(np.full((len(tokens), len(tokens)), -np.inf), 1)
         h = self.matrix("embed")[tokens]
         h = h * (1 + nudge * np.random.default_rng(0).standard_normal(h.shape))

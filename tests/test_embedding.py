@@ -121,6 +121,12 @@ def exported(folder, **options):
     return Session(exporter.export(folder, folder.parent / "bundle", **options), threads=1)
 
 
+@pytest.mark.parametrize("context", [0, "many"])
+def test_a_context_is_a_number_of_tokens(folder, context):
+    with pytest.raises(RequestError, match=f"--context is {context!r}, expected a number of tok"):
+        exported(folder, context=context)
+
+
 @pytest.mark.parametrize("pooling", ["mean", "cls", "last"])
 def test_a_bert_computes_what_the_paper_says(folder, pooling):
     session = exported(folder, pooling=pooling)

@@ -74,7 +74,12 @@ def test_unknown_tensors_are_not_ignored(tmp_path):
 @pytest.mark.parametrize(
     ("more", "what"),
     [
-        ({"llama.rope.scaling.type": "yarn"}, "rope scaling of type 'yarn'"),
+        ({"llama.rope.scaling.type": "ntk"}, "rope scaling of type 'ntk'"),
+        ({"llama.rope.scaling.attn_factor": 2}, "attn_factor 2 without longrope"),
+        (
+            {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.yarn_ext_factor": 2},
+            "yarn_ext_factor 2",
+        ),
         ({"llama.attention.sliding_window": 32}, "sliding window"),
         ({"split.count": 3}, "one of 3 parts"),
     ],
@@ -83,11 +88,53 @@ def test_variants_that_would_compute_wrongly_are_refused(tmp_path, more, what):
     refused(tmp_path, Tiny(metadata=more), UnsupportedError, what)
 
 
+def with_factors(*parts, pairs=8, **metadata):
+    extra = {f"rope_factors_{part}.weight": np.ones(pairs, np.float32) for part in parts}
+    keys = {"llama.rope.scaling.original_context_length": 64, **metadata}
+    return Tiny(extra=extra, metadata=keys)
+
+
+@pytest.mark.parametrize(
+    ("tiny", "error", "what"),
+    [
+        (with_factors("long"), SourceError, r"lacks the tensor 'rope_factors_short\.weight'"),
+        (with_factors("short"), UnsupportedError, r"does not: rope_factors_short\.weight"),
+        (with_factors("long", "short", pairs=5), SourceError, "short_factor of 5 values for its"),
+        (
+            with_factors("long", "short", **{"llama.rope.scaling.factor": 4}),
+            UnsupportedError,
+            "rope.scaling.factor 4 beside the factors of longrope",
+        ),
+        (
+            Tiny(metadata={"llama.rope.scaling.type": "longrope"}),
+            SourceError,
+            r"lacks the tensor 'rope_factors_short\.weight'",
+        ),
+        (Tiny(rope_factors=np.ones(7)), SourceError, "divisors of 7 values for its rotation"),
+        (
+            Tiny(
+                metadata={
+                    "llama.rope.scaling.type": "yarn",
+                    "llama.rope.scaling.factor": 4,
+                    "llama.rope.scaling.original_context_length": 0,
+                }
+            ),
+            SourceError,
+            "original_max_position_embeddings 0 for its rotation",
+        ),
+    ],
+)
+def test_factors_of_the_rotation_that_are_missing_or_too_many_are_named(
+    tmp_path, tiny, error, what
+):
+    refused(tmp_path, tiny, error, what)
+
+
 def test_a_share_of_a_head_that_floats_round_down_is_rotated_whole(tmp_path):
     tiny = Tiny(head_dim=176, heads=2, kv_heads=1, metadata={"llama.rope.dimension_count": 30})
     file = gguf_checkpoint.GgufFile(write(tmp_path / "a.gguf", tiny))
-    frequencies = gguf_checkpoint.Checkpoint(file, keep_blocks=False).inverse_frequencies("rope")
-    assert np.count_nonzero(frequencies) == 15
+    _, sines = gguf_checkpoint.Checkpoint(file, keep_blocks=False).rotation("rope")
+    assert np.count_nonzero(sines[1]) == 15
 
 
 @pytest.mark.parametrize(

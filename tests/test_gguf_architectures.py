@@ -13,6 +13,20 @@ from leangen.exporters.gguf_architectures import ARCHITECTURES
 from leangen.families import language
 from leangen.session import Session
 
+
+def yarn(**options):
+    own = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+    return {**SMALL, "rope_parameters": {"rope_theta": 1e4, **own, **options}}
+
+
+def longrope(pairs, original, **options):
+    """Its long factors apart from its short ones."""
+    short, long = ([start + i / 8 for i in range(pairs)] for start in (1, 2))
+    own = {"rope_type": "longrope", "short_factor": short, "long_factor": long}
+    rotation = {"rope_theta": 1e4, **own, **options}
+    return {**SMALL, "original_max_position_embeddings": original, "rope_parameters": rotation}
+
+
 # By the architecture of the file: transformers' name, and the options of the model.
 MODELS = {
     "gemma2": ("gemma2", VARIANTS["gemma2"][0] | {"query_pre_attn_scalar": 16}),
@@ -32,7 +46,11 @@ MODELS = {
     "olmo2": ("olmo2", SMALL),
     "olmoe": ("olmoe", VARIANTS["olmoe"][0]),
     "phi3": ("phi3", VARIANTS["phi3"][1]),
+    "phi3-short": ("phi3", longrope(6, original=64, partial_rotary_factor=0.75)),
+    "phi3-long": ("phi3", longrope(8, original=32)),
+    "llama-yarn": ("llama", yarn(attention_factor=1.5, beta_fast=4.0, beta_slow=0.5)),
     "qwen2": ("qwen2", SMALL),
+    "qwen2-yarn": ("qwen2", yarn()),
     "qwen3": ("qwen3", VARIANTS["qwen3"][0]),
     "qwen3moe": ("qwen3_moe", VARIANTS["qwen3_moe"][0] | {"mlp_only_layers": []}),
     "smollm3": ("smollm3", SMALL),
@@ -64,6 +82,22 @@ def write(path, model, architecture):
     rope = rope.get("full_attention", rope)
     writer.add_rope_freq_base(rope.get("rope_theta", 10000.0))
     writer.add_rope_dimension_count(int(head_dim * rope.get("partial_rotary_factor", 1.0)))
+    if rope.get("rope_type") == "yarn":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(rope["factor"])
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+        if "attention_factor" in rope:
+            writer.add_rope_scaling_yarn_attn_factor(rope["attention_factor"])
+            writer.add_rope_scaling_yarn_beta_fast(rope["beta_fast"])
+            writer.add_rope_scaling_yarn_beta_slow(rope["beta_slow"])
+    if rope.get("rope_type") == "longrope":  # Phi-3's, which names no type
+        original = rope["original_max_position_embeddings"]
+        stretch = config.max_position_embeddings / original
+        writer.add_rope_scaling_orig_ctx_len(original)
+        writer.add_rope_scaling_attn_factors(np.sqrt(1 + np.log(stretch) / np.log(original)))
+        for part in ("short", "long"):
+            factors = np.array(rope[f"{part}_factor"], np.float32)
+            writer.add_tensor(f"rope_factors_{part}.weight", factors)
     if architecture == "gptneox":
         writer.add_parallel_residual(config.use_parallel_residual)
     if getattr(config, "sliding_window", None):
@@ -131,7 +165,9 @@ def test_a_gguf_computes_what_transformers_computes(tmp_path, model):
     kind, options = MODELS[model]
     reference = checkpoint(tmp_path / "saved", kind, options)
     path = write(tmp_path / "model.gguf", reference, model.partition("-")[0])
-    session = Session(exporters.export(path, tmp_path / "bundle"), threads=1)
+    context = 128 if model == "phi3-long" else None  # beyond the original one
+    bundle = exporters.export(path, tmp_path / "bundle", context=context)
+    session = Session(bundle, threads=1)
     tokens = draws.rng().integers(0, VOCAB, 60).tolist()
     with torch.no_grad():
         expected = reference.double()(torch.tensor([tokens])).logits[0].numpy()

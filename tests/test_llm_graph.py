@@ -6,7 +6,7 @@ import onnx
 import pytest
 from gguf_fixtures import Tiny, write
 
-from leangen.exporters import gguf, gguf_checkpoint
+from leangen.exporters import gguf, gguf_checkpoint, rope
 from leangen.families import decoder, language
 from leangen.families.decoder import Decoder
 from leangen.session import Session
@@ -104,7 +104,8 @@ def transformers_model(path):
                 state[f"{key}.bias"] = weights.bias(name)
     model.load_state_dict({k: torch.from_numpy(np.array(v)) for k, v in state.items()})
     model = model.double().eval()
-    model.model.rotary_emb.inv_freq = torch.from_numpy(weights.inverse_frequencies("rope"))
+    frequencies, _ = rope.frequencies(weights.layout.ropes["rope"], config.head_dim, config.context)
+    model.model.rotary_emb.inv_freq = torch.from_numpy(frequencies)
     return model
 
 

@@ -173,8 +173,8 @@ def test_what_cannot_be_exported_is_named(tmp_path):
     with_config(hidden_act="mish")
     with pytest.raises(UnsupportedError, match="activation 'mish'"):
         exporters.export(folder, tmp_path / "out")
-    with_config(rope_parameters={"rope_type": "yarn", "factor": 4.0})
-    with pytest.raises(UnsupportedError, match="rope of type 'yarn'"):
+    with_config(rope_parameters={"rope_type": "proportional"})
+    with pytest.raises(UnsupportedError, match="rope of type 'proportional'"):
         exporters.export(folder, tmp_path / "out")
     with_config(num_hidden_layers=5, intermediate_size=96, vocab_size=95)
     with pytest.raises(SourceError, match=r"expected \[95, 64\].*layers.4.* is missing"):

@@ -33,6 +33,13 @@ def declare(add: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument("--form", choices=("fp32", "gguf"), help="GGUF: dequantized, or bit for bit")
     sub.add_argument("--family", choices=("diffusion", "oneshot"), help="plain ONNX: what it is")
     sub.add_argument(
+        "--context",
+        type=int,
+        metavar="N",
+        help="language models, text encoders: most tokens of a text; default: what the model says,"
+        " and by longrope the original length, beyond which its long factors hold at every length",
+    )
+    sub.add_argument(
         "--check",
         action="store_true",
         help="transformers, diffusers, torch modules: compare with torch; exit 2 if it differs",
@@ -68,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
 
     from leangen import exporters, host, probe
 
-    given = {name: getattr(args, name) for name in ("form", "family", "weights")}
+    given = {name: getattr(args, name) for name in ("form", "family", "weights", "context")}
     options = {name: value for name, value in given.items() if value is not None}
     options |= dict(args.options)
     if args.check:
@@ -79,6 +86,7 @@ def run(args: argparse.Namespace) -> int:
     peak_bytes = host.peak_rss_bytes()
     bundle = probe.attach(bundle)
     found = exporters.check(args.source, bundle, **options) if args.check else []
+    reasons = bundle.config.get("reasons", {})
     if args.json:
         print_json(
             {
@@ -87,6 +95,7 @@ def run(args: argparse.Namespace) -> int:
                 "size_bytes": bundle.size_bytes,
                 "path": str(bundle.path),
                 "peak_rss_bytes": peak_bytes,
+                "reasons": reasons,
                 "check": [
                     asdict(difference) | {"passed": difference.passed} for difference in found
                 ],
@@ -94,6 +103,8 @@ def run(args: argparse.Namespace) -> int:
         )
     else:
         print(f"{bundle.name}:{bundle.scheme} {human_bytes(bundle.size_bytes)} {bundle.path}")
+        for what, why in reasons.items():
+            say(f"{what} {bundle.config.get(what, '')}: {why}")
         say(f"peak memory {human_bytes(peak_bytes)}")
         for difference in found:
             print(f"{difference}{'' if difference.passed else ': too much'}")

@@ -96,12 +96,16 @@ def activation(name: str) -> str:
     return _ACTIVATIONS.get(name, name)
 
 
-def rope(json: Json) -> Json:
+def rope(json: Json) -> dict[str, Any]:
     """The parameters of the rotation, from before transformers 5 as well."""
     parameters = dict(json.get("rope_scaling") or json.get("rope_parameters") or {})
     parameters.setdefault("rope_type", parameters.pop("type", "default"))
     parameters.setdefault("rope_theta", json.get("rope_theta", 10000.0))
-    parameters.setdefault("original_max_position_embeddings", json["max_position_embeddings"])
+    most, original = "max_position_embeddings", "original_max_position_embeddings"
+    parameters[most] = json[most]
+    parameters.setdefault(original, json[most])
+    if original in json:  # transformers takes it before what stands in the parameters
+        parameters[original] = json[original]
     return parameters
 
 
@@ -198,9 +202,10 @@ def _gemma3(json: Json) -> Layout:
 
 
 def _phi3(json: Json) -> Layout:
-    json = {"rms_norm_eps": 1e-5, **json}
-    layout = _llama(json, windows=_window(json))
-    parameters = dict(layout.ropes["rope"])
+    json = {"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096, **json}
+    layout, parameters = _llama(json, windows=_window(json)), rope(json)
+    if parameters["rope_type"] in ("su", "yarn"):  # what older files of Phi-3 call it
+        parameters["rope_type"] = "longrope"
     share = parameters.pop("partial_rotary_factor", json.get("partial_rotary_factor", 1.0))
     names = {
         **LLAMA,
@@ -338,7 +343,7 @@ def _opt(json: Json) -> Layout:
 
 
 def _gpt_neox(json: Json) -> Layout:
-    parameters = dict(rope({"rope_theta": json.get("rotary_emb_base", 10000.0), **json}))
+    parameters = rope({"rope_theta": json.get("rotary_emb_base", 10000.0), **json})
     share = parameters.pop("partial_rotary_factor", json.get("rotary_pct", 0.25))
     config = _config(
         json,

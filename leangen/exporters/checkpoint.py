@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 
 from leangen.errors import SourceError
+from leangen.exporters import rope
 from leangen.exporters.decoder import DecoderConfig, Matrix
 from leangen.exporters.gguf_blocks import Floats
+from leangen.exporters.rope import Angles
 
 Json = Mapping[str, Any]
 Rows = np.ndarray[Any, Any]
@@ -54,6 +56,11 @@ class Layout:
     """Rows of q and k that are rotated together stand beside each other (GGUF's llama)."""
     ropes: Mapping[str, Json] = field(default_factory=dict)
     """The parameters of each table of angles."""
+
+    @property
+    def rotary_dims(self) -> int:
+        """How many numbers of each head are rotated."""
+        return int(self.config.head_dim * self.rotated)
 
 
 class Checkpoint(ABC):
@@ -101,21 +108,14 @@ class Checkpoint(ABC):
         tensor, rows = self._taken(name, ".bias")
         return self._floats(tensor, rows)
 
-    def inverse_frequencies(self, table: str) -> np.ndarray[Any, np.dtype[np.float64]]:
-        """Radians per position [head_dim / 2]: base, linear scaling, llama-3 factors."""
-        parameters, head_dim = self.layout.ropes[table], self.layout.config.head_dim
-        rotated = self._rotated()
-        base = float(parameters.get("rope_theta", 10000.0))
-        frequencies = base ** (-np.arange(0, rotated, 2, dtype=np.float64) / rotated)
-        kind = parameters.get("rope_type", "default")
-        if kind == "linear":
-            frequencies /= float(parameters["factor"])
-        elif kind == "llama3":
-            frequencies = _llama3(frequencies, parameters)
-        return np.concatenate([frequencies, np.zeros((head_dim - rotated) // 2)])
-
-    def _rotated(self) -> int:
-        return int(self.layout.config.head_dim * self.layout.rotated)
+    def rotation(self, table: str) -> tuple[Angles, Angles]:
+        """Cosines and sines [context, head_dim / 2]; 1 and 0 where a head stands still."""
+        config, rotated = self.layout.config, self.layout.rotary_dims
+        turned, factor = rope.frequencies(self.layout.ropes[table], rotated, config.context)
+        angles = np.outer(np.arange(config.context), turned)
+        still = ((0, 0), (0, (config.head_dim - rotated) // 2))
+        cosines = np.pad(factor * np.cos(angles), still, constant_values=1)
+        return cosines, np.pad(factor * np.sin(angles), still)
 
     def _holder(self, name: str) -> str:
         """The name of the joint matrix that holds this one, or its own."""
@@ -156,7 +156,7 @@ class Checkpoint(ABC):
 
     def _ordered(self, label: str, rows: Rows) -> Rows:
         """Put rows of q and k that are rotated together half a head apart."""
-        head_dim, rotated = self.layout.config.head_dim, self._rotated()
+        head_dim, rotated = self.layout.config.head_dim, self.layout.rotary_dims
         if label not in ("q", "k") or (rotated == head_dim and not self.layout.neighbours):
             return rows
         turned = np.arange(rotated)
@@ -209,15 +209,6 @@ class Held(Checkpoint):
 
     def _floats(self, tensor: str, rows: Rows) -> Floats:
         return np.asarray(rows, np.float32)
-
-
-def _llama3(frequencies: np.ndarray[Any, np.dtype[np.float64]], parameters: Json) -> Any:
-    """Llama 3.1's: slow rotations are slowed down, quick ones kept, those between blended."""
-    factor, low = float(parameters["factor"]), float(parameters["low_freq_factor"])
-    high = float(parameters["high_freq_factor"])
-    turns = float(parameters["original_max_position_embeddings"]) * frequencies / (2 * np.pi)
-    blend = np.clip((turns - low) / (high - low), 0, 1)
-    return frequencies * (blend + (1 - blend) / factor)
 
 
 def expected(layout: Layout) -> list[tuple[str, Shape]]:

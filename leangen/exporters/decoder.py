@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
-
-import numpy as np
+from typing import Literal, Protocol
 
 from leangen.exporters.gguf_blocks import Blocks, Floats
+from leangen.exporters.rope import Angles
 
 Matrix = Floats | Blocks
 """A weight [n, k], rows are outputs: float32, or low-bit blocks."""
@@ -129,6 +128,6 @@ class Weights(Protocol):
         """The bias of a linear layer or norm, if it has one."""
         ...
 
-    def inverse_frequencies(self, table: str) -> np.ndarray[Any, np.dtype[np.float64]]:
-        """Radians per position of each rotated pair [head_dim / 2]; 0 where it stands still."""
+    def rotation(self, table: str) -> tuple[Angles, Angles]:
+        """Cosines and sines [context, head_dim / 2] of the pairs that are rotated together."""
         ...

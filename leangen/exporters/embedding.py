@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from leangen.bundle import Bundle, create, open_bundle, sha256_file
-from leangen.errors import BundleError, SourceError, UnsupportedError, needs
+from leangen.errors import BundleError, RequestError, SourceError, UnsupportedError, needs
 from leangen.exporters import bert
 from leangen.exporters.onnx_writer import Array
 from leangen.exporters.transformers_folder import check_numbers
@@ -63,8 +63,11 @@ def export(
 
     `pooling` is `mean`, `cls` or `last`; `context` the most tokens that a text may have. Both, and
     `normalize`, are the folder's own where they are not given. Raises SourceError for damaged or
-    missing files, UnsupportedError for what leangen cannot run, DependencyError, StorageError.
+    missing files, UnsupportedError for what leangen cannot run, RequestError for a context of none,
+    DependencyError, StorageError.
     """
+    if context is not None and (type(context) is not int or context < 1):
+        raise RequestError(f"--context is {context!r}, expected a number of tokens, 1 or more")
     folder = _folder(path)
     graph = _graph(folder)
     with create(out, replace=replace) as draft:

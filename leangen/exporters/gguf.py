@@ -36,16 +36,18 @@ def export(
     source: Mapping[str, Any] | None = None,
     replace: bool = False,
     form: Form = "fp32",
+    context: int | None = None,
 ) -> Bundle:
     """Export the GGUF file `path` to a bundle in folder `out`.
 
-    `source` is kept in the manifest (by default the file's name, hash and licence). Raises
-    SourceError for a damaged file, UnsupportedError for what leangen cannot run, StorageError.
+    `source` is kept in the manifest (by default the file's name, hash and licence); `context` is
+    that of `transformers_lm.export`. Raises SourceError for a damaged file, UnsupportedError for
+    what leangen cannot run, RequestError for a context that the model has not, StorageError.
     """
     if form not in get_args(Form):
         raise UnsupportedError(f"form is {form!r}, expected one of {', '.join(get_args(Form))}")
     file = GgufFile(path)
-    checkpoint = Checkpoint(file, keep_blocks=form == "gguf")
+    checkpoint = Checkpoint(file, keep_blocks=form == "gguf", context=context)
     config = checkpoint.config
     with create(out, replace=replace) as draft:
         draft.name = name or path.stem.lower()
@@ -60,6 +62,7 @@ def export(
                 **config.stated,
                 **gguf_tokenizer.write(draft.folder, file.metadata),
                 **properties.from_metadata(file.metadata, config.vocab),
+                **checkpoint.reasons,
             }
         stored_as = sorted({tensor.tensor_type.name for tensor in file.tensors.values()})
         draft.source = {

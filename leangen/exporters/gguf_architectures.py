@@ -40,6 +40,13 @@ _POST_NORMS = {
     "attn_post_norm": "blk.{i}.post_attention_norm",
     "mlp_post_norm": "blk.{i}.post_ffw_norm",
 }
+_DIVISORS, _LONG, _SHORT = ROPE_TENSORS = (
+    "rope_freqs.weight",
+    "rope_factors_long.weight",
+    "rope_factors_short.weight",
+)
+_YARN = {"attention_factor": "attn_factor", "beta_fast": "beta_fast", "beta_slow": "beta_slow"}
+"""Our names to those that follow `rope.scaling.yarn_`."""
 _QKV = {"q": ("qkv", 0), "k": ("qkv", 1), "v": ("qkv", 2)}
 
 
@@ -54,6 +61,9 @@ class Metadata(Protocol):
 
     def has(self, tensor: str) -> bool:
         """Whether there is a tensor of that name."""
+
+    def numbers(self, tensor: str) -> list[float]:
+        """The values of a small float tensor; SourceError when there is none of that name."""
 
 
 def _llama(file: Metadata, **special: Any) -> Layout:
@@ -77,17 +87,41 @@ def _llama(file: Metadata, **special: Any) -> Layout:
         active = int(file.hyper("expert_used_count"))
         config["experts"] = Experts(count=count, active=active, normalized=True)
         names = {**LLAMA, **_EXPERTS}
-    parameters = {"rope_theta": float(file.hyper("rope.freq_base", 10000.0))}
-    kind = file.hyper("rope.scaling.type", "none")
-    if kind != "none":
-        parameters |= {"rope_type": kind, "factor": file.hyper("rope.scaling.factor", 1.0)}
     return Layout(
         config=DecoderConfig(**config | special),
         names=names,
         neighbours=True,
         rotated=Fraction(int(file.hyper("rope.dimension_count", head_dim)), head_dim),
-        ropes={"rope": parameters},
+        ropes={"rope": _rope(file)},
     )
+
+
+def _rope(file: Metadata) -> dict[str, Any]:
+    """The parameters of the rotation under transformers' names."""
+    kind = file.hyper("rope.scaling.type", "linear")
+    if file.has(_LONG):  # which the files of Phi-3 do not say
+        kind = "longrope"
+    parameters: dict[str, Any] = {
+        "rope_type": "default" if kind == "none" else str(kind),
+        "rope_theta": float(file.hyper("rope.freq_base", 10000.0)),
+    }
+    if file.has(_DIVISORS):
+        parameters["divisors"] = file.numbers(_DIVISORS)
+    if kind == "none":
+        return parameters
+    context = file.hyper("rope.scaling.original_context_length", file.hyper("context_length"))
+    parameters["original_max_position_embeddings"] = int(context)
+    if kind == "longrope":
+        parameters["attention_factor"] = float(file.hyper("rope.scaling.attn_factor", 1.0))
+        return parameters | {
+            "short_factor": file.numbers(_SHORT),
+            "long_factor": file.numbers(_LONG),
+        }
+    parameters["factor"] = float(file.hyper("rope.scaling.factor", 1.0))
+    if spread := float(file.hyper("rope.scaling.yarn_log_multiplier", 0.0)):
+        parameters |= {"mscale": 1.0, "mscale_all_dim": spread}
+    given = {ours: file.hyper(f"rope.scaling.yarn_{theirs}", 0.0) for ours, theirs in _YARN.items()}
+    return parameters | {ours: float(value) for ours, value in given.items() if value}
 
 
 def _neox(file: Metadata, **special: Any) -> Layout:
@@ -141,7 +175,7 @@ def _gemma3(file: Metadata) -> Layout:
         attention_scale=(width / file.hyper("attention.head_count")) ** -0.5 if wide else None,
         rotations=tuple("rope_local" if sliding(i) else "rope" for i in range(layers)),
     )
-    ropes = {**layout.ropes, "rope_local": {"rope_theta": 10000.0}}
+    ropes = {**layout.ropes, "rope_local": {"rope_type": "default", "rope_theta": 10000.0}}
     return replace(layout, names={**layout.names, **_QK_NORM}, ropes=ropes)
 
 

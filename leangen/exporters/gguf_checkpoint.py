@@ -16,17 +16,16 @@ import numpy as np
 from gguf import quants
 
 from leangen.errors import SourceError, UnsupportedError
-from leangen.exporters import checkpoint, gguf_blocks
+from leangen.exporters import checkpoint, gguf_blocks, rope
 from leangen.exporters.checkpoint import Layout, Rows
+from leangen.exporters.context import choose
 from leangen.exporters.decoder import Matrix
-from leangen.exporters.gguf_architectures import ARCHITECTURES
+from leangen.exporters.gguf_architectures import ARCHITECTURES, ROPE_TENSORS
 from leangen.exporters.gguf_blocks import Floats
 
 MAGIC = b"GGUF"
 TYPES = ("F32", "F16", "BF16", *gguf_blocks.FORMS)
 """Tensor types that can be exported, in either form."""
-
-_ROPE_FACTORS = "rope_freqs.weight"
 
 
 class GgufFile:
@@ -83,25 +82,29 @@ class GgufFile:
         """Whether there is a tensor of that name."""
         return tensor in self.tensors
 
+    def numbers(self, tensor: str) -> list[float]:
+        """The values of a small float tensor; SourceError when there is none of that name."""
+        if not self.has(tensor):
+            raise SourceError(f"{self.path} lacks the tensor {tensor!r}: convert it again")
+        stored = self.tensors[tensor]
+        if stored.tensor_type.name not in ("F32", "F16"):
+            raise ValueError(f"{tensor} is of type {stored.tensor_type.name}, expected F32")
+        values: list[float] = stored.data.astype(np.float64).reshape(-1).tolist()
+        return values
+
 
 class Checkpoint(checkpoint.Checkpoint):
     """The weights of a GGUF file under the names of `decoder.Weights`; checks them all first."""
 
-    def __init__(self, file: GgufFile, *, keep_blocks: bool) -> None:
-        super().__init__(read_layout(file))
+    def __init__(self, file: GgufFile, *, keep_blocks: bool, context: int | None = None) -> None:
+        layout, self.reasons = choose(read_layout(file), context)
+        super().__init__(layout)
         self.file = file
         self.keep_blocks = keep_blocks
         self.config = self.layout.config
         _check_types(file)
         self.check(file.path)
         self._check_unknown()
-
-    def inverse_frequencies(self, table: str) -> np.ndarray[Any, np.dtype[np.float64]]:
-        """Radians per position [head_dim / 2]; the file may hold a divisor for each."""
-        frequencies = super().inverse_frequencies(table)
-        if self.file.has(_ROPE_FACTORS):
-            frequencies /= self._floats(_ROPE_FACTORS, self._rows(_ROPE_FACTORS))
-        return frequencies
 
     def _shape(self, tensor: str) -> tuple[int, ...] | None:
         if tensor not in self.file.tensors:
@@ -125,7 +128,8 @@ class Checkpoint(checkpoint.Checkpoint):
 
     def _check_unknown(self) -> None:
         """UnsupportedError for tensors that the architecture, as leangen builds it, has not."""
-        known = {_ROPE_FACTORS}
+        divisors, *factors = ROPE_TENSORS
+        known = {*factors} if self.file.has(factors[0]) else {divisors}
         for name, _ in checkpoint.expected(self.layout):
             known |= {self._tensor(name), self._tensor(name, ".bias")}
         unknown = sorted(self.file.tensors.keys() - known)
@@ -161,13 +165,7 @@ def _check_supported(file: GgufFile, layout: Layout) -> None:
     if config.head_dim % 16 or config.heads % config.kv_heads:
         heads = f"{config.heads} heads of {config.head_dim} on {config.kv_heads} key heads"
         raise _unsupported(file, heads)
-    rotated = int(layout.rotated * config.head_dim)
-    if rotated % 2 or not 0 < rotated <= config.head_dim:
-        raise ValueError(f"{rotated} of {config.head_dim} numbers of a head are rotated")
-    for parameters in layout.ropes.values():
-        for key in ("rope_theta", "factor"):
-            if not parameters.get(key, 1) > 0:
-                raise ValueError(f"{key} is {parameters[key]}, expected a number above 0")
+    _check_ropes(file, layout)
     if file.metadata.get("split.count", 1) > 1:
         raise UnsupportedError(
             f"{file.path} is one of {file.metadata['split.count']} parts of a model: "
@@ -176,11 +174,25 @@ def _check_supported(file: GgufFile, layout: Layout) -> None:
     windowed = any(config.window(layer) for layer in range(config.layers))
     if 0 < file.hyper("attention.sliding_window", 0) < config.context and not windowed:
         raise _unsupported(file, "attention over a sliding window")
+
+
+def _check_ropes(file: GgufFile, layout: Layout) -> None:
+    rotated = layout.rotary_dims
+    if rotated % 2 or not 0 < rotated <= layout.config.head_dim:
+        raise ValueError(f"{rotated} of {layout.config.head_dim} numbers of a head are rotated")
     if file.hyper("rope.scale_linear", 1) != 1:
         raise _unsupported(file, "rope scaling by the old key rope.scale_linear")
-    scaling = file.hyper("rope.scaling.type", "none")
-    if scaling not in ("none", "linear") or file.has("rope_factors_long.weight"):
-        raise _unsupported(file, f"rope scaling of type {scaling!r}")
+    for parameters in layout.ropes.values():
+        kind, factor = parameters["rope_type"], file.hyper("rope.scaling.factor", 1)
+        if kind not in rope.KINDS:
+            raise _unsupported(file, f"rope scaling of type {kind!r}")
+        if kind == "longrope" and factor != 1:
+            raise _unsupported(file, f"rope.scaling.factor {factor} beside the factors of longrope")
+        if kind != "longrope" and (attention := file.hyper("rope.scaling.attn_factor", 1)) != 1:
+            raise _unsupported(file, f"rope.scaling.attn_factor {attention} without longrope")
+        if kind == "yarn" and (mix := file.hyper("rope.scaling.yarn_ext_factor", 1)) not in (1, -1):
+            raise _unsupported(file, f"rope.scaling.yarn_ext_factor {mix}")
+        rope.check(parameters, rotated)
 
 
 def _unsupported(file: GgufFile, what: str) -> UnsupportedError:

@@ -100,9 +100,9 @@ class _Graph(Stack):
         if config.relative is not None:
             relative_bias.causal(self.writer, config.relative, self.weights)
         for table in sorted({config.rotation(layer) for layer in range(config.layers)} - {""}):
-            angles = np.outer(np.arange(config.context), self.weights.inverse_frequencies(table))
-            self.writer.constant(f"{table}.cos", np.cos(angles).astype(np.float32))
-            self.writer.constant(f"{table}.sin", np.sin(angles).astype(np.float32))
+            cosines, sines = self.weights.rotation(table)
+            self.writer.constant(f"{table}.cos", cosines.astype(np.float32))
+            self.writer.constant(f"{table}.sin", sines.astype(np.float32))
 
     def _attention(self, layer: int, x: str) -> str:
         config, path = self.config, f"/layers.{layer}/attn"

@@ -43,11 +43,10 @@ def differences(path: Path, bundle: Bundle) -> list[Difference]:
     model, torch = _model(path, "AutoModelForCausalLM")
     session = Session(bundle)
     context, vocab = bundle.config["context_length"], bundle.config["vocab_size"]
-    words = language.encode(session, language.Request(prompt=TEXT))
+    words = language.tokens_of(session, language.Request(prompt=TEXT))
     found: list[Difference] = []
     for name, tokens in (("random", _random(vocab, context)), ("text", words[:context])):
-        with torch.no_grad():
-            expected = model(torch.tensor([tokens])).logits[0].numpy()
+        expected = _logits(model, torch, tokens, context)
         found.append(_difference(name, language.logits(session, tokens), expected))
     return found
 
@@ -93,6 +92,20 @@ def _model(path: Path, kind: str) -> tuple[Any, Any]:
         path, dtype=torch.float32, trust_remote_code=False
     )
     return model, torch
+
+
+def _logits(model: Any, torch: Any, tokens: list[int], context: int) -> Floats:
+    """What torch makes of tokens in a context whose end, too, is taken."""
+    places, count = list(range(len(tokens))), len(tokens)
+    rope = getattr(model.config, "rope_parameters", None) or {}
+    special: dict[str, Any] = {}
+    if rope.get("rope_type") == "longrope":
+        # The last position decides on its factors for all; no token sees one that comes later.
+        tokens, places = [*tokens, 0], [*places, context - 1]
+        special["position_ids"] = torch.tensor([places])
+    with torch.no_grad():
+        logits: Floats = model(torch.tensor([tokens]), **special).logits[0, :count].numpy()
+    return logits
 
 
 def _random(vocab: int, context: int) -> list[int]:

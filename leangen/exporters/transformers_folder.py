@@ -6,7 +6,6 @@ Weights are in safetensors, or in pickles that hold tensors alone, which torch r
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -21,6 +20,7 @@ from leangen.errors import SourceError, UnsupportedError, needs
 from leangen.exporters import pickled
 from leangen.exporters.checkpoint import Checkpoint, Layout, Rows
 from leangen.exporters.gguf_blocks import Floats
+from leangen.exporters.rope import positive
 
 CONFIG, TOKENIZER, TEMPLATE = "config.json", "tokenizer.json", "chat_template.jinja"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -161,11 +161,6 @@ def check_numbers(path: Path, json: Mapping[str, Any]) -> None:
             )
         if key in _NUMBERS and not (positive(value) or (value is None and key in _OPTIONAL)):
             raise SourceError(f"{path / CONFIG} has {key} {value!r}, expected a number above 0")
-
-
-def positive(value: Any) -> bool:
-    """Whether it is a finite number above 0."""
-    return type(value) in (int, float) and 0 < value < math.inf
 
 
 _SIZES = frozenset(

@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from leangen.bundle import Bundle, create, open_bundle
 from leangen.errors import SourceError, UnsupportedError
-from leangen.exporters import llm_graph
+from leangen.exporters import llm_graph, rope
 from leangen.exporters.architectures import ARCHITECTURES
 from leangen.exporters.checkpoint import Json, Layout
+from leangen.exporters.context import choose
 from leangen.exporters.decoder import DecoderConfig
 from leangen.exporters.encoder_decoders import ENCODER_DECODERS
+from leangen.exporters.rope import positive
 from leangen.exporters.transformers_folder import (
     CONFIG,
     Tensors,
@@ -25,7 +27,6 @@ from leangen.exporters.transformers_folder import (
     copy_tokenizer,
     default_source,
     folder_of,
-    positive,
     read_json,
 )
 
@@ -51,17 +52,20 @@ def export(
     name: str | None = None,
     source: Mapping[str, Any] | None = None,
     replace: bool = False,
+    context: int | None = None,
 ) -> Bundle:
     """Export the model in folder `path` to a bundle in folder `out`.
 
     The path of its `config.json` stands for the folder. `source` is kept in the manifest (by
-    default the folder's name and its weights' hashes). Raises SourceError for damaged or missing
-    files, UnsupportedError for what leangen cannot run, DependencyError without safetensors,
-    StorageError.
+    default the folder's name and its weights' hashes). `context` is how many tokens the bundle
+    takes, which by longrope are else those of its short factors. Raises SourceError for damaged or
+    missing files, UnsupportedError for what leangen cannot run, RequestError for a context that the
+    model has not, DependencyError without safetensors, StorageError.
     """
     path = folder_of(path)
+    layout, keys = choose(read_layout(path), context)
     with (
-        Tensors(path, read_layout(path)) as checkpoint,
+        Tensors(path, layout) as checkpoint,
         create(out, replace=replace) as draft,
     ):
         config = checkpoint.layout.config
@@ -75,6 +79,7 @@ def export(
             "context_length": config.context,
             **config.stated,
             **copy_tokenizer(path, draft.folder),
+            **keys,
         }
         draft.source = dict(source or default_source(path, checkpoint.files))
     return open_bundle(out)
@@ -120,8 +125,7 @@ def checked_layout(path: Path, describe: Callable[[], Layout]) -> Layout:
         ) from error
     except (TypeError, ValueError, AttributeError) as error:
         raise SourceError(f"{path / CONFIG} has values of a wrong type: {error}") from error
-    for table in layout.ropes.values():
-        _check_rope(path, table)
+    _check_ropes(path, layout)
     for part in filter(None, (layout.config, layout.encoder)):
         for problem in _problems(config, layout, part):
             raise UnsupportedError(f"{path} has {problem}, which leangen cannot run yet")
@@ -148,28 +152,32 @@ def _problems(json: Json, layout: Layout, config: DecoderConfig) -> list[str]:
     return found
 
 
-def _check_rope(path: Path, parameters: Json) -> None:
-    """UnsupportedError for a kind of rotation that no graph has, SourceError for no numbers."""
-    kind = str(parameters["rope_type"])
-    if kind not in _ROPES:
-        raise UnsupportedError(
-            f"{path} has rope of type {kind!r}, expected {', '.join(_ROPES)}: leangen cannot run "
-            "it yet"
+def _check_ropes(path: Path, layout: Layout) -> None:
+    """UnsupportedError for a kind of rotation that no graph has, SourceError for its numbers."""
+    share, rotated = layout.rotated, 0
+    if positive(share) and share <= 1:
+        rotated = layout.rotary_dims
+    if layout.ropes and (not rotated or rotated % 2):
+        raise SourceError(
+            f"{path / CONFIG} has {share!r} for the share of a head that is rotated, expected a "
+            "number above 0 and at most 1 that makes an even part"
         )
-    for key in ("rope_theta", *_ROPES[kind]):
-        if not positive(parameters.get(key)):
-            raise SourceError(
-                f"{path / CONFIG} has {key} {parameters.get(key)!r} for its rotation, expected a "
-                "number above 0"
+    for parameters in layout.ropes.values():
+        kind = str(parameters["rope_type"])
+        if kind not in rope.KINDS:
+            raise UnsupportedError(
+                f"{path} has rope of type {kind!r}, expected {', '.join(rope.KINDS)}: leangen "
+                "cannot run it yet"
             )
-
-
-_ROPES: Mapping[str, tuple[str, ...]] = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
-"""Kinds of rotation, and the numbers that each takes beside `rope_theta`."""
+        if kind != "default" and parameters.get("partial_rotary_factor", 1) != 1:
+            raise UnsupportedError(
+                f"{path} has rope of type {kind!r} for a part of each head, which a "
+                f"{read_json(path / CONFIG)['model_type']} does not turn in transformers either"
+            )
+        try:
+            rope.check(parameters, rotated)
+        except ValueError as error:
+            raise SourceError(f"{path / CONFIG} has {error}") from error
 
 
 _ONLY: Mapping[str, tuple[Any, ...]] = {

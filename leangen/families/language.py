@@ -207,9 +207,11 @@ def encode(session: Session, request: Request) -> list[int]:
     tokens = tokens_of(session, request)
     context = _config(session)["context_length"]
     if len(tokens) >= context:
+        why = _config(session).get("reasons", {}).get("context_length")
         raise RequestError(
-            f"the prompt has {len(tokens)} tokens and the model's context {context}: shorten the "
-            f"prompt to at most {context - 1}, which leaves room for one new token"
+            f"the prompt has {len(tokens)} tokens and the model's context {context}"
+            f"{f' ({why})' if why else ''}: shorten the prompt to at most {context - 1}, which "
+            "leaves room for one new token"
         )
     return tokens
 
