@@ -14,6 +14,7 @@ from leangen.samplers import SAMPLERS, Level, schedules
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 STEPS = 10  # 999 / (STEPS - 1) is whole: so are the timesteps
 LINEAR = {"kind": "linear", "timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02}
 
