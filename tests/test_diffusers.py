@@ -159,10 +159,10 @@ def test_a_component_of_another_kind_of_pipeline_is_named(tmp_path):
 
 def test_settings_of_a_scheduler_that_are_not_followed_are_told(tmp_path):
     folder = saved("ddpm", tmp_path / "saved")
-    change(folder / "scheduler" / "scheduler_config.json", variance_type="fixed_large")
+    change(folder / "scheduler" / "scheduler_config.json", variance_type="fixed_small_log")
     reasons = exporters.export(folder, tmp_path / "out").config["reasons"]
     assert reasons == {
-        "variance_type": "variance_type 'fixed_large' of DDPMScheduler is not followed"
+        "variance_type": "variance_type 'fixed_small_log' of DDPMScheduler is not followed"
     }
     told = schedulers.describe({"_class_name": "DPMSolverMultistepScheduler", "solver_order": 3})
     assert list(told["reasons"]) == ["solver_order"]

@@ -32,6 +32,7 @@ CONFIGS = [
     *(("DDIMScheduler", PLAIN | spacing) for spacing in SPACINGS[1:]),
     ("DDIMScheduler", STABLE | PLAIN | ZERO_SNR | SPACINGS[2]),
     *(("DDPMScheduler", PLAIN | spacing) for spacing in SPACINGS),
+    ("DDPMScheduler", PLAIN | {"variance_type": "fixed_large"}),
     *(("EulerDiscreteScheduler", STABLE | spacing) for spacing in (*SPACINGS, KARRAS)),
     ("EulerDiscreteScheduler", STABLE | ZERO_SNR | SPACINGS[2]),
     *(("EulerAncestralDiscreteScheduler", STABLE | spacing) for spacing in SPACINGS),

@@ -33,6 +33,7 @@ PEERS = {
     "consistency": Peer("LCMScheduler"),
     "ddim": Peer("DDIMScheduler", {"clip_sample": False}),
     "ddpm": Peer("DDPMScheduler", {"clip_sample": False}),
+    "ddpm_large": Peer("DDPMScheduler", {"clip_sample": False, "variance_type": "fixed_large"}),
     "dpmpp_2m": Peer("DPMSolverMultistepScheduler"),
     "dpmpp_2m_sde": Peer("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
     "euler": Peer("EulerDiscreteScheduler", karras=True),

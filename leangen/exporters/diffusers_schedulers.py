@@ -89,6 +89,9 @@ def describe(config: Mapping[str, Any]) -> dict[str, Any]:
     if kind in _STAND_INS:
         reasons["sampler"] = f"{SAMPLERS[kind]} for {kind}: {_STAND_INS[kind]}"
     found = {"sampler": SAMPLERS[kind]}
+    if kind == "DDPMScheduler" and config["variance_type"] == "fixed_large":
+        found["sampler"] = "ddpm_large"
+        del reasons["variance_type"]
     if str(config.get("algorithm_type", "")).startswith("sde"):
         found["sampler"] = "dpmpp_2m_sde"
     if str(config.get("algorithm_type", "")).endswith("dpmsolver"):

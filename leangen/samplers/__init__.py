@@ -65,6 +65,7 @@ SAMPLERS = {
     "consistency": "leangen.samplers.consistency",
     "ddim": "leangen.samplers.ddim",
     "ddpm": "leangen.samplers.ddpm",
+    "ddpm_large": "leangen.samplers.ddpm_large",
     "dpmpp_2m": "leangen.samplers.dpmpp_2m",
     "dpmpp_2m_sde": "leangen.samplers.dpmpp_2m_sde",
     "euler": "leangen.samplers.ddim",
