@@ -17,6 +17,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 
 from leangen.exporters import diffusers_schedulers  # noqa: E402
 
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 STEPS = 8
 STABLE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 PLAIN = {"clip_sample": False}
@@ -72,7 +73,6 @@ def theirs(scheduler, told, begun):
     return x.numpy()
 
 
-@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 @pytest.mark.parametrize(("kind", "options"), CONFIGS)
 def test_a_scheduler_that_is_followed_gives_what_it_would_have_given(kind, options, monkeypatch):
     scheduler = getattr(diffusers, kind)(**options)
