@@ -246,6 +246,9 @@ def test_steps_visit_levels_of_falling_noise_and_end_clean(steps, spacing):
         assert set(ours[:-1]) <= set(trained)
     if spacing != "leading":
         assert ours[0] == pytest.approx(trained[-1])
+    if spacing not in ("karras", "leading"):  # pure noise is exactly that
+        pure = schedules.trained({**VP, "timesteps": 200, "zero_terminal_snr": True})
+        assert schedules.spaced(pure, steps, spacing)[0] == (0, 1)
     if spacing in ("even", "linspace") and steps > 1:
         assert ours[-2] == pytest.approx(trained[0])
     if steps < 50:

@@ -98,8 +98,8 @@ def spaced(
         return [*(Level(1 / length, ratio.sigma / length) for ratio, length in pairs), CLEAN]
     if spacing == "even":
         angles = [math.atan2(level.sigma, level.alpha) for level in levels]
-        turned = np.interp(np.linspace(last, 0, steps), range(len(levels)), angles)
-        return [*(Level(math.cos(angle), math.sin(angle)) for angle in turned.tolist()), CLEAN]
+        turned = np.interp(np.linspace(last, 0, steps)[1:], range(len(levels)), angles).tolist()
+        return [levels[last], *(Level(math.cos(each), math.sin(each)) for each in turned), CLEAN]
     if spacing == "linspace":
         places = np.linspace(last, 0, steps) if steps > 1 else np.array([last])
     elif spacing == "trailing":
