@@ -113,9 +113,13 @@ class Checkpoint(ABC):
         config, rotated = self.layout.config, self.layout.rotary_dims
         turned, factor = rope.frequencies(self.layout.ropes[table], rotated, config.context)
         angles = np.outer(np.arange(config.context), turned)
-        still = ((0, 0), (0, (config.head_dim - rotated) // 2))
-        cosines = np.pad(factor * np.cos(angles), still, constant_values=1)
-        return cosines, np.pad(factor * np.sin(angles), still)
+        cosines, sines = np.cos(angles), np.sin(angles, out=angles)  # long contexts make them large
+        cosines *= factor
+        sines *= factor
+        if pairs := (config.head_dim - rotated) // 2:
+            still = ((0, 0), (0, pairs))
+            cosines, sines = np.pad(cosines, still, constant_values=1), np.pad(sines, still)
+        return cosines, sines
 
     def _holder(self, name: str) -> str:
         """The name of the joint matrix that holds this one, or its own."""
