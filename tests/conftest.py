@@ -62,7 +62,7 @@ def pytest_report_header():
     flags = info.read_text().split() if info.exists() else []
     wanted = ("avx2", "avx_vnni", "avx512_vnni", "asimddp")
     return [
-        f"random data: LEANGEN_TEST_SEED={draws.SEED} repeats it",
+        f"random data: LEANGEN_TEST_SEED={draws.SEED} (fresh: other data in every run)",
         f"onnxruntime {onnxruntime.__version__}, CPU: "
         + (" ".join(flag for flag in wanted if flag in flags) or "no known SIMD flag"),
         *(

@@ -1,6 +1,8 @@
-"""Random data of tests: fresh in every run, and the same again with LEANGEN_TEST_SEED=N.
+"""Random data of tests: the same in every run, so that a failure is one of the change.
 
-What a test draws depends on that number and the test's name, never on what ran before it.
+What a test draws depends on LEANGEN_TEST_SEED and the test's name, never on what ran before it.
+With `fresh` in that variable every run draws anew, and says the number that repeats it: what a new
+kernel, or a new bound, should bear many times.
 """
 
 from __future__ import annotations
@@ -13,7 +15,10 @@ import sys
 
 import numpy as np
 
-SEED = int(os.environ.setdefault("LEANGEN_TEST_SEED", str(secrets.randbits(32))))
+_NAME = "LEANGEN_TEST_SEED"
+if os.environ.setdefault(_NAME, "0") == "fresh":
+    os.environ[_NAME] = str(secrets.randbits(32))
+SEED = int(os.environ[_NAME])
 """Processes that a test starts, and other workers, find it in their environment."""
 
 _root = np.random.SeedSequence(SEED)
