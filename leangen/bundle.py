@@ -69,6 +69,16 @@ class Bundle:
         return self.path / name
 
     @property
+    def reasons(self) -> list[str]:
+        """A line for each thing that is not, or need not be, as the source has it, and why."""
+        lines = []
+        for name, why in self.config.get("reasons", {}).items():
+            value = self.config.get(name)
+            shown = f" {value}" if isinstance(value, str | int | float) else ""
+            lines.append(f"{name}{shown}: {why}")
+        return lines
+
+    @property
     def size_bytes(self) -> int:
         """Bytes of all files that the manifest lists."""
         return sum(int(entry["bytes"]) for entry in self.files.values())

@@ -266,8 +266,8 @@ class Store:
             replace=False,
             **entry.forms[scheme],
         )
-        for what, why in bundle.config.get("reasons", {}).items():
-            job.say(f"{entry.name}:{scheme}: {what} {bundle.config.get(what, '')}: {why}")
+        for line in bundle.reasons:
+            job.say(f"{entry.name}:{scheme}: {line}")
         attach = self._probe or import_module("leangen.probe").attach
         return cast(Bundle, attach(bundle))
 

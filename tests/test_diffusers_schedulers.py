@@ -29,6 +29,7 @@ SPACINGS = (
 )
 KARRAS = {"use_karras_sigmas": True}
 FLOW = {"use_flow_sigmas": True, "flow_shift": 3.0, "prediction_type": "flow_prediction"}
+MULTISTEP = ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler")
 CONFIGS = [
     *(("DDIMScheduler", PLAIN | spacing) for spacing in SPACINGS[1:]),
     ("DDIMScheduler", STABLE | PLAIN | ZERO_SNR | SPACINGS[2]),
@@ -61,16 +62,18 @@ def level_at(timestep, noise):
 
 
 def theirs(scheduler, told, begun):
-    """What the scheduler makes of the noise with a perfect model."""
+    """What a model is first given, and what the scheduler makes of it with a perfect one."""
     x = torch.tensor(begun) * float(getattr(scheduler, "init_noise_sigma", 1.0))
+    shown = []
     for timestep in scheduler.timesteps:
         given = x
         if hasattr(scheduler, "scale_model_input"):
             given = scheduler.scale_model_input(x, timestep)
+        shown.append(given.numpy())
         level = level_at(float(timestep), told["noise_level"])
         answer = predict(told["prediction"], given.numpy(), level).astype(np.float32)
         x = scheduler.step(torch.tensor(answer), timestep, x).prev_sample
-    return x.numpy()
+    return shown[0], x.numpy()
 
 
 @pytest.mark.parametrize(("kind", "options"), CONFIGS)
@@ -81,14 +84,16 @@ def test_a_scheduler_that_is_followed_gives_what_it_would_have_given(kind, optio
     scheduler.set_timesteps(STEPS)
     begun = np.random.default_rng(0).standard_normal(SHAPE).astype(np.float32)
     rng = same_noise(monkeypatch, scheduler)
-    wanted = theirs(scheduler, told, begun)
+    first, wanted = theirs(scheduler, told, begun)
     levels = denoising.levels(told, STEPS)
-    x = begun * np.float32(denoising.pure_noise(told, levels[0]))
+    spread = denoising.pure_noise(told, levels[0])
+    # Euler begins with the first level's spread: 0.2% less in Stable Diffusion's schedule
+    np.testing.assert_allclose(begun * spread, first, rtol=3e-3)
     sampler = samplers.get(told["sampler"])
-    *_, got = sampler.sample(denoiser(told["prediction"]), x, levels, rng)
-    # Euler begins with the first level's spread, which is 0.2% less in Stable Diffusion's schedule,
-    # and multistep solvers with flows at 0.999
-    np.testing.assert_allclose(got, wanted, atol=5e-3)
+    *_, got = sampler.sample(denoiser(told["prediction"]), first, levels, rng)
+    # multistep solvers begin flows at 0.999, and round the timesteps between which Karras' lie
+    rounded = kind in MULTISTEP and (KARRAS.items() | FLOW.items()) & options.items()
+    np.testing.assert_allclose(got, wanted, atol=5e-3 if rounded else 2e-5)
 
 
 def test_a_missing_method_or_its_variables_are_told():

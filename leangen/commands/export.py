@@ -86,7 +86,6 @@ def run(args: argparse.Namespace) -> int:
     peak_bytes = host.peak_rss_bytes()
     bundle = probe.attach(bundle)
     found = exporters.check(args.source, bundle, **options) if args.check else []
-    reasons = bundle.config.get("reasons", {})
     if args.json:
         print_json(
             {
@@ -95,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
                 "size_bytes": bundle.size_bytes,
                 "path": str(bundle.path),
                 "peak_rss_bytes": peak_bytes,
-                "reasons": reasons,
+                "reasons": bundle.config.get("reasons", {}),
                 "check": [
                     asdict(difference) | {"passed": difference.passed} for difference in found
                 ],
@@ -103,8 +102,8 @@ def run(args: argparse.Namespace) -> int:
         )
     else:
         print(f"{bundle.name}:{bundle.scheme} {human_bytes(bundle.size_bytes)} {bundle.path}")
-        for what, why in reasons.items():
-            say(f"{what} {bundle.config.get(what, '')}: {why}")
+        for line in bundle.reasons:
+            say(line)
         say(f"peak memory {human_bytes(peak_bytes)}")
         for difference in found:
             print(f"{difference}{'' if difference.passed else ': too much'}")
